@@ -1,0 +1,26 @@
+"""DDPM for faces in the Hugging Face ecosystem."""
+
+import importlib
+
+
+__version__ = "0.1.0.dev0"
+
+# Looked up on first use, so that `import ddpm_faces` stays cheap and the optional packages optional.
+_MODULE_OF = {
+    "DDPMFacesObjective": "objective",
+    "DDPMFacesPipeline": "pipeline_ddpm_faces",
+    "DDPMFacesScheduler": "scheduling_ddpm_faces",
+    "DDPMFacesUNet": "unet_ddpm_faces",
+    "DrawnFaces": "drawn_faces",
+}
+__all__ = ["__version__", *sorted(_MODULE_OF)]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,95 @@
+"""What the network learns: the simple objective of DDPM, eq. 14 (https://huggingface.co/papers/2006.11239)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
+
+
+class ObjectiveOutput(NamedTuple):
+    """What `DDPMFacesObjective` returns.
+
+    Args:
+        losses (`torch.Tensor` of shape `(batch,)`, `torch.float32`): Mean loss over each picture.
+        timesteps (`torch.Tensor` of shape `(batch,)`, `torch.int64`): The timestep that each was drawn at.
+    """
+
+    losses: torch.Tensor
+    timesteps: torch.Tensor
+
+
+class DDPMFacesObjective:
+    """Noise a batch of pictures at random timesteps, let the network predict, and measure its error.
+
+    All of it but the network is float32: in bfloat16 the first timesteps would get no noise at all.
+
+    Args:
+        scheduler ([`DDPMFacesScheduler`] or [`~diffusers.DDPMScheduler`]):
+            Its `prediction_type` decides what is predicted: `"epsilon"` (the noise, as in the article), `"sample"`
+            (x_0) or `"v_prediction"` (the velocity).
+        loss_type (`str`, defaults to `"l2"`): `"l2"` (DDPM, the article), `"l1"` or `"huber"`.
+
+    Raises:
+        ValueError: An unknown `loss_type`, or a scheduler with a learned variance, which this loss does not teach.
+    """
+
+    def __init__(self, scheduler, loss_type: str = "l2") -> None:
+        if loss_type not in LOSSES:
+            raise ValueError(f"`loss_type` must be one of {', '.join(map(repr, LOSSES))}, got {loss_type!r}.")
+        if scheduler.config.variance_type in ("learned", "learned_range"):
+            raise ValueError(
+                f"`variance_type` {scheduler.config.variance_type!r} needs a variational loss, which this objective "
+                "does not have: use 'fixed_small' or 'fixed_large'."
+            )
+        self.scheduler = scheduler
+        self.loss_fn = LOSSES[loss_type]
+
+    def __call__(
+        self,
+        unet: Callable,
+        original_samples: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ObjectiveOutput:
+        """Evaluate the objective on one batch; the article's `get_loss`.
+
+        Args:
+            unet (`Callable`): The network, `unet(sample, timesteps, ...)`, which returns an output with `.sample`.
+            original_samples (`torch.Tensor` of shape `(batch, channels, height, width)`, float32): x_0 in [-1, 1].
+            class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): For a network with classes.
+            generator (`torch.Generator`, *optional*): Of timesteps and noise; on the device of the pictures.
+
+        Returns:
+            [`ObjectiveOutput`]: The loss of each picture and its timestep.
+        """
+        batch_size, device = original_samples.shape[0], original_samples.device
+
+        # 1. t ~ U{0..T-1}, eps ~ N(0, I)
+        timesteps = torch.randint(
+            self.scheduler.config.num_train_timesteps, (batch_size,), generator=generator, device=device
+        )
+        noise = torch.randn(original_samples.shape, generator=generator, device=device)
+
+        # 2. x_t
+        noisy_samples = self.scheduler.add_noise(original_samples, noise, timesteps)
+
+        # 3. Predict
+        model_kwargs = {} if class_labels is None else {"class_labels": class_labels}
+        prediction = unet(noisy_samples, timesteps, **model_kwargs).sample
+
+        # 4. Compare
+        target = self._target(original_samples, noise, timesteps)
+        losses = self.loss_fn(prediction.float(), target, reduction="none").flatten(start_dim=1).mean(dim=1)
+        return ObjectiveOutput(losses, timesteps)
+
+    def _target(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        prediction_type = self.scheduler.config.prediction_type
+        if prediction_type == "epsilon":
+            return noise
+        if prediction_type == "sample":
+            return original_samples
+        return self.scheduler.get_velocity(original_samples, noise, timesteps)

@@ -1,0 +1,238 @@
+# Copyright 2026 The ddpm-faces authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""From noise to faces: predict, step, repeat (Algorithm 2 of DDPM, https://huggingface.co/papers/2006.11239)."""
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+
+# What diffusers' schedulers cannot do, as measured with diffusers 0.42: they fail in the middle of sampling, or worse,
+# go through and draw the wrong thing.
+LEARNED_VARIANCE_SCHEDULERS = (
+    "DDPMFacesScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+)
+NOT_FOR_ZERO_SNR = (
+    "PNDMScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+)
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class DDPMFacesPipeline(DiffusionPipeline):
+    """Unconditional (or class-conditional) generation of faces.
+
+    Args:
+        unet ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`]): Predicts the noise.
+        scheduler ([`DDPMFacesScheduler`] or any other of that family):
+            Takes the steps. To exchange it: `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)`.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    def check_inputs(
+        self,
+        batch_size: int,
+        num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        class_labels: Sequence[int] | torch.Tensor | None,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Raise a `ValueError` that says what is wrong, before any work starts."""
+        scheduler_name = type(self.scheduler).__name__
+        num_train_timesteps = self.scheduler.config.num_train_timesteps
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
+            raise ValueError(f"`num_inference_steps` must be an integer or None, got {num_inference_steps!r}.")
+        if not 1 <= num_inference_steps <= num_train_timesteps:
+            raise ValueError(
+                f"`num_inference_steps` must be from 1 to {num_train_timesteps}, the timesteps that the network "
+                f"learned, got {num_inference_steps}."
+            )
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` as a list must hold one generator per picture: got {len(generator)} for a `batch_size` "
+                f"of {batch_size}."
+            )
+        shape = (batch_size, *self._image_shape)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must be of shape {shape}, got {tuple(latents.shape)}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(map(repr, OUTPUT_TYPES))}, got {output_type!r}.")
+        num_classes = self.unet.config.get("num_class_embeds")
+        if (class_labels is None) != (num_classes is None):
+            raise ValueError(
+                f"`class_labels` must be given: this model has {num_classes} classes."
+                if class_labels is None
+                else "`class_labels` must be None: this model has no classes."
+            )
+        if class_labels is not None:
+            labels = [int(label) for label in class_labels]
+            if len(labels) != batch_size or not all(0 <= label < num_classes for label in labels):
+                raise ValueError(
+                    f"`class_labels` must be {batch_size} (`batch_size`) integers from 0 to {num_classes - 1}, got "
+                    f"{labels}."
+                )
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be of {self._callback_tensor_inputs}, got {sorted(unknown)}."
+            )
+        if not hasattr(self.scheduler, "betas"):
+            raise ValueError(
+                f"`scheduler` {scheduler_name} is not defined by betas: it steps along noise levels of its own and "
+                "expects a network preconditioned for them, which one trained with DDPM is not."
+            )
+        learned_variance = self.unet.config.out_channels == 2 * self.unet.config.in_channels
+        if learned_variance and scheduler_name not in LEARNED_VARIANCE_SCHEDULERS:
+            raise ValueError(
+                f"`scheduler` {scheduler_name} cannot take a network that also predicts the variance "
+                f"({self.unet.config.out_channels} channels out): use one of {', '.join(LEARNED_VARIANCE_SCHEDULERS)}."
+            )
+        if scheduler_name in NOT_FOR_ZERO_SNR and bool((self.scheduler.alphas_cumprod <= 1e-7).any()):
+            raise ValueError(
+                f"`scheduler` {scheduler_name} divides by the signal of the last timestep, which these betas (zero "
+                "terminal SNR) make zero: use DDPMFacesScheduler, DDIMScheduler or UniPCMultistepScheduler."
+            )
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)"""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x_T: `latents`, or standard normal noise, at the scheduler's scale.
+
+        In float32 whatever the weights are: the picture is the sum of all steps, and only the network is allowed to
+        round.
+        """
+        device = self._execution_device
+        if latents is None:
+            shape = (batch_size, *self._image_shape)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return latents.to(device=device, dtype=torch.float32) * self.scheduler.init_noise_sigma
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["DDPMFacesPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        class_labels: Sequence[int] | torch.Tensor | None = None,
+        eta: float = 0.0,
+    ) -> ImagePipelineOutput | tuple:
+        """Generate faces.
+
+        Args:
+            batch_size (`int`, defaults to 1): Number of pictures.
+            num_inference_steps (`int`, *optional*): Denoising steps, 1 to T. By default T, as many as were trained.
+            generator (`torch.Generator` or a list of one per picture, *optional*):
+                Makes the result reproducible. With a list, picture i depends on generator i only, whatever the batch.
+            latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
+                Standard normal noise to start from, in place of the generator's.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"` (`PIL.Image`), `"np"` (`(batch, height, width, channels)` in [0, 1]), `"pt"` (`(batch,
+                channels, height, width)` in [0, 1]) or `"latent"` (the same in [-1, 1], not clamped).
+            return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipeline, step_index, timestep, {"latents": ...})` after each step; the latents
+                that it returns in a dictionary take the place of the old ones.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): The tensors it is given.
+            class_labels (`list[int]` or `torch.Tensor`, *optional*): Class of each picture, for a model with classes.
+            eta (`float`, defaults to 0.0): Noise of DDIM, 0 to 1; other schedulers have no such parameter.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, as `output_type` says.
+
+        Raises:
+            ValueError: An argument, or a combination of network and scheduler, that cannot work.
+        """
+        # 0. Check
+        if num_inference_steps is None:
+            num_inference_steps = self.scheduler.config.num_train_timesteps
+        self.check_inputs(
+            batch_size,
+            num_inference_steps,
+            generator,
+            latents,
+            output_type,
+            class_labels,
+            callback_on_step_end_tensor_inputs,
+        )
+
+        # 1. Timesteps first: some schedulers know their initial scale only then
+        self.scheduler.set_timesteps(num_inference_steps)
+        step_kwargs = {"generator": generator, "eta": eta}
+        step_parameters = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_parameters}
+        model_kwargs = {}
+        if class_labels is not None:
+            model_kwargs["class_labels"] = torch.as_tensor(class_labels, device=self._execution_device)
+
+        # 2. Noise
+        latents = self.prepare_latents(batch_size, generator, latents)
+
+        # 3. Denoise
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            # 3.1 Predict the noise
+            model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+            model_output = self.unet(model_input, t, **model_kwargs).sample.float()
+
+            # 3.2 x_t -> x_t-1
+            latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
+
+            if callback_on_step_end is not None:
+                callback_kwargs = {name: latents for name in callback_on_step_end_tensor_inputs}
+                latents = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", latents)
+
+        # 4. Pictures
+        images = self.postprocess(latents, output_type)
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images)
+
+    @staticmethod
+    def postprocess(latents: torch.Tensor, output_type: str = "pil"):
+        """From x_0 in [-1, 1], shape `(batch, channels, height, width)`, to pictures of `output_type`."""
+        if output_type == "latent":
+            return latents
+        images = (latents / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        images = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return images if output_type == "np" else DiffusionPipeline.numpy_to_pil(images)

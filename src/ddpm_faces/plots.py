@@ -1,0 +1,95 @@
+"""Pictures of results: grids, the strip from noise to face, the loss curve."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+
+def image_grid(images: Sequence[Image.Image], columns: int | None = None, scale: int = 1, gap: int = 2) -> Image.Image:
+    """Lay pictures of one size side by side.
+
+    Args:
+        images (`list[PIL.Image.Image]`): At least one picture, all of one size.
+        columns (`int`, *optional*): Pictures in a row; by default as many as make the grid a square, or wider.
+        scale (`int`, defaults to 1): Whole number by which each pixel is enlarged.
+        gap (`int`, defaults to 2): Pixels of white between the pictures.
+
+    Raises:
+        ValueError: No pictures, or pictures of different sizes.
+    """
+    if not images:
+        raise ValueError("`images` must hold at least one picture.")
+    if len({image.size for image in images}) > 1:
+        raise ValueError(f"`images` must be of one size, got {sorted({image.size for image in images})}.")
+    columns = columns or next(n for n in range(1, len(images) + 1) if n * n >= len(images))
+    rows = -(-len(images) // columns)
+    width, height = (side * scale for side in images[0].size)
+    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, image in enumerate(images):
+        image = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+        grid.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
+    return grid
+
+
+def labelled_strip(
+    rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], path: str | os.PathLike, title: str | None = None
+) -> None:
+    """Save rows of pictures under one line of labels, such as the timesteps of a denoising.
+
+    Args:
+        rows (`list[list[PIL.Image.Image]]`): Each as long as `labels`.
+        labels (`list[str]`): One per column.
+        path (`str` or `os.PathLike`): The file to write.
+        title (`str`, *optional*): A line above.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        len(rows), len(labels), squeeze=False, figsize=(1.2 * len(labels), 1.2 * len(rows) + (0.6 if title else 0.3))
+    )
+    for row_axes, row in zip(axes, rows, strict=True):
+        for axis, image in zip(row_axes, row, strict=True):
+            axis.imshow(image.convert("RGB"), interpolation="nearest")
+            axis.set_axis_off()
+    for axis, label in zip(axes[0], labels, strict=True):
+        axis.set_title(label, fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def loss_curve(images_seen: Sequence[int], losses: Sequence[float], path: str | os.PathLike) -> None:
+    """Save the loss over the images seen, and its running mean.
+
+    Args:
+        images_seen (`list[int]`): One per log entry, rising.
+        losses (`list[float]`): The mean loss since the entry before.
+        path (`str` or `os.PathLike`): The file to write.
+    """
+    plt = _pyplot()
+    window = max(len(losses) // 20, 1)
+    smooth = [sum(losses[max(i - window + 1, 0) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+    figure, axis = plt.subplots(figsize=(6.4, 3.6))
+    axis.plot(images_seen, losses, color="0.75", linewidth=1, label="loss")
+    axis.plot(images_seen, smooth, color="C0", linewidth=1.8, label=f"mean of the last {window} entries")
+    # The fall from 1 at the start would hide the rest.
+    axis.set_ylim(0, min(1.05 * max(losses), 4 * losses[-1]))
+    axis.set_xlabel("images seen")
+    axis.set_ylabel("loss")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(Path(path), dpi=120)
+    plt.close(figure)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only, also where there is no screen
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -1,0 +1,457 @@
+# Copyright 2026 The ddpm-faces authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The network that predicts the noise on a picture: a U-Net whose blocks are chosen by name.
+
+A *level* is a width and a resolution: level i has `block_out_channels[i]` channels at 1 / 2**i of the sample's size.
+Between two levels stands a pair of blocks of one type, `block_types[i]`: its down block goes from level i to level
+i + 1 and leaves skips, its mirrored up block goes back and takes them. The mid block works at the last level.
+
+    sample -> conv_in -> down 0 -> down 1 -> ... -> mid -> ... -> up 1 -> up 0 -> conv_out
+                            |         `------------ skips -----------'      |
+                            `---------------------- skips ------------------'
+
+A new type of block is a pair of classes and a line in `_BLOCKS`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+
+
+@dataclass
+class DDPMFacesUNetOutput(BaseOutput):
+    """What `DDPMFacesUNet.forward` returns, in the form of diffusers' `UNet2DOutput`.
+
+    Args:
+        sample (`torch.Tensor` of shape `(batch, out_channels, height, width)`): The prediction.
+    """
+
+    sample: torch.Tensor
+
+
+class DDPMFacesUNet(ModelMixin, ConfigMixin):
+    """U-Net for DDPM on faces. Its defaults are the article's network: 62.4 million parameters at three channels.
+
+    Args:
+        sample_size (`int` or `(int, int)`, defaults to 64):
+            Height and width that a pipeline generates. The network takes any size that its levels divide: multiples
+            of `2 ** (len(block_out_channels) - 1)`.
+        in_channels (`int`, defaults to 3): Channels of the noisy picture.
+        out_channels (`int`, defaults to 3): Channels of the prediction.
+        block_out_channels (`tuple[int]`, defaults to `(64, 128, 256, 512, 1024)`): Width of each level, at least two.
+        block_types (`tuple[str]`, defaults to `("conv", "conv", "conv", "conv")`):
+            What stands between each two levels: `"conv"` (the article's convolution, ReLU, BatchNorm), `"resnet"`
+            (residual, GroupNorm, SiLU, scale and shift by time) or `"resnet_attn"` (the same with self-attention).
+        mid_block_type (`str`, *optional*): `"resnet"`, `"resnet_attn"`, or `None` for nothing at the last level.
+        out_block_type (`str`, defaults to `"conv"`):
+            `"conv"`, the article's 1x1 convolution, or `"norm_conv"`: GroupNorm, SiLU, 3x3 convolution from zero.
+        layers_per_block (`int`, defaults to 1): Residual layers in each resnet block; a conv block has its own two.
+        time_proj_dim (`int`, defaults to 32): Length of the sinusoidal embedding of the timestep, even.
+        time_embedding_dim (`int`, defaults to 32): Width of the embedding that the blocks are given.
+        time_embedding_layers (`int`, defaults to 1): Linear layers, each with its activation, between the two.
+        act_fn (`str`, defaults to `"relu"`): Activation of the time embedding, `"relu"` or `"silu"`.
+        norm_num_groups (`int`, defaults to 32): Groups of each GroupNorm; divides the widths it works on.
+        attention_head_dim (`int`, defaults to 64): Channels of an attention head; divides the widths it works on.
+        dropout (`float`, defaults to 0.0): Probability of dropout within a residual layer.
+        num_class_embeds (`int`, *optional*): Number of classes, for generation by class.
+
+    Raises:
+        ValueError: A value outside what is said above, with the argument and what is allowed.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 64,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (64, 128, 256, 512, 1024),
+        block_types: tuple[str, ...] = ("conv", "conv", "conv", "conv"),
+        mid_block_type: str | None = None,
+        out_block_type: str = "conv",
+        layers_per_block: int = 1,
+        time_proj_dim: int = 32,
+        time_embedding_dim: int = 32,
+        time_embedding_layers: int = 1,
+        act_fn: str = "relu",
+        norm_num_groups: int = 32,
+        attention_head_dim: int = 64,
+        dropout: float = 0.0,
+        num_class_embeds: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._check_config()
+        block_args = {
+            "num_layers": layers_per_block,
+            "temb_dim": time_embedding_dim,
+            "num_groups": norm_num_groups,
+            "head_dim": attention_head_dim,
+            "dropout": dropout,
+        }
+
+        # time
+        layers: list[nn.Module] = []
+        for i in range(time_embedding_layers):
+            layers.append(nn.Linear(time_embedding_dim if i else time_proj_dim, time_embedding_dim))
+            layers.append(_ACTIVATIONS[act_fn]())
+        self.time_embedding = nn.Sequential(*layers)
+        self.class_embedding = None
+        if num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(num_class_embeds, time_embedding_dim)
+
+        # in, down, mid, up, out
+        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        self.up_blocks = nn.ModuleList()
+        for block_type, channels, next_channels in zip(
+            block_types, block_out_channels[:-1], block_out_channels[1:], strict=True
+        ):
+            down_block, up_block = _BLOCKS[block_type]
+            self.down_blocks.append(down_block(channels, next_channels, **block_args))
+            self.up_blocks.insert(0, up_block(next_channels, channels, **block_args))
+        self.mid_block = None
+        if mid_block_type is not None:
+            self.mid_block = _MID_BLOCKS[mid_block_type](block_out_channels[-1], **block_args)
+        self.conv_norm_out = None
+        if out_block_type == "norm_conv":
+            self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0])
+            self.conv_out = _zero_init(nn.Conv2d(block_out_channels[0], out_channels, kernel_size=3, padding=1))
+        else:
+            self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, kernel_size=1)
+
+        self.gradient_checkpointing = False
+
+    def _check_config(self) -> None:
+        config = self.config
+        positive = ("in_channels", "out_channels", "layers_per_block", "time_embedding_dim", "time_embedding_layers")
+        for name in (*positive, "norm_num_groups", "attention_head_dim"):
+            if config[name] < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {config[name]}.")
+        if config.time_proj_dim < 4 or config.time_proj_dim % 2:
+            raise ValueError(f"`time_proj_dim` must be even and at least 4, got {config.time_proj_dim}.")
+        if not 0 <= config.dropout < 1:
+            raise ValueError(f"`dropout` must lie in [0, 1), got {config.dropout}.")
+        if config.num_class_embeds is not None and config.num_class_embeds < 1:
+            raise ValueError(f"`num_class_embeds` must be at least 1 or None, got {config.num_class_embeds}.")
+        if len(config.block_out_channels) < 2 or min(config.block_out_channels) < 1:
+            raise ValueError(f"`block_out_channels` must be two or more widths, got {config.block_out_channels}.")
+        if len(config.block_types) != len(config.block_out_channels) - 1:
+            raise ValueError(
+                f"`block_types` stand between the levels: {len(config.block_out_channels)} `block_out_channels` need "
+                f"{len(config.block_out_channels) - 1}, got {len(config.block_types)}: {tuple(config.block_types)}."
+            )
+        choices = [("block_types", block_type, _BLOCKS) for block_type in config.block_types]
+        choices += [("mid_block_type", config.mid_block_type, (None, *_MID_BLOCKS))]
+        choices += [("out_block_type", config.out_block_type, ("conv", "norm_conv"))]
+        choices += [("act_fn", config.act_fn, _ACTIVATIONS)]
+        for name, value, allowed in choices:
+            if value not in allowed:
+                raise ValueError(f"`{name}` must be of {', '.join(map(repr, allowed))}, got {value!r}.")
+        sides = (config.sample_size,) if isinstance(config.sample_size, int) else tuple(config.sample_size)
+        if len(sides) > 2 or any(side < 1 or side % self.size_multiple for side in sides):
+            raise ValueError(
+                f"`sample_size` must be a side or (height, width), each a multiple of {self.size_multiple} (2 ** "
+                f"(number of levels - 1)), got {config.sample_size}."
+            )
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of a sample must be multiples of this."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDPMFacesUNetOutput | tuple[torch.Tensor]:
+        """Predict the noise on `sample` (or what the scheduler's `prediction_type` says).
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): x_t.
+            timestep (`int`, `float` or `torch.Tensor` of shape `()`, `(1,)` or `(batch,)`): t of each picture.
+            class_labels (`torch.Tensor` of shape `(batch,)`, integer, *optional*):
+                The class of each picture, 0 to `num_class_embeds - 1`; required where the network has classes.
+            return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
+
+        Raises:
+            ValueError: A shape or an argument that the network does not take, and what it takes.
+        """
+        self._check_inputs(sample, class_labels)
+
+        # 1. time
+        timesteps = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        # The article's embedding: sine then cosine, frequencies from 1 to 1 / 10000, in float32 whatever the weights.
+        t_emb = get_timestep_embedding(timesteps, self.config.time_proj_dim)  # (batch, time_proj_dim)
+        temb = self.time_embedding(t_emb.to(self.time_embedding[0].weight.dtype))  # (batch, time_embedding_dim)
+        if self.class_embedding is not None:
+            temb = temb + self.class_embedding(class_labels)
+
+        # 2. in
+        hidden_states = self.conv_in(sample)
+
+        # 3. down
+        skips = []
+        for block in self.down_blocks:
+            hidden_states, skip = self._run(block, hidden_states, temb)
+            skips.append(skip)
+
+        # 4. mid
+        if self.mid_block is not None:
+            hidden_states = self._run(self.mid_block, hidden_states, temb)
+
+        # 5. up
+        for block in self.up_blocks:
+            hidden_states = self._run(block, hidden_states, temb, skips.pop())
+
+        # 6. out
+        if self.conv_norm_out is not None:
+            hidden_states = F.silu(self.conv_norm_out(hidden_states))
+        sample = self.conv_out(hidden_states)
+
+        if not return_dict:
+            return (sample,)
+        return DDPMFacesUNetOutput(sample=sample)
+
+    def _run(self, block: nn.Module, *inputs):
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
+
+    def _check_inputs(self, sample: torch.Tensor, class_labels: torch.Tensor | None) -> None:
+        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"`sample` must be of shape (batch, {self.config.in_channels}, height, width), got "
+                f"{tuple(sample.shape)}."
+            )
+        if sample.shape[2] % self.size_multiple or sample.shape[3] % self.size_multiple:
+            raise ValueError(
+                f"`sample` must have a height and a width that are multiples of {self.size_multiple}, got "
+                f"{sample.shape[2]} x {sample.shape[3]}."
+            )
+        if (class_labels is None) != (self.class_embedding is None):
+            raise ValueError(
+                "`class_labels` must be given: this network has classes (`num_class_embeds` is "
+                f"{self.config.num_class_embeds})."
+                if class_labels is None
+                else "`class_labels` must be None: this network has no classes (`num_class_embeds` is None)."
+            )
+
+
+# The article's blocks
+
+
+class ConvBlock(nn.Module):
+    """Two 3x3 convolutions, each with ReLU and BatchNorm, the timestep added between them, then a change of size."""
+
+    def __init__(self, in_channels: int, out_channels: int, temb_dim: int, resample: nn.Module) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.time_emb_proj = nn.Linear(temb_dim, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.resample = resample
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.norm1(F.relu(self.conv1(hidden_states)))
+        hidden_states = hidden_states + F.relu(self.time_emb_proj(temb))[:, :, None, None]
+        hidden_states = self.norm2(F.relu(self.conv2(hidden_states)))
+        return self.resample(hidden_states)
+
+
+class ConvDownBlock(nn.Module):
+    """The article's way down; its skip is what it hands on, already halved."""
+
+    def __init__(self, in_channels: int, out_channels: int, temb_dim: int, **kwargs) -> None:
+        super().__init__()
+        downsample = nn.Conv2d(out_channels, out_channels, kernel_size=4, stride=2, padding=1)
+        self.block = ConvBlock(in_channels, out_channels, temb_dim, downsample)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        hidden_states = self.block(hidden_states, temb)
+        return hidden_states, [hidden_states]
+
+
+class ConvUpBlock(nn.Module):
+    """The article's way up, on its input and the skip side by side."""
+
+    def __init__(self, in_channels: int, out_channels: int, temb_dim: int, **kwargs) -> None:
+        super().__init__()
+        upsample = nn.ConvTranspose2d(out_channels, out_channels, kernel_size=4, stride=2, padding=1)
+        self.block = ConvBlock(2 * in_channels, out_channels, temb_dim, upsample)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor, skips: list[torch.Tensor]) -> torch.Tensor:
+        return self.block(torch.cat([hidden_states, skips[0]], dim=1), temb)
+
+
+# Residual blocks
+
+
+class ResnetLayer(nn.Module):
+    """x + conv(dropout(silu(scale * norm(conv(silu(norm(x)))) + shift))), scale and shift from the timestep (ADM)."""
+
+    def __init__(self, in_channels: int, out_channels: int, temb_dim: int, num_groups: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = _group_norm(num_groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.time_emb_proj = nn.Linear(temb_dim, 2 * out_channels)
+        self.norm2 = _group_norm(num_groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _zero_init(nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1))
+        self.conv_shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        residual = self.conv1(F.silu(self.norm1(hidden_states)))
+        scale, shift = self.time_emb_proj(temb)[:, :, None, None].chunk(2, dim=1)
+        residual = F.silu(self.norm2(residual) * (1 + scale) + shift)
+        residual = self.conv2(self.dropout(residual))
+        return self.conv_shortcut(hidden_states) + residual
+
+
+class AttentionLayer(nn.Module):
+    """x + out(attention(norm(x))) over all positions."""
+
+    def __init__(self, channels: int, num_groups: int, head_dim: int) -> None:
+        super().__init__()
+        # A level narrower than a head has one head of its own width.
+        head_dim = min(head_dim, channels)
+        if channels % head_dim:
+            raise ValueError(f"`attention_head_dim` ({head_dim}) must divide the width of its level ({channels}).")
+        self.num_heads = channels // head_dim
+        self.norm = _group_norm(num_groups, channels)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
+        self.to_out = _zero_init(nn.Conv2d(channels, channels, kernel_size=1))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = hidden_states.shape
+        qkv = self.to_qkv(self.norm(hidden_states))  # (batch, 3 * channels, height, width)
+        qkv = qkv.view(batch, 3, self.num_heads, channels // self.num_heads, height * width)
+        query, key, value = qkv.transpose(-1, -2).unbind(dim=1)  # each (batch, heads, height * width, head_dim)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = attended.transpose(-1, -2).reshape(batch, channels, height, width)
+        return hidden_states + self.to_out(attended)
+
+
+class ResnetMidBlock(nn.Module):
+    """A residual layer, attention, a residual layer, at the last level."""
+
+    def __init__(
+        self,
+        channels: int,
+        temb_dim: int,
+        num_groups: int,
+        head_dim: int,
+        dropout: float,
+        with_attention: bool = False,
+        **kwargs,
+    ) -> None:
+        super().__init__()
+        self.resnet1 = ResnetLayer(channels, channels, temb_dim, num_groups, dropout)
+        self.attention = AttentionLayer(channels, num_groups, head_dim) if with_attention else nn.Identity()
+        self.resnet2 = ResnetLayer(channels, channels, temb_dim, num_groups, dropout)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.resnet1(hidden_states, temb)
+        hidden_states = self.attention(hidden_states)
+        return self.resnet2(hidden_states, temb)
+
+
+class ResnetDownBlock(nn.Module):
+    """Residual layers at their level, each of which leaves a skip, then a strided convolution to the next level."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int,
+        temb_dim: int,
+        num_groups: int,
+        head_dim: int,
+        dropout: float,
+        with_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetLayer(in_channels, in_channels, temb_dim, num_groups, dropout) for _ in range(num_layers)
+        )
+        self.attentions = nn.ModuleList(
+            AttentionLayer(in_channels, num_groups, head_dim) if with_attention else nn.Identity()
+            for _ in range(num_layers)
+        )
+        self.downsample = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        skips = []
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            hidden_states = attention(resnet(hidden_states, temb))
+            skips.append(hidden_states)
+        return self.downsample(hidden_states), skips
+
+
+class ResnetUpBlock(nn.Module):
+    """Enlargement to the level above, then residual layers, each on its input and one skip side by side."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int,
+        temb_dim: int,
+        num_groups: int,
+        head_dim: int,
+        dropout: float,
+        with_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.upsample = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.resnets = nn.ModuleList(
+            ResnetLayer(2 * out_channels, out_channels, temb_dim, num_groups, dropout) for _ in range(num_layers)
+        )
+        self.attentions = nn.ModuleList(
+            AttentionLayer(out_channels, num_groups, head_dim) if with_attention else nn.Identity()
+            for _ in range(num_layers)
+        )
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor, skips: list[torch.Tensor]) -> torch.Tensor:
+        hidden_states = self.upsample(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+        for resnet, attention, skip in zip(self.resnets, self.attentions, reversed(skips), strict=True):
+            hidden_states = attention(resnet(torch.cat([hidden_states, skip], dim=1), temb))
+        return hidden_states
+
+
+def _group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
+    if channels % num_groups:
+        raise ValueError(f"`norm_num_groups` ({num_groups}) must divide the width of each level, here {channels}.")
+    return nn.GroupNorm(num_groups, channels)
+
+
+def _zero_init(layer: nn.Module) -> nn.Module:
+    """Start a branch as nothing, so that a deep network starts as a shallow one."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+_ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
+_BLOCKS = {
+    "conv": (ConvDownBlock, ConvUpBlock),
+    "resnet": (ResnetDownBlock, ResnetUpBlock),
+    "resnet_attn": (partial(ResnetDownBlock, with_attention=True), partial(ResnetUpBlock, with_attention=True)),
+}
+_MID_BLOCKS = {"resnet": ResnetMidBlock, "resnet_attn": partial(ResnetMidBlock, with_attention=True)}
