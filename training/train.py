@@ -1,8 +1,8 @@
 """Train DDPM on pictures of faces.
 
-    accelerate launch training/train.py                                          # faces that the program draws
-    accelerate launch training/train.py --train_data_dir my_faces --resolution 64
-    accelerate launch training/train.py --config training/configs/article64.yaml --dataset_name user/faces
+$ accelerate launch training/train.py                                          # faces that the program draws
+$ accelerate launch training/train.py --train_data_dir my_faces --resolution 64
+$ accelerate launch training/train.py --config training/configs/article64.yaml --dataset_name user/faces
 
 All fields of `ddpm_faces.config.TrainingConfig` are flags (`--help`), or keys of the YAML file of `--config`.
 """

@@ -96,7 +96,7 @@ class TrainingConfig:
     report_to: Literal["tensorboard", "none"] = _field("tensorboard", "Tracker of the log.")
 
     def __post_init__(self) -> None:
-        least = {name: 1 for name in _POSITIVE} | {name: 0 for name in _NOT_NEGATIVE}
+        least = dict.fromkeys(_POSITIVE, 1) | dict.fromkeys(_NOT_NEGATIVE, 0)
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and value < minimum:

@@ -60,6 +60,30 @@ def to_samples(images: torch.Tensor, random_flip: bool = False) -> torch.Tensor:
     return samples
 
 
+def picture_to_tensor(image: Image.Image, size: tuple[int, int], mode: str = "RGB") -> torch.Tensor:
+    """Decode one picture the way [`load_faces`] does.
+
+    Args:
+        image (`PIL.Image.Image`): A picture of any mode and size.
+        size (`(int, int)`): Height and width in pixels.
+        mode (`str`, defaults to `"RGB"`): `"L"`, `"RGB"` or `"RGBA"`.
+
+    Returns:
+        `torch.Tensor` of shape `(channels, height, width)`, `torch.uint8`: Upright, cropped about its centre to the
+        shape of `size`, and resized with an antialiasing filter.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it instead of scaling
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode != mode:
+        image = image.convert(mode)
+    height, width = size
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image))
+    return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+
+
 def load_faces(
     dataset_name: str | None = None,
     train_data_dir: str | None = None,
@@ -192,7 +216,7 @@ def _read_all(num_images: int, read: Reader, size: tuple[int, int], mode: str) -
     """Decode and resize in threads (PIL lets go of the interpreter), and report every picture that cannot be read."""
     if num_images == 0:
         raise ValueError("The data set is empty: it holds no pictures.")
-    images = np.empty((num_images, *size, len(mode)), dtype=np.uint8)
+    images = torch.empty((num_images, len(mode), *size), dtype=torch.uint8)
 
     def read_one(index: int) -> str | None:
         name = f"picture {index}"
@@ -200,7 +224,7 @@ def _read_all(num_images: int, read: Reader, size: tuple[int, int], mode: str) -
             name, image = read(index)
             if image is None:
                 return f"{name}: no picture"
-            images[index] = _fit(image, size, mode).reshape(images[index].shape)
+            images[index] = picture_to_tensor(image, size, mode)
         except UNREADABLE as error:
             return f"{name}: {error}"
         return None
@@ -212,17 +236,4 @@ def _read_all(num_images: int, read: Reader, size: tuple[int, int], mode: str) -
         listed = "\n".join(f"  {problem}" for problem in problems[:10])
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(f"{len(problems)} of {num_images} pictures cannot be read:\n{listed}{more}")
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-
-def _fit(image: Image.Image, size: tuple[int, int], mode: str) -> np.ndarray:
-    """Upright, in `mode`, cropped about its centre to the shape of `size`, resized with an antialiasing filter."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it instead of scaling
-        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.mode != mode:
-        image = image.convert(mode)
-    height, width = size
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
-    return np.asarray(image)
+    return images

@@ -38,7 +38,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
     Args:
         unet ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`]): Predicts the noise.
         scheduler ([`DDPMFacesScheduler`] or any other of that family):
-            Takes the steps. To exchange it: `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)`.
+            Takes the steps. Exchange: `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)`.
     """
 
     model_cpu_offload_seq = "unet"
@@ -79,7 +79,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must be of shape {shape}, got {tuple(latents.shape)}.")
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(map(repr, OUTPUT_TYPES))}, got {output_type!r}.")
+            allowed = ", ".join(map(repr, OUTPUT_TYPES))
+            raise ValueError(f"`output_type` must be one of {allowed}, got {output_type!r}.")
         num_classes = self.unet.config.get("num_class_embeds")
         if (class_labels is None) != (num_classes is None):
             raise ValueError(
@@ -97,7 +98,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be of {self._callback_tensor_inputs}, got {sorted(unknown)}."
+                f"`callback_on_step_end_tensor_inputs` must be of {self._callback_tensor_inputs}, got "
+                f"{sorted(unknown)}."
             )
         if not hasattr(self.scheduler, "betas"):
             raise ValueError(
@@ -215,7 +217,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
-                callback_kwargs = {name: latents for name in callback_on_step_end_tensor_inputs}
+                callback_kwargs = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                 latents = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", latents)
 
         # 4. Pictures

@@ -47,7 +47,7 @@ class DDPMFacesSchedulerOutput(BaseOutput):
 
 
 class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
-    """DDPM with the article's defaults (300 timesteps, linear betas, posterior variance) and DDPMScheduler's interface.
+    """DDPM with the article's defaults (300 timesteps, linear betas, posterior variance), as diffusers' DDPMScheduler.
 
     At equal configuration it takes the same steps as `diffusers.DDPMScheduler`; any scheduler of that family can take
     its place by `from_config(scheduler.config)`. The terms of the algorithm are attributes, `torch.float32` tensors of
@@ -112,8 +112,8 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         self.register_to_config(_use_default_values=[])
 
         # 1. Check
-        if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, int) or num_train_timesteps < 1:
-            raise ValueError(f"`num_train_timesteps` must be an integer of at least 1, got {num_train_timesteps!r}.")
+        _check_integer("num_train_timesteps", num_train_timesteps, 1)
+        _check_integer("steps_offset", steps_offset, 0)
         _check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
         _check_choice("variance_type", variance_type, VARIANCE_TYPES)
         _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
@@ -129,8 +129,6 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`clip_sample_range` must be positive, got {clip_sample_range}.")
         if sample_max_value < 1:
             raise ValueError(f"`sample_max_value` must be at least 1, got {sample_max_value}.")
-        if steps_offset < 0:
-            raise ValueError(f"`steps_offset` must not be negative, got {steps_offset}.")
         if rescale_betas_zero_snr and prediction_type == "epsilon":
             raise ValueError(
                 "`rescale_betas_zero_snr=True` makes the last timestep pure noise, from which `prediction_type="
@@ -210,7 +208,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
 
         if timesteps is not None:
             timesteps = [int(t) for t in timesteps]
-            if not timesteps or any(a <= b for a, b in zip(timesteps, timesteps[1:], strict=False)):
+            if not timesteps or any(a <= b for a, b in zip(timesteps[:-1], timesteps[1:], strict=True)):
                 raise ValueError(f"`timesteps` must be at least one and descend, got {timesteps}.")
         else:
             n = num_inference_steps
@@ -362,9 +360,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         s = s.view(-1, *[1] * (sample.ndim - 1))
         return torch.clamp(sample, -s, s) / s
 
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Draw x_t from q(x_t | x_0), eq. 4; the article's `forward_diffuse_process`.
 
         Args:
@@ -404,6 +400,11 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         )
 
 
+def _check_integer(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+
+
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
@@ -415,8 +416,8 @@ def _cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> torch.Te
     def alpha_bar(t: float) -> float:
         return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
 
-    edges = [i / num_train_timesteps for i in range(num_train_timesteps + 1)]
-    return torch.tensor([min(1 - alpha_bar(b) / alpha_bar(a), max_beta) for a, b in zip(edges, edges[1:], strict=False)])
+    bars = [alpha_bar(i / num_train_timesteps) for i in range(num_train_timesteps + 1)]
+    return torch.tensor([min(1 - b / a, max_beta) for a, b in zip(bars[:-1], bars[1:], strict=True)])
 
 
 def _rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:

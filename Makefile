@@ -1,0 +1,41 @@
+# make demo    train on drawn faces and generate, from nothing but Python
+# make test    install what the tests need and run them
+# Without a GPU, `make demo CPU=1` takes PyTorch's CPU build, which spares gigabytes of CUDA.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH_INDEX := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
+INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_INDEX)
+
+.PHONY: demo test test-slow style quality benchmark clean
+
+demo: $(VENV)/.demo
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		training/train.py --output_dir demo
+	$(BIN)/python examples/generate.py demo --num_images 16 --output demo/faces.png
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+benchmark: $(VENV)/.dev
+	$(BIN)/python benchmarks/speed.py
+
+clean:
+	rm -rf $(VENV) demo
+
+$(VENV)/.%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e ".[$*]"
+	touch $@
