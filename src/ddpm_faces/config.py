@@ -181,6 +181,7 @@ def parse_training_config(argv: Sequence[str] | None = None) -> TrainingConfig:
     parser = HfArgumentParser(
         TrainingConfig,
         description="Train DDPM on pictures of faces. With no arguments: small faces that the program draws itself.",
+        usage="accelerate launch training/train.py [--config FILE] [--FIELD VALUE ...]",
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML file of fields; flags on the command line take precedence.")

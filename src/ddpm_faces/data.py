@@ -128,26 +128,24 @@ def load_faces(
     if max_images is not None and max_images < 1:
         raise ValueError(f"`max_images` must be at least 1 or None, got {max_images}.")
 
-    # Each source is a number of pictures, and a function from an index to a name and a picture.
     if dataset_name is None and train_data_dir is None:
-        num_images, read = _drawn_source(num_drawn_images, max(size))
+        source = _drawn_source(num_drawn_images, max(size))
     else:
         folder = _existing_folder(dataset_name, train_data_dir)
         if folder is not None and _is_picture_folder(folder):
-            num_images, read = _folder_source(folder)
+            source = _folder_source(folder)
         else:
-            num_images, read = _dataset_source(
-                dataset_name or train_data_dir, dataset_config_name, split, image_column, cache_dir
-            )
-    if max_images is not None:
-        num_images = min(num_images, max_images)
-    return FaceDataset(_read_all(num_images, read, size, MODES[channels]))
+            name = dataset_name or train_data_dir
+            source = _dataset_source(name, dataset_config_name, split, image_column, cache_dir)
+    return FaceDataset(_read_all(source, max_images, size, MODES[channels]))
 
 
-Reader = Callable[[int], tuple[str, Image.Image]]
+# A source is a number of pictures, and a function from an index to the name of a picture and either the picture, or a
+# path or an open file to read it from, or None where there is none.
+Source = tuple[int, Callable[[int], tuple[str, Image.Image | Path | io.BytesIO | None]]]
 
 
-def _drawn_source(num_images: int, side: int) -> tuple[int, Reader]:
+def _drawn_source(num_images: int, side: int) -> Source:
     faces = DrawnFaces(num_images, resolution=side)
     return len(faces), lambda index: (f"drawn face {index}", faces[index]["image"])
 
@@ -178,14 +176,14 @@ def _is_picture_folder(folder: Path) -> bool:
     return not suffixes & DATA_SUFFIXES
 
 
-def _folder_source(folder: Path) -> tuple[int, Reader]:
+def _folder_source(folder: Path) -> Source:
     paths = [path for path in _files(folder) if path.suffix.lower() in PICTURE_SUFFIXES]
-    return len(paths), lambda index: (str(paths[index]), Image.open(paths[index]))
+    return len(paths), lambda index: (str(paths[index]), paths[index])
 
 
 def _dataset_source(
     name: str, config_name: str | None, split: str, image_column: str | None, cache_dir: str | None
-) -> tuple[int, Reader]:
+) -> Source:
     from datasets import Image as ImageFeature
     from datasets import load_dataset
 
@@ -202,28 +200,30 @@ def _dataset_source(
     # Undecoded, so that a broken picture can be named.
     dataset = dataset.select_columns(image_column).cast_column(image_column, ImageFeature(decode=False))
 
-    def read(index: int) -> tuple[str, Image.Image]:
+    def read(index: int) -> tuple[str, Path | io.BytesIO | None]:
         value = dataset[index][image_column]
-        name = f"row {index}" + (f" ({value['path']})" if value and value["path"] else "")
         if value is None:
-            return name, None
-        return name, Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
+            return f"row {index}", None
+        name = f"row {index} ({value['path']})" if value["path"] else f"row {index}"
+        return name, Path(value["path"]) if value["bytes"] is None else io.BytesIO(value["bytes"])
 
     return len(dataset), read
 
 
-def _read_all(num_images: int, read: Reader, size: tuple[int, int], mode: str) -> torch.Tensor:
+def _read_all(source: Source, max_images: int | None, size: tuple[int, int], mode: str) -> torch.Tensor:
     """Decode and resize in threads (PIL lets go of the interpreter), and report every picture that cannot be read."""
+    num_images, read = source
+    num_images = min(num_images, max_images or num_images)
     if num_images == 0:
         raise ValueError("The data set is empty: it holds no pictures.")
     images = torch.empty((num_images, len(mode), *size), dtype=torch.uint8)
 
     def read_one(index: int) -> str | None:
-        name = f"picture {index}"
+        name, picture = read(index)
+        if picture is None:
+            return f"{name}: no picture"
         try:
-            name, image = read(index)
-            if image is None:
-                return f"{name}: no picture"
+            image = picture if isinstance(picture, Image.Image) else Image.open(picture)
             images[index] = picture_to_tensor(image, size, mode)
         except UNREADABLE as error:
             return f"{name}: {error}"

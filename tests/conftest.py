@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def tiny_unet(**overrides) -> DDPMFacesUNet:
+    """A network that runs in milliseconds, in evaluation mode, with no layer left at its zero start."""
+    config = {
+        "sample_size": 16,
+        "block_out_channels": (8, 16),
+        "block_types": ("resnet",),
+        "mid_block_type": "resnet_attn",
+        "out_block_type": "norm_conv",
+        "norm_num_groups": 4,
+    }
+    unet = DDPMFacesUNet(**{**config, **overrides})
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    return unet.eval()
+
+
+@pytest.fixture
+def pipeline() -> DDPMFacesPipeline:
+    pipeline = DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=20))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

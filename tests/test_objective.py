@@ -1,0 +1,83 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ddpm_faces import DDPMFacesObjective, DDPMFacesScheduler
+
+
+class Recorder:
+    """A network that remembers what it was shown, and answers with zeros, or what it is told."""
+
+    def __init__(self, answer=None):
+        self.answer = answer
+
+    def __call__(self, sample, timesteps, **kwargs):
+        self.sample, self.timesteps, self.kwargs = sample, timesteps, kwargs
+        return SimpleNamespace(sample=torch.zeros_like(sample) if self.answer is None else self.answer)
+
+
+def draw(batch_size: int, seed: int = 0, num_train_timesteps: int = 300):
+    """The timesteps and the noise that the objective draws from this generator."""
+    generator = torch.Generator().manual_seed(seed)
+    timesteps = torch.randint(num_train_timesteps, (batch_size,), generator=generator)
+    return timesteps, torch.randn(batch_size, 3, 8, 8, generator=generator)
+
+
+@pytest.mark.parametrize(("loss_type", "power"), [("l2", 2), ("l1", 1)])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_loss_is_distance_to_the_target(prediction_type, loss_type, power):
+    scheduler = DDPMFacesScheduler(prediction_type=prediction_type)
+    x_0 = torch.rand(16, 3, 8, 8) * 2 - 1
+    unet = Recorder()
+    losses, timesteps = DDPMFacesObjective(scheduler, loss_type)(unet, x_0, generator=torch.Generator().manual_seed(0))
+
+    expected_timesteps, noise = draw(16)
+    assert torch.equal(timesteps, expected_timesteps)
+    assert torch.equal(unet.timesteps, expected_timesteps)
+    alpha_bar = (1 - torch.linspace(1e-4, 0.02, 300, dtype=torch.float64)).cumprod(0)[timesteps].view(-1, 1, 1, 1)
+    x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+    torch.testing.assert_close(unet.sample.double(), x_t, atol=1e-5, rtol=1e-5)
+    target = {
+        "epsilon": noise,
+        "sample": x_0,
+        "v_prediction": alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x_0,
+    }[prediction_type]
+    torch.testing.assert_close(
+        losses.double(), (target.double().abs() ** power).mean(dim=(1, 2, 3)), rtol=1e-4, atol=0
+    )
+
+
+def test_perfect_prediction_has_no_loss():
+    _, noise = draw(4)
+    objective = DDPMFacesObjective(DDPMFacesScheduler())
+    losses, _ = objective(Recorder(noise), torch.zeros(4, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(losses, torch.zeros(4))
+
+
+def test_timesteps_are_uniform_and_reach_both_ends():
+    x_0 = torch.zeros(20_000, 1, 1, 1)
+    _, timesteps = DDPMFacesObjective(DDPMFacesScheduler(num_train_timesteps=10))(Recorder(), x_0)
+    counts = torch.bincount(timesteps, minlength=10)
+    assert len(counts) == 10
+    assert (counts - 2000).abs().max() < 5 * 2000**0.5
+
+
+def test_all_but_the_network_is_float32():
+    """In bfloat16 the first timesteps would get no noise (1 - alpha_bar rounds to 0) and the loss would be coarse."""
+    unet = Recorder(torch.zeros(4, 3, 8, 8, dtype=torch.bfloat16))
+    losses, _ = DDPMFacesObjective(DDPMFacesScheduler())(unet, torch.zeros(4, 3, 8, 8))
+    assert unet.sample.dtype == losses.dtype == torch.float32
+
+
+def test_class_labels_reach_the_network():
+    unet = Recorder()
+    DDPMFacesObjective(DDPMFacesScheduler())(unet, torch.zeros(2, 3, 8, 8), class_labels=torch.tensor([0, 1]))
+    assert unet.kwargs["class_labels"].tolist() == [0, 1]
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="`loss_type` must be one of 'l2', 'l1', 'huber', got 'l3'"):
+        DDPMFacesObjective(DDPMFacesScheduler(), loss_type="l3")
+    with pytest.raises(ValueError, match="'learned_range' needs a variational loss"):
+        DDPMFacesObjective(DDPMFacesScheduler(variance_type="learned_range"))

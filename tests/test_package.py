@@ -1,0 +1,53 @@
+"""The house: what imports what, and what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ddpm_faces
+
+
+SOURCE = Path(ddpm_faces.__file__).parent
+TRAVELLING = ("unet_ddpm_faces", "scheduling_ddpm_faces", "pipeline_ddpm_faces")
+
+
+def imported_modules(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." * node.level + (node.module or ""))
+    return names
+
+
+@pytest.mark.parametrize("module", TRAVELLING)
+def test_files_that_travel_to_the_hub_stand_alone(module):
+    allowed = {"torch", "diffusers", *sys.stdlib_module_names}
+    assert {name.split(".")[0] for name in imported_modules(SOURCE / f"{module}.py")} <= allowed
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda path: path.stem)
+def test_source_never_imports_training(path):
+    assert not {name for name in imported_modules(path) if name.split(".")[0] in ("training", "train")}
+
+
+def test_importing_is_cheap_and_needs_no_extra():
+    script = (
+        "import sys, ddpm_faces\n"
+        "assert 'torch' not in sys.modules\n"
+        "from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet, DrawnFaces\n"
+        "loaded = {'datasets', 'matplotlib', 'tensorboard', 'yaml.loader'} & set(sys.modules)\n"
+        "assert not {'datasets', 'matplotlib', 'tensorboard'} & loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_public_names_exist():
+    for name in ddpm_faces.__all__:
+        assert getattr(ddpm_faces, name) is not None
+    with pytest.raises(AttributeError, match="DDPMFacesVAE"):
+        _ = ddpm_faces.DDPMFacesVAE

@@ -1,0 +1,230 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_unet
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+
+from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# What comes out
+
+
+def test_equals_diffusers_pipeline_at_equal_parts():
+    unet = UNet2DModel(
+        sample_size=16, block_out_channels=(8, 8), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=4, layers_per_block=1,
+    )  # fmt: skip
+    theirs = quiet(DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=20)))
+    ours = quiet(DDPMFacesPipeline(unet, DDPMFacesScheduler(num_train_timesteps=20)))
+    expected = theirs(2, torch.Generator().manual_seed(1), num_inference_steps=20, output_type="np").images
+    actual = ours(2, generator=torch.Generator().manual_seed(1), output_type="np").images
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_diffusers_pipeline_runs_our_network():
+    images = quiet(DDPMPipeline(tiny_unet(), DDIMScheduler(num_train_timesteps=20)))(2, num_inference_steps=4).images
+    assert [image.size for image in images] == [(16, 16)] * 2
+
+
+def test_output_types_are_one_picture(pipeline):
+    def generate(output_type):
+        return pipeline(2, generator=torch.Generator().manual_seed(0), output_type=output_type).images
+
+    latent, pt, array, pil = (generate(output_type) for output_type in ("latent", "pt", "np", "pil"))
+    assert latent.shape == pt.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(pt, (latent / 2 + 0.5).clamp(0, 1))
+    np.testing.assert_array_equal(array, pt.permute(0, 2, 3, 1).numpy())
+    assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in pil)
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in pil]), (array * 255).round())
+    assert torch.equal(
+        pipeline(2, generator=torch.Generator().manual_seed(0), output_type="pt", return_dict=False)[0], pt
+    )
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_other_channels(channels, mode):
+    unet = tiny_unet(in_channels=channels, out_channels=channels)
+    image = quiet(DDPMFacesPipeline(unet, DDPMFacesScheduler(num_train_timesteps=3)))().images[0]
+    assert (image.mode, image.size) == (mode, (16, 16))
+
+
+def test_non_square():
+    pipeline = quiet(DDPMFacesPipeline(tiny_unet(sample_size=(16, 24)), DDPMFacesScheduler(num_train_timesteps=3)))
+    assert pipeline(output_type="pt").images.shape == (1, 3, 16, 24)
+    assert pipeline().images[0].size == (24, 16)
+
+
+def test_none_steps_are_the_schedulers_own_number(pipeline):
+    seen = []
+    pipeline(callback_on_step_end=lambda pipe, i, t, tensors: seen.append((i, int(t))))
+    assert seen == [(i, 19 - i) for i in range(20)]
+
+
+# Reproducibility
+
+
+def test_picture_depends_on_its_generator_only(pipeline):
+    together = pipeline(3, generator=generators(5, 6, 7), output_type="pt").images
+    alone = pipeline(1, generator=generators(7), output_type="pt").images
+    swapped = pipeline(2, generator=generators(7, 5), output_type="pt").images
+    torch.testing.assert_close(together[2:], alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(together[[2, 0]], swapped, atol=1e-5, rtol=0)
+    assert not torch.allclose(together[0], together[1], atol=0.01)
+
+
+def test_same_pixels_from_a_saved_model_in_a_fresh_process(pipeline, tmp_path):
+    expected = pipeline(2, generator=generators(0, 1), output_type="np").images
+    pipeline.save_pretrained(tmp_path / "model")
+    script = (
+        "import sys, numpy, torch\n"
+        "from ddpm_faces import DDPMFacesPipeline\n"
+        "pipeline = DDPMFacesPipeline.from_pretrained(sys.argv[1])\n"
+        "generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]\n"
+        "numpy.save(sys.argv[2], pipeline(2, generator=generators, output_type='np').images)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path / "model", tmp_path / "images.npy"], check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), expected)
+    assert not list(tmp_path.rglob("*.bin"))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+def test_global_random_state_is_untouched_with_a_generator(pipeline):
+    before = torch.get_rng_state()
+    pipeline(2, generator=generators(0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_given_latents_are_the_start(pipeline):
+    latents = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    a = pipeline(2, latents=latents, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    b = pipeline(2, latents=latents.clone(), generator=torch.Generator().manual_seed(0), output_type="pt").images
+    c = pipeline(2, latents=-latents, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert torch.equal(a, b)
+    assert not torch.allclose(a, c, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights(pipeline, tmp_path, dtype):
+    expected = pipeline(2, generator=generators(0, 1), output_type="pt").images
+    pipeline.save_pretrained(tmp_path)
+    half = quiet(DDPMFacesPipeline.from_pretrained(tmp_path, dtype=dtype))
+    assert half.unet.dtype == dtype
+    actual = half(2, generator=generators(0, 1), output_type="pt").images
+    assert actual.dtype == torch.float32
+    assert (actual - expected).abs().mean() < 0.02
+    assert half(output_type="pil").images[0].size == (16, 16)
+    assert half(output_type="np").images.dtype == np.float32
+
+
+# Schedulers
+
+
+def test_exchanged_scheduler_is_scaled_and_stepped_as_it_wants(pipeline):
+    """Euler starts from noise of deviation sigma_max and feeds the network scaled samples: look at what it gets."""
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    inputs = []
+    pipeline.unet.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    pipeline(64, num_inference_steps=5)
+    assert inputs[0].std().item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_eta_reaches_ddim(pipeline):
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+
+    def images(eta):
+        return pipeline(generator=torch.Generator().manual_seed(0), num_inference_steps=5, eta=eta, output_type="pt")[
+            0
+        ]
+
+    assert torch.equal(images(0.0), images(0.0))
+    assert not torch.allclose(images(0.0), images(1.0), atol=0.01)
+
+
+def test_zero_snr_is_refused_where_it_fails():
+    scheduler = DDPMFacesScheduler(20, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    pipeline = quiet(DDPMFacesPipeline(tiny_unet(), scheduler))
+    assert torch.isfinite(pipeline(output_type="pt").images).all()
+    pipeline.scheduler = PNDMScheduler.from_config(scheduler.config, trained_betas=scheduler.betas.tolist())
+    with pytest.raises(ValueError, match="PNDMScheduler divides by the signal"):
+        pipeline()
+
+
+def test_learned_variance():
+    scheduler = DDPMFacesScheduler(20, variance_type="learned_range")
+    pipeline = quiet(DDPMFacesPipeline(tiny_unet(out_channels=6), scheduler))
+    assert torch.isfinite(pipeline(output_type="pt").images).all()
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(scheduler.config)
+    with pytest.raises(ValueError, match="also predicts the variance"):
+        pipeline()
+
+
+# Callback
+
+
+def test_callback_sees_and_replaces_latents(pipeline):
+    def blacken(pipe, step, timestep, tensors):
+        assert tensors["latents"].shape == (1, 3, 16, 16)
+        return {"latents": torch.full_like(tensors["latents"], -1.0)} if step == 19 else tensors
+
+    assert not np.asarray(pipeline(callback_on_step_end=blacken).images[0]).any()
+
+
+# Classes
+
+
+def test_class_labels():
+    unet = tiny_unet(num_class_embeds=3)
+    pipeline = quiet(DDPMFacesPipeline(unet, DDPMFacesScheduler(num_train_timesteps=20)))
+
+    def images(labels):
+        return pipeline(2, generator=generators(0, 0), class_labels=labels, output_type="pt").images
+
+    assert torch.equal(images([1, 2]), images(torch.tensor([1, 2])))
+    assert not torch.allclose(*images([1, 2]), atol=1e-3)
+    for labels, message in [(None, "has 3 classes"), ([1], "2 .* integers"), ([0, 3], "from 0 to 2")]:
+        with pytest.raises(ValueError, match=message):
+            images(labels)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size` .* got 0"),
+        ({"num_inference_steps": 21}, "from 1 to 20.* got 21"),
+        ({"num_inference_steps": 0}, "from 1 to 20.* got 0"),
+        ({"num_inference_steps": 2.5}, "integer or None, got 2.5"),
+        ({"batch_size": 3, "generator": generators(0, 1)}, "got 2 for a `batch_size` of 3"),
+        ({"latents": torch.zeros(1, 3, 16, 8)}, r"shape \(1, 3, 16, 16\), got \(1, 3, 16, 8\)"),
+        ({"output_type": "jpeg"}, "'pil', 'np', 'pt', 'latent', got 'jpeg'"),
+        ({"class_labels": [0]}, "has no classes"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"got \['noise'\]"),
+    ],
+)
+def test_bad_input(pipeline, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(**arguments)
