@@ -4,6 +4,10 @@ import torch
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet
 
 
+# The networks here are so small that threads cost more than they give, above all on a busy machine.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -81,15 +81,6 @@ def make_inputs(unet, batch_size=2):
     return inputs
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # The networks here are so small that threads cost more than they give, above all on a busy machine.
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 def relative_error(actual, expected):
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
@@ -398,10 +389,14 @@ def test_gradient_checkpointing(unet):
         torch.testing.assert_close(checkpointed_gradients[name], gradient, msg=name)
 
 
-def test_gradient_checkpointing_leaves_batch_norm_alone():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradient_checkpointing_leaves_batch_norm_alone(compiled):
     # The blocks run a second time in the backward pass, and BatchNorm must not count that batch twice.
     plain, checkpointed = (make_unet(**CONFIGS["article"]).train() for _ in range(2))
     checkpointed.enable_gradient_checkpointing()
+    if compiled:
+        torch.compiler.reset()
+        checkpointed.compile(backend="aot_eager", fullgraph=True)
     for unet in (plain, checkpointed):
         loss_and_gradients(unet, make_inputs(unet))
     expected = dict(plain.named_buffers())

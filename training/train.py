@@ -9,6 +9,7 @@ All fields of `ddpm_faces.config.TrainingConfig` are flags (`--help`), or keys o
 
 import json
 import math
+import os
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -45,6 +46,8 @@ def main(config: TrainingConfig) -> None:
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
+    if accelerator.device.type == "cpu":
+        use_all_cores()
     set_seed(config.seed)
     scheduler = DDPMFacesScheduler(**config.scheduler_config())
     objective = DDPMFacesObjective(scheduler, loss_type=config.loss_type)
@@ -82,6 +85,9 @@ def main(config: TrainingConfig) -> None:
         drop_last=True,
         num_workers=config.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        # Of its own, because each new iterator draws a seed, and a resumed run makes one more of them: from the global
+        # generator, all noise after that would be another.
+        generator=torch.Generator(),
     )
 
     # 3. Optimizer, its schedule in optimizer steps, EMA
@@ -93,6 +99,7 @@ def main(config: TrainingConfig) -> None:
         eps=config.adam_epsilon,
     )
     max_train_steps = math.ceil(config.max_train_images / images_per_step)
+    last_image = max_train_steps * images_per_step
     lr_scheduler = get_scheduler(
         "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler,
         optimizer,
@@ -127,14 +134,14 @@ def main(config: TrainingConfig) -> None:
     steps_per_epoch = len(dataloader)  # batches, of which `gradient_accumulation_steps` make a step
     batches_seen = progress.images_seen // images_per_batch
     bar = tqdm(
-        total=max_train_steps * images_per_step,
+        total=last_image,
         initial=progress.images_seen,
         unit="img",
         desc="Training",
         disable=not accelerator.is_local_main_process,
     )
     loss_sum, num_losses = torch.zeros((), device=accelerator.device), 0
-    while progress.images_seen < max_train_steps * images_per_step:
+    while progress.images_seen < last_image:
         epoch, first_batch = divmod(batches_seen, steps_per_epoch)
         dataloader.set_epoch(epoch)
         for batch in skip_first_batches(dataloader, first_batch) if first_batch else dataloader:
@@ -162,17 +169,24 @@ def main(config: TrainingConfig) -> None:
                 loss_sum, num_losses = torch.zeros_like(loss_sum), 0
                 run.log(progress.images_seen, epoch, loss, lr_scheduler.get_last_lr()[0])
                 bar.set_postfix(loss=f"{loss:.4f}", epoch=epoch)
-            if run.is_due(config.sample_every_images, progress.images_seen):
+            if run.is_due(config.sample_every_images, progress.images_seen) and progress.images_seen < last_image:
                 run.sample(progress.images_seen, config.sample_inference_steps)
             if run.is_due(config.checkpoint_every_images, progress.images_seen):
                 run.checkpoint(progress.images_seen)
-            if progress.images_seen >= max_train_steps * images_per_step:
+            if progress.images_seen >= last_image:
                 break
     bar.close()
 
     # 6. Finish
     run.finish(progress.images_seen)
     accelerator.end_training()
+
+
+def use_all_cores() -> None:
+    """Undo `accelerate launch`'s single thread per process, which leaves the other cores of a CPU idle."""
+    if torch.get_num_threads() == 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 class Progress:

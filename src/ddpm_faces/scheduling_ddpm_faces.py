@@ -218,12 +218,15 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
                     f"({num_train_timesteps}), got {n!r}."
                 )
             if self.config.timestep_spacing == "linspace":
-                timesteps = [round(i * (num_train_timesteps - 1) / max(n - 1, 1)) for i in reversed(range(n))]
+                stride = (num_train_timesteps - 1) / max(n - 1, 1)
+                timesteps = [round(i * stride) for i in reversed(range(n))]
             elif self.config.timestep_spacing == "leading":
                 stride = num_train_timesteps // n
                 timesteps = [i * stride + self.config.steps_offset for i in reversed(range(n))]
             else:  # trailing
-                timesteps = [round(num_train_timesteps - i * num_train_timesteps / n) - 1 for i in range(n)]
+                # The stride as numpy.arange rounds it, so that halves fall as they do in DDPMScheduler.
+                stride = num_train_timesteps - (num_train_timesteps - num_train_timesteps / n)
+                timesteps = [round(num_train_timesteps - i * stride) - 1 for i in range(n)]
 
         if timesteps[0] >= num_train_timesteps or timesteps[-1] < 0:
             raise ValueError(

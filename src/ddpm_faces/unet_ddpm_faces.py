@@ -15,6 +15,8 @@ i + 1 and leaves skips, its mirrored up block goes back and takes them. The mid 
 A new type of block is a pair of classes and a line in `_BLOCKS`.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +27,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -193,7 +196,10 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         self._check_inputs(sample, class_labels)
 
         # 1. time
-        timesteps = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        if isinstance(timestep, torch.Tensor):
+            timesteps = timestep.to(sample.device).expand(sample.shape[0])
+        else:  # as a value of the graph and not a constant of it, so that `torch.compile` does so once
+            timesteps = torch.full((sample.shape[0],), timestep, device=sample.device)
         # The article's embedding: sine then cosine, frequencies from 1 to 1 / 10000, in float32 whatever the weights.
         t_emb = get_timestep_embedding(timesteps, self.config.time_proj_dim)  # (batch, time_proj_dim)
         temb = self.time_embedding(t_emb.to(self.time_embedding[0].weight.dtype))  # (batch, time_embedding_dim)
@@ -225,6 +231,10 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         if not return_dict:
             return (sample,)
         return DDPMFacesUNetOutput(sample=sample)
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
+        """Keep the inputs of each block only, and compute the rest once more in the backward pass."""
+        super().enable_gradient_checkpointing(gradient_checkpointing_func or _checkpoint)
 
     def _run(self, block: nn.Module, *inputs):
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -433,6 +443,27 @@ class ResnetUpBlock(nn.Module):
         for resnet, attention, skip in zip(self.resnets, self.attentions, reversed(skips), strict=True):
             hidden_states = attention(resnet(torch.cat([hidden_states, skip], dim=1), temb))
         return hidden_states
+
+
+def _checkpoint(block: nn.Module, *inputs):
+    if torch.compiler.is_compiling():  # takes no contexts, and needs none: a compiled graph updates buffers once
+        return checkpoint(block, *inputs, use_reentrant=False)
+    contexts = nullcontext(), _running_statistics_kept(block)
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: contexts)
+
+
+@contextmanager
+def _running_statistics_kept(block: nn.Module) -> Iterator[None]:
+    """BatchNorm counts a batch each time it sees it; the second pass of gradient checkpointing is no new batch."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def _group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
