@@ -164,16 +164,19 @@ def main(config: TrainingConfig) -> None:
             progress.images_seen += images_per_step
             bar.update(images_per_step)
 
-            if run.is_due(config.log_every_images, progress.images_seen):
+            is_last = progress.images_seen >= last_image
+            if run.is_due(config.log_every_images, progress.images_seen) or is_last:
                 loss = accelerator.reduce(loss_sum / num_losses, reduction="mean").item()
                 loss_sum, num_losses = torch.zeros_like(loss_sum), 0
                 run.log(progress.images_seen, epoch, loss, lr_scheduler.get_last_lr()[0])
                 bar.set_postfix(loss=f"{loss:.4f}", epoch=epoch)
-            if run.is_due(config.sample_every_images, progress.images_seen) and progress.images_seen < last_image:
+            if run.is_due(config.sample_every_images, progress.images_seen) and not is_last:  # `finish` draws the last
                 run.sample(progress.images_seen, config.sample_inference_steps)
-            if run.is_due(config.checkpoint_every_images, progress.images_seen):
+            if config.checkpoint_every_images and (
+                run.is_due(config.checkpoint_every_images, progress.images_seen) or is_last
+            ):
                 run.checkpoint(progress.images_seen)
-            if progress.images_seen >= last_image:
+            if is_last:
                 break
     bar.close()
 
@@ -223,7 +226,7 @@ class Run:
         self.log_path = self.output_dir / "log.jsonl"
 
     def is_due(self, every_images: int, images_seen: int) -> bool:
-        """Whether the last step passed a multiple of `every_images`."""
+        """Whether the last step passed a multiple of `every_images`; 0 is never."""
         return every_images > 0 and images_seen // every_images > (images_seen - self.images_per_step) // every_images
 
     def checkpoint_to_resume(self) -> Path | None:

