@@ -168,7 +168,7 @@ def test_network_sees_what_the_docstring_says(network, pictures):
         torch.testing.assert_close(network.network._fc(features), logits, rtol=1e-3, atol=1e-3)
     assert features.shape == (4, 1280)
     assert features.dtype == torch.float32
-    assert not features.requires_grad
+    assert not network(pictures[:1]).requires_grad
 
 
 def test_features_do_not_depend_on_container_or_batch_size(network, pictures):

@@ -35,13 +35,23 @@ def test_source_never_imports_training(path):
     assert not {name for name in imported_modules(path) if name.split(".")[0] in ("training", "train")}
 
 
+@pytest.mark.parametrize(
+    ("module", "may_import"),
+    [("data", {"drawn_faces"}), ("drawn_faces", set()), ("objective", set()), ("plots", set()), ("checkpoint", set())],
+)
+def test_data_flows_one_way(module, may_import):
+    ours = {name.lstrip(".") for name in imported_modules(SOURCE / f"{module}.py") if name.startswith(".")}
+    assert ours <= may_import
+
+
 def test_importing_is_cheap_and_needs_no_extra():
     script = (
         "import sys, ddpm_faces\n"
-        "assert 'torch' not in sys.modules\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
         "from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet, DrawnFaces\n"
-        "loaded = {'datasets', 'matplotlib', 'tensorboard', 'yaml.loader'} & set(sys.modules)\n"
-        "assert not {'datasets', 'matplotlib', 'tensorboard'} & loaded, loaded\n"
+        "extras = {'datasets', 'matplotlib', 'tensorboard', 'ddpm_faces.metrics'} & set(sys.modules)\n"
+        "assert not extras, extras\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 

@@ -220,6 +220,8 @@ def test_class_labels():
         ({"num_inference_steps": 0}, "from 1 to 20.* got 0"),
         ({"num_inference_steps": 2.5}, "integer or None, got 2.5"),
         ({"batch_size": 3, "generator": generators(0, 1)}, "got 2 for a `batch_size` of 3"),
+        ({"generator": 0}, "must be a torch.Generator, .* got 0"),
+        ({"eta": 1.5}, r"`eta` must lie in \[0, 1\], got 1.5"),
         ({"latents": torch.zeros(1, 3, 16, 8)}, r"shape \(1, 3, 16, 16\), got \(1, 3, 16, 8\)"),
         ({"output_type": "jpeg"}, "'pil', 'np', 'pt', 'latent', got 'jpeg'"),
         ({"class_labels": [0]}, "has no classes"),

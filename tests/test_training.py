@@ -147,6 +147,13 @@ def test_accumulation_counts_steps_not_batches(tmp_path):
     np.testing.assert_allclose([entry["learning_rate"] for entry in log], expected, atol=1e-9)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
+def test_single_thread_of_accelerate_launch_is_undone(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as `accelerate launch` sets it where --cpu is not given
+    result = train(tmp_path, max_train_images=8, checkpoint_every_images=0, sample_every_images=0, report_to="none")
+    assert f"({len(os.sched_getaffinity(0))} CPU threads each)" in result.stdout, result.stderr
+
+
 def test_article_network_in_bf16_from_a_folder_of_pictures(tmp_path):
     """Precision comes from `accelerate launch`, and all that the article's preset switches off is off."""
     rng = np.random.default_rng(0)
@@ -159,7 +166,7 @@ def test_article_network_in_bf16_from_a_folder_of_pictures(tmp_path):
         checkpoint_every_images=0, gradient_checkpointing="true",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "bf16 precision" in result.stdout
+    assert "precision: bf16" in result.stdout
     unet = DDPMFacesPipeline.from_pretrained(tmp_path / "run").unet
     assert unet.config.out_block_type == "conv"
     assert unet.dtype == torch.float32
@@ -171,11 +178,12 @@ def test_article_network_in_bf16_from_a_folder_of_pictures(tmp_path):
     [
         ({"train_data_dir": "no/such/folder"}, "`train_data_dir` must be an existing folder"),
         ({"resolution": 17}, "`sample_size` must be .* multiple of 2"),
+        ({"output_dir": ROOT / "README.md"}, "`output_dir` must be a folder"),
         ({"num_drawn_images": 4}, "needs at least 8 pictures, and the data set has 4"),
     ],
 )
 def test_bad_input_leaves_nothing(tmp_path, overrides, message):
-    result = train(tmp_path / "run", **overrides)
+    result = train(**{"output_dir": tmp_path / "run", **overrides})
     assert result.returncode != 0
     assert re.search(message, result.stderr), result.stderr
     assert not (tmp_path / "run").exists()

@@ -33,8 +33,12 @@ from ddpm_faces.data import load_faces, to_samples
 from ddpm_faces.plots import image_grid, loss_curve
 
 
+CONFIG_NAME = "training_config.yaml"
+
+
 def main(config: TrainingConfig) -> None:
     # 1. Set up
+    checkpoint = checkpoint_to_resume(config)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -118,7 +122,6 @@ def main(config: TrainingConfig) -> None:
 
     # 4. Resume
     run = Run(config, accelerator, accelerator.unwrap_model(unet), ema, images_per_step)
-    checkpoint = run.checkpoint_to_resume()
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"Resumed from {checkpoint} after {progress.images_seen} images.")
@@ -127,7 +130,7 @@ def main(config: TrainingConfig) -> None:
     accelerator.print(
         f"{len(dataset)} pictures, {num_parameters / 1e6:.1f} M parameters, {images_per_step} images per step, "
         f"{max_train_steps} steps on {accelerator.num_processes} x {accelerator.device.type} "
-        f"({accelerator.mixed_precision} precision)"
+        f"({torch.get_num_threads()} CPU threads each), precision: {accelerator.mixed_precision}"
     )
 
     # 5. Train
@@ -192,6 +195,31 @@ def use_all_cores() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
+def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
+    """The newest checkpoint in `output_dir`, if there is one.
+
+    Raises:
+        ValueError: It is of another network or schedule, or the run is not to be resumed.
+    """
+    checkpoints = list_checkpoints(config.output_dir)
+    if not checkpoints:
+        return None
+    if config.resume == "never":
+        raise ValueError(
+            f"`output_dir` {config.output_dir!r} holds checkpoints of an earlier run, which `resume=never` would "
+            "overwrite: choose another folder, or delete them."
+        )
+    saved = TrainingConfig(**yaml.safe_load(Path(config.output_dir, CONFIG_NAME).read_text()))
+    then, now = ({**c.unet_config(), **c.scheduler_config()} for c in (saved, config))
+    changed = [f"{name}: {then[name]} there, {now[name]} now" for name in now if then[name] != now[name]]
+    if changed:
+        raise ValueError(
+            f"`output_dir` {config.output_dir!r} holds a run of another model ({'; '.join(changed)}): choose another "
+            "folder, or delete its checkpoints."
+        )
+    return checkpoints[-1]
+
+
 class Progress:
     """How far the run has come; saved with each checkpoint."""
 
@@ -222,38 +250,17 @@ class Run:
         self.ema = ema
         self.images_per_step = images_per_step
         self.output_dir = Path(config.output_dir)
-        self.config_path = self.output_dir / "training_config.yaml"
         self.log_path = self.output_dir / "log.jsonl"
 
     def is_due(self, every_images: int, images_seen: int) -> bool:
         """Whether the last step passed a multiple of `every_images`; 0 is never."""
         return every_images > 0 and images_seen // every_images > (images_seen - self.images_per_step) // every_images
 
-    def checkpoint_to_resume(self) -> Path | None:
-        """The newest checkpoint, if there is one and it is of the same network and schedule."""
-        checkpoints = list_checkpoints(self.output_dir)
-        if not checkpoints:
-            return None
-        if self.config.resume == "never":
-            raise ValueError(
-                f"`output_dir` {str(self.output_dir)!r} holds checkpoints of an earlier run, which `resume=never` "
-                "would overwrite: choose another folder, or delete them."
-            )
-        saved = TrainingConfig(**yaml.safe_load(self.config_path.read_text()))
-        then, now = ({**c.unet_config(), **c.scheduler_config()} for c in (saved, self.config))
-        changed = [f"{name}: {then[name]} there, {now[name]} now" for name in now if then[name] != now[name]]
-        if changed:
-            raise ValueError(
-                f"`output_dir` {str(self.output_dir)!r} holds a run of another model ({'; '.join(changed)}): choose "
-                "another folder, or delete its checkpoints."
-            )
-        return checkpoints[-1]
-
     def start(self, images_seen: int) -> None:
         """Open the log, less what a run that was interrupted wrote after its last checkpoint."""
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            self.config.save(self.config_path)
+            self.config.save(self.output_dir / CONFIG_NAME)
             entries = [entry for entry in self.read_log() if entry["images_seen"] <= images_seen]
             self.log_path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         hyperparameters = {k: v if isinstance(v, (int, float)) else str(v) for k, v in asdict(self.config).items()}

@@ -115,8 +115,8 @@ class TrainingConfig:
                 f"`sample_inference_steps` ({self.sample_inference_steps}) must not exceed `num_train_timesteps` "
                 f"({self.num_train_timesteps})."
             )
-        if not self.output_dir.strip():
-            raise ValueError("`output_dir` must not be empty.")
+        if not self.output_dir.strip() or (Path(self.output_dir).exists() and not Path(self.output_dir).is_dir()):
+            raise ValueError(f"`output_dir` must be a folder, or the name of a new one, got {self.output_dir!r}.")
 
     def unet_config(self) -> dict:
         """The arguments of [`DDPMFacesUNet`]."""

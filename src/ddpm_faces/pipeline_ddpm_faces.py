@@ -56,7 +56,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         output_type: str,
         class_labels: Sequence[int] | torch.Tensor | None,
-        callback_on_step_end_tensor_inputs: list[str],
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        eta: float,
     ) -> None:
         """Raise a `ValueError` that says what is wrong, before any work starts."""
         scheduler_name = type(self.scheduler).__name__
@@ -69,6 +70,12 @@ class DDPMFacesPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`num_inference_steps` must be from 1 to {num_train_timesteps}, the timesteps that the network "
                 f"learned, got {num_inference_steps}."
+            )
+        generators = generator if isinstance(generator, list) else [generator]
+        if not all(g is None or isinstance(g, torch.Generator) for g in generators):
+            raise ValueError(
+                f"`generator` must be a torch.Generator, a list of them, or None, got {generator!r}: make one of a "
+                "seed with torch.Generator().manual_seed(seed)."
             )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
@@ -101,6 +108,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` must be of {self._callback_tensor_inputs}, got "
                 f"{sorted(unknown)}."
             )
+        if not 0 <= eta <= 1:
+            raise ValueError(f"`eta` must lie in [0, 1], got {eta}.")
         if not hasattr(self.scheduler, "betas"):
             raise ValueError(
                 f"`scheduler` {scheduler_name} is not defined by betas: it steps along noise levels of its own and "
@@ -193,6 +202,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             output_type,
             class_labels,
             callback_on_step_end_tensor_inputs,
+            eta,
         )
 
         # 1. Timesteps first: some schedulers know their initial scale only then

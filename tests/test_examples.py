@@ -1,0 +1,84 @@
+"""Examples and benchmarks run as the README has them and draw what they say; links in the documents lead somewhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_faces import DrawnFaces
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, *arguments) -> str:
+    result = subprocess.run(
+        [sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def model(pipeline, tmp_path) -> Path:
+    pipeline.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_generate(model, tmp_path):
+    for count in (1, 4):
+        assert str(tmp_path / f"{count}.png") in run(
+            "examples/generate.py", model, "--num_images", count, "--output", tmp_path / f"{count}.png"
+        )
+    one, four = (np.asarray(Image.open(tmp_path / f"{count}.png")).astype(int) for count in (1, 4))
+    assert one.shape == (128, 128, 3)
+    assert four.shape == (258, 258, 3)
+    assert abs(four[:128, :128] - one).max() <= 1  # face 0 is face 0, however many are drawn with it
+
+
+def test_denoising_strip(model, tmp_path):
+    run("examples/denoising_strip.py", model, "--num_images", 2, "--output", tmp_path / "strip.png")
+    width, height = Image.open(tmp_path / "strip.png").size
+    assert width > 3 * height
+
+
+def test_forward_process(tmp_path):
+    DrawnFaces(1, resolution=48)[0]["image"].save(tmp_path / "face.png")
+    run("examples/forward_process.py", "--output", tmp_path / "drawn.png")
+    run("examples/forward_process.py", "--image", tmp_path / "face.png", "--output", tmp_path / "given.png")
+    for name in ("drawn.png", "given.png"):
+        strip = np.asarray(Image.open(tmp_path / name).convert("L")).astype(float)
+        middle = strip[strip.shape[0] // 2 - 20 : strip.shape[0] // 2 + 40]
+        first, last = middle[:, 20:100], middle[:, -100:-20]
+        # Neighbouring pixels of a face are alike; those of noise are not.
+        assert abs(np.diff(last, axis=0)).mean() > 2 * abs(np.diff(first, axis=0)).mean()
+
+
+def test_benchmark(tmp_path):
+    run(
+        *("benchmarks/speed.py", "--networks", "default", "--dtypes", "fp32", "--batch_sizes", "1", "--repeats", "1"),
+        *("--output", tmp_path / "speed.md"),
+    )
+    assert re.search(r"\| default \| 1\.\d \| 32x32 \| 0\.\d\d \| fp32 \| 1 \|", (tmp_path / "speed.md").read_text())
+
+
+def test_quality(model, tmp_path):
+    (tmp_path / "faces").mkdir()
+    for i, face in enumerate(DrawnFaces(24, resolution=16)):
+        face["image"].save(tmp_path / "faces" / f"{i}.png")
+    table = run("benchmarks/quality.py", model, "--dataset_name", tmp_path / "faces", "--num_images", 24)
+    real, samples = (line.split("|") for line in table.splitlines()[-2:])
+    assert real[1].strip() == "other real faces"
+    assert [cell.strip() for cell in samples[1:4]] == [str(model), "24", "20"]
+    assert float(real[5]) == 0.0  # the folder has no splits: these are the same pictures
+    assert float(samples[5]) > 100
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", path.read_text()) if "://" not in link]
+    assert [link for link in links if not (path.parent / link).exists()] == []
