@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_INDEX)
 
-.PHONY: demo test test-slow style quality benchmark clean
+.PHONY: demo test style quality benchmark clean
 
 demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -17,9 +17,6 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
-
-test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
