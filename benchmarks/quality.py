@@ -51,9 +51,7 @@ def generate(pipeline: DDPMFacesPipeline, args: argparse.Namespace) -> torch.Ten
 def main() -> None:
     """Print the table, a row per model, as it grows."""
     args = parse_args()
-    pipelines = [
-        DDPMFacesPipeline.from_pretrained(model, torch_dtype=getattr(torch, args.dtype)) for model in args.models
-    ]
+    pipelines = [DDPMFacesPipeline.from_pretrained(model, dtype=getattr(torch, args.dtype)) for model in args.models]
     sizes = {pipeline.unet.config.sample_size for pipeline in pipelines} or {64}
     if len(sizes) > 1:
         raise ValueError(f"`models` must be of one picture size, got {sorted(sizes)}.")

@@ -405,6 +405,17 @@ def test_gradient_checkpointing_leaves_batch_norm_alone(compiled):
             torch.testing.assert_close(buffer, expected[name], msg=name)
 
 
+def test_gradient_checkpointing_takes_a_second_backward_pass():
+    unet = make_unet(**CONFIGS["article"]).train()
+    unet.enable_gradient_checkpointing()
+    loss = unet(**make_inputs(unet)).sample.square().mean()
+    loss.backward(retain_graph=True)
+    once = {name: parameter.grad.clone() for name, parameter in unet.named_parameters()}
+    loss.backward()
+    for name, parameter in unet.named_parameters():
+        torch.testing.assert_close(parameter.grad, 2 * once[name], msg=name)
+
+
 def test_one_batch_is_learned():
     faces = np.stack([np.asarray(face["image"]) for face in DrawnFaces(8, resolution=16)])
     faces = torch.from_numpy(faces).permute(0, 3, 1, 2).float() / 127.5 - 1

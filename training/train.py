@@ -189,7 +189,10 @@ def main(config: TrainingConfig) -> None:
 
 
 def use_all_cores() -> None:
-    """Undo `accelerate launch`'s single thread per process, which leaves the other cores of a CPU idle."""
+    """Undo `accelerate launch`'s single thread per process, which leaves the other cores of a CPU idle.
+
+    One thread that a user asked for looks the same from here: to keep a process on one core, use `taskset`.
+    """
     if torch.get_num_threads() == 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

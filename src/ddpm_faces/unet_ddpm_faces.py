@@ -15,8 +15,8 @@ i + 1 and leaves skips, its mirrored up block goes back and takes them. The mid 
 A new type of block is a pair of classes and a line in `_BLOCKS`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -448,21 +448,26 @@ class ResnetUpBlock(nn.Module):
 def _checkpoint(block: nn.Module, *inputs):
     if torch.compiler.is_compiling():  # takes no contexts, and needs none: a compiled graph updates buffers once
         return checkpoint(block, *inputs, use_reentrant=False)
-    contexts = nullcontext(), _running_statistics_kept(block)
+    contexts = nullcontext(), _RunningStatisticsKept(block)
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: contexts)
 
 
-@contextmanager
-def _running_statistics_kept(block: nn.Module) -> Iterator[None]:
-    """BatchNorm counts a batch each time it sees it; the second pass of gradient checkpointing is no new batch."""
-    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+class _RunningStatisticsKept:
+    """BatchNorm counts a batch each time it sees it; the second pass of gradient checkpointing is no new batch.
+
+    A class, because `contextlib.contextmanager` can be entered once, and each backward pass over a graph enters it.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self.momenta = {norm: norm.momentum for norm in norms}
+
+    def __enter__(self) -> None:
+        for norm in self.momenta:
+            norm.momentum = 0.0
+
+    def __exit__(self, *exception) -> None:
+        for norm, momentum in self.momenta.items():
             norm.momentum = momentum
 
 
