@@ -37,6 +37,7 @@ def test_article_file_is_the_article():
     schedule = DDPMFacesScheduler(clip_sample=False).config
     assert all(schedule[name] == value for name, value in config.scheduler_config().items())
     assert (config.learning_rate, config.train_batch_size, config.adam_weight_decay) == (1e-3, 128, 0)
+    assert (config.prediction_type, config.loss_type) == ("epsilon", "l2")
 
 
 def test_order_is_defaults_then_file_then_command_line(tmp_path):
@@ -100,6 +101,7 @@ def test_bad_file(tmp_path, capsys, text, message):
     [
         (["--config", "no_such.yaml"], "existing file, got 'no_such.yaml'"),
         (["--learning_rat", "1"], "unknown argument --learning_rat; did you mean --learning_rate?"),
+        (["--loss_type", "l1", "--snr_gamma", "5"], "`loss_type` 'l1' takes no Min-SNR weights: set `snr_gamma` to 0"),
         (["--compile=false"], "unknown argument --compile"),
     ],
 )

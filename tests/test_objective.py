@@ -55,6 +55,42 @@ def test_perfect_prediction_has_no_loss():
     assert torch.equal(losses, torch.zeros(4))
 
 
+@pytest.mark.parametrize("snr_gamma", [5.0, float("inf")])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_min_snr_weighs_an_error_in_x_0_alike_whatever_is_predicted(prediction_type, snr_gamma):
+    scheduler = DDPMFacesScheduler(prediction_type=prediction_type, beta_schedule="squaredcos_cap_v2")
+    x_0, error = torch.rand(64, 3, 8, 8) * 2 - 1, 0.1
+    timesteps, noise = draw(64)
+    alpha_bar = scheduler.alphas_cumprod.double()[timesteps].view(-1, 1, 1, 1)
+    x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+    x_0_hat = x_0 + error
+    noise_hat = (x_t - alpha_bar.sqrt() * x_0_hat) / (1 - alpha_bar).sqrt()
+    answer = {
+        "epsilon": noise_hat,
+        "sample": x_0_hat,
+        "v_prediction": alpha_bar.sqrt() * noise_hat - (1 - alpha_bar).sqrt() * x_0_hat,
+    }[prediction_type]
+    objective = DDPMFacesObjective(scheduler, snr_gamma=snr_gamma)
+    losses, _ = objective(Recorder(answer), x_0, generator=torch.Generator().manual_seed(0))
+
+    snr = (alpha_bar / (1 - alpha_bar)).flatten()
+    assert snr.min() < 5 < snr.max()
+    # Errors of 1e-7 in float32 tables stand beside an eps that hardly differs where the picture is hardly there.
+    torch.testing.assert_close(losses.double(), snr.clamp(max=snr_gamma) * error**2, rtol=1e-3, atol=1e-6)
+    if snr_gamma == float("inf"):
+        noise_error = ((noise_hat - noise) ** 2).mean(dim=(1, 2, 3))
+        torch.testing.assert_close(losses.double(), noise_error.double(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+def test_min_snr_gives_pure_noise_no_weight(prediction_type):
+    scheduler = DDPMFacesScheduler(1000, rescale_betas_zero_snr=True, prediction_type=prediction_type)
+    losses, timesteps = DDPMFacesObjective(scheduler, snr_gamma=5.0)(Recorder(), torch.ones(20_000, 1, 1, 1))
+    assert losses.isfinite().all()
+    assert (timesteps == 999).any()
+    assert (losses[timesteps == 999] == 0).all()
+
+
 def test_timesteps_are_uniform_and_reach_both_ends():
     x_0 = torch.zeros(20_000, 1, 1, 1)
     _, timesteps = DDPMFacesObjective(DDPMFacesScheduler(num_train_timesteps=10))(Recorder(), x_0)
@@ -81,3 +117,7 @@ def test_bad_input():
         DDPMFacesObjective(DDPMFacesScheduler(), loss_type="l3")
     with pytest.raises(ValueError, match="'learned_range' needs a variational loss"):
         DDPMFacesObjective(DDPMFacesScheduler(variance_type="learned_range"))
+    with pytest.raises(ValueError, match="`snr_gamma` must be positive or None, got 0"):
+        DDPMFacesObjective(DDPMFacesScheduler(), snr_gamma=0)
+    with pytest.raises(ValueError, match="`snr_gamma` is a weight of `loss_type` 'l2', got 'l1'"):
+        DDPMFacesObjective(DDPMFacesScheduler(), loss_type="l1", snr_gamma=5.0)

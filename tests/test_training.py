@@ -197,4 +197,7 @@ def test_another_model_in_the_same_folder_is_refused(finished, tmp_path):
     assert "block_out_channels: [8, 16] there, [8, 12] now; beta_end: 0.02 there, 0.03 now" in result.stderr
     result = train(tmp_path / "run", resume="never")
     assert "holds checkpoints of an earlier run" in result.stderr
+    (tmp_path / "run" / "training_config.yaml").unlink()
+    result = train(tmp_path / "run")
+    assert "holds checkpoints but no training_config.yaml" in result.stderr
     assert_equal_weights(weights(tmp_path / "run"), before)

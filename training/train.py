@@ -54,7 +54,7 @@ def main(config: TrainingConfig) -> None:
         use_all_cores()
     set_seed(config.seed)
     scheduler = DDPMFacesScheduler(**config.scheduler_config())
-    objective = DDPMFacesObjective(scheduler, loss_type=config.loss_type)
+    objective = DDPMFacesObjective(scheduler, config.loss_type, config.snr_gamma or None)
     unet = DDPMFacesUNet(**config.unet_config())
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -202,7 +202,7 @@ def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
     """The newest checkpoint in `output_dir`, if there is one.
 
     Raises:
-        ValueError: It is of another network or schedule, or the run is not to be resumed.
+        ValueError: It is of another network or schedule, or of one unknown, or the run is not to be resumed.
     """
     checkpoints = list_checkpoints(config.output_dir)
     if not checkpoints:
@@ -212,7 +212,13 @@ def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
             f"`output_dir` {config.output_dir!r} holds checkpoints of an earlier run, which `resume=never` would "
             "overwrite: choose another folder, or delete them."
         )
-    saved = TrainingConfig(**yaml.safe_load(Path(config.output_dir, CONFIG_NAME).read_text()))
+    saved_config = Path(config.output_dir, CONFIG_NAME)
+    if not saved_config.is_file():
+        raise ValueError(
+            f"`output_dir` {config.output_dir!r} holds checkpoints but no {CONFIG_NAME}, which says of what model: "
+            "choose another folder, or put the file back."
+        )
+    saved = TrainingConfig(**yaml.safe_load(saved_config.read_text()))
     then, now = ({**c.unet_config(), **c.scheduler_config()} for c in (saved, config))
     changed = [f"{name}: {then[name]} there, {now[name]} now" for name in now if then[name] != now[name]]
     if changed:

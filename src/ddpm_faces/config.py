@@ -59,10 +59,13 @@ class TrainingConfig:
     beta_schedule: str = _field("squaredcos_cap_v2", "linear, scaled_linear, squaredcos_cap_v2 or sigmoid.")
     variance_type: str = _field("fixed_small", "Variance of a sampling step: fixed_small or fixed_large.")
     clip_sample: bool = _field(True, "Clamp the predicted picture to the data range when sampling.")
-    prediction_type: str = _field("epsilon", "What the network predicts: epsilon, sample or v_prediction.")
+    prediction_type: str = _field("v_prediction", "What the network predicts: epsilon, sample or v_prediction.")
     timestep_spacing: str = _field("leading", "Timesteps of a shorter sampling: leading, trailing or linspace.")
     rescale_betas_zero_snr: bool = _field(False, "Rescale the betas so that the last timestep is pure noise.")
     loss_type: Literal["l2", "l1", "huber"] = _field("l2", "Distance between prediction and target.")
+    snr_gamma: float = _field(
+        float("inf"), "Min-SNR weights with this gamma; inf: the error of the noise; 0: of what is predicted."
+    )
 
     # Optimisation
     seed: int = _field(0, "Of the weights, the order of the pictures, the noise, and the sample grids.")
@@ -106,6 +109,8 @@ class TrainingConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        if self.snr_gamma and self.loss_type != "l2":
+            raise ValueError(f"`loss_type` {self.loss_type!r} takes no Min-SNR weights: set `snr_gamma` to 0.")
         if self.resume not in ("auto", "never"):
             raise ValueError(f"`resume` must be 'auto' or 'never', got {self.resume!r}.")
         if self.dataset_name is not None and self.train_data_dir is not None:
@@ -160,6 +165,7 @@ _NOT_NEGATIVE = (
     "seed",
     "lr_warmup_images",
     "adam_weight_decay",
+    "snr_gamma",
     "max_grad_norm",
     "dataloader_num_workers",
     "checkpoint_every_images",

@@ -32,12 +32,18 @@ class DDPMFacesObjective:
             Its `prediction_type` decides what is predicted: `"epsilon"` (the noise, as in the article), `"sample"`
             (x_0) or `"v_prediction"` (the velocity).
         loss_type (`str`, defaults to `"l2"`): `"l2"` (DDPM, the article), `"l1"` or `"huber"`.
+        snr_gamma (`float`, *optional*):
+            Weigh a squared error in x_0 by min(SNR, `snr_gamma`), SNR = alpha_bar_t / (1 - alpha_bar_t), whatever is
+            predicted (Min-SNR, section 3.4 of https://huggingface.co/papers/2303.09556, which takes 5). With `inf` the
+            loss is the article's, the squared error of the noise, also where the network predicts something else. By
+            default it is the error of what is predicted.
 
     Raises:
-        ValueError: An unknown `loss_type`, or a scheduler with a learned variance, which this loss does not teach.
+        ValueError: An unknown `loss_type`, a `snr_gamma` that is not positive or not for `"l2"`, or a scheduler with a
+            learned variance, which this loss does not teach.
     """
 
-    def __init__(self, scheduler, loss_type: str = "l2") -> None:
+    def __init__(self, scheduler, loss_type: str = "l2", snr_gamma: float | None = None) -> None:
         if loss_type not in LOSSES:
             raise ValueError(f"`loss_type` must be one of {', '.join(map(repr, LOSSES))}, got {loss_type!r}.")
         if scheduler.config.variance_type in ("learned", "learned_range"):
@@ -45,8 +51,13 @@ class DDPMFacesObjective:
                 f"`variance_type` {scheduler.config.variance_type!r} needs a variational loss, which this objective "
                 "does not have: use 'fixed_small' or 'fixed_large'."
             )
+        if snr_gamma is not None and not snr_gamma > 0:
+            raise ValueError(f"`snr_gamma` must be positive or None, got {snr_gamma}.")
+        if snr_gamma is not None and loss_type != "l2":
+            raise ValueError(f"`snr_gamma` is a weight of `loss_type` 'l2', got {loss_type!r}.")
         self.scheduler = scheduler
         self.loss_fn = LOSSES[loss_type]
+        self.weights = None if snr_gamma is None else self._min_snr_weights(snr_gamma)
 
     def __call__(
         self,
@@ -84,6 +95,9 @@ class DDPMFacesObjective:
         # 4. Compare
         target = self._target(original_samples, noise, timesteps)
         losses = self.loss_fn(prediction.float(), target, reduction="none").flatten(start_dim=1).mean(dim=1)
+        if self.weights is not None:
+            self.weights = self.weights.to(device)
+            losses = losses * self.weights[timesteps]
         return ObjectiveOutput(losses, timesteps)
 
     def _target(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -93,3 +107,15 @@ class DDPMFacesObjective:
         if prediction_type == "sample":
             return original_samples
         return self.scheduler.get_velocity(original_samples, noise, timesteps)
+
+    def _min_snr_weights(self, snr_gamma: float) -> torch.Tensor:
+        """min(SNR, gamma) / w, `(T,)`, where a plain loss on what is predicted already weighs x_0 by w."""
+        alphas_cumprod = self.scheduler.alphas_cumprod.double()
+        # min(SNR, gamma) (1 - alpha_bar), with no division by what may be 0; of `inf * 0`, fmin takes the other.
+        capped = torch.fmin(alphas_cumprod, snr_gamma * (1 - alphas_cumprod))
+        weights = {
+            "epsilon": torch.where(alphas_cumprod > 0, capped / alphas_cumprod, 1.0),  # w = SNR
+            "sample": capped / (1 - alphas_cumprod),  # w = 1
+            "v_prediction": capped,  # w = SNR + 1
+        }
+        return weights[self.scheduler.config.prediction_type].float()
