@@ -91,6 +91,32 @@ def test_min_snr_gives_pure_noise_no_weight(prediction_type):
     assert (losses[timesteps == 999] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("prediction_type", "snr_gamma"),
+    [
+        ("epsilon", 5.0),
+        ("sample", 5.0),
+        ("v_prediction", 5.0),
+        ("epsilon", float("inf")),
+        ("v_prediction", float("inf")),
+    ],
+)
+def test_min_snr_is_finite_where_float32_sees_no_noise(prediction_type, snr_gamma):
+    scheduler = DDPMFacesScheduler(10, beta_start=1e-9, prediction_type=prediction_type)
+    assert scheduler.alphas_cumprod[0] == 1
+    losses, _ = DDPMFacesObjective(scheduler, snr_gamma=snr_gamma)(Recorder(), torch.ones(200, 1, 1, 1))
+    assert losses.isfinite().all()
+
+
+def test_min_snr_leaves_the_noise_its_weight_where_nothing_else_is():
+    scheduler = DDPMFacesScheduler(2, trained_betas=[0.5, 1.0])
+    x_0, generator = torch.ones(200, 1, 1, 1), torch.Generator().manual_seed(0)
+    plain, timesteps = DDPMFacesObjective(scheduler)(Recorder(), x_0, generator=generator.manual_seed(0))
+    weighted, _ = DDPMFacesObjective(scheduler, snr_gamma=5.0)(Recorder(), x_0, generator=generator.manual_seed(0))
+    assert (timesteps == 1).any()
+    assert torch.equal(weighted, plain)  # min(SNR, 5) / SNR is 1 wherever SNR is below 5
+
+
 def test_timesteps_are_uniform_and_reach_both_ends():
     x_0 = torch.zeros(20_000, 1, 1, 1)
     _, timesteps = DDPMFacesObjective(DDPMFacesScheduler(num_train_timesteps=10))(Recorder(), x_0)

@@ -115,7 +115,7 @@ class DDPMFacesObjective:
         capped = torch.fmin(alphas_cumprod, snr_gamma * (1 - alphas_cumprod))
         weights = {
             "epsilon": torch.where(alphas_cumprod > 0, capped / alphas_cumprod, 1.0),  # w = SNR
-            "sample": capped / (1 - alphas_cumprod),  # w = 1
+            "sample": (alphas_cumprod / (1 - alphas_cumprod)).clamp(max=snr_gamma),  # w = 1
             "v_prediction": capped,  # w = SNR + 1
         }
         return weights[self.scheduler.config.prediction_type].float()
