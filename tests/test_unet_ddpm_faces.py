@@ -1,5 +1,6 @@
 """Tests of the network: the article's, the residual one, and what diffusers and torch do with either."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -588,3 +589,149 @@ def test_widths_that_do_not_divide(config, match):
     config = {**RESNET, "block_types": ("resnet_attn",), "block_out_channels": (8, 16), **config}
     with pytest.raises(ValueError, match=match), torch.device("meta"):
         DDPMFacesUNet(**config)
+
+
+# Augmentation
+
+
+AUGMENT = {
+    "conv": {**CONFIGS["article"], "augment_dim": 3},
+    "attention": {**CONFIGS["attention"], "augment_dim": 9},
+}
+
+
+@pytest.fixture(params=AUGMENT)
+def augment_unet(request):
+    return make_unet(**AUGMENT[request.param])
+
+
+def make_augment_labels(unet, batch_size=2):
+    return torch.randn(batch_size, unet.config.augment_dim, generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def test_augment_labels_of_zero_say_nothing(augment_unet):
+    inputs = make_inputs(augment_unet)
+    zeros = torch.zeros(2, augment_unet.config.augment_dim)
+    plain = augment_unet(**inputs).sample
+    assert torch.equal(augment_unet(**inputs, augment_labels=zeros).sample, plain)
+    # A network that was never told of augmentation computes the same from the same weights.
+    unet = DDPMFacesUNet.from_config({**augment_unet.config, "augment_dim": None}).eval()
+    weights = augment_unet.state_dict()
+    del weights["augment_embedding.weight"]
+    unet.load_state_dict(weights)
+    assert torch.equal(unet(**inputs).sample, plain)
+
+
+@torch.no_grad()
+def test_augment_labels_are_added_to_the_embedding_of_time(augment_unet):
+    inputs, labels = make_inputs(augment_unet), make_augment_labels(augment_unet)
+    actual = augment_unet(**inputs, augment_labels=labels).sample
+    assert relative_error(actual, augment_unet(**inputs).sample) > 1e-3
+    added = labels @ augment_unet.augment_embedding.weight.T
+    augment_unet.time_embedding.register_forward_hook(lambda module, inputs, output: output + added)
+    torch.testing.assert_close(actual, augment_unet(**inputs).sample)
+
+
+@torch.no_grad()
+def test_each_augment_label_counts_for_its_own_picture(augment_unet):
+    inputs = make_inputs(augment_unet)
+    plain = augment_unet(**inputs).sample
+    for i in range(augment_unet.config.augment_dim):
+        labels = torch.zeros(2, augment_unet.config.augment_dim)
+        labels[1, i] = 2.0
+        output = augment_unet(**inputs, augment_labels=labels).sample
+        assert relative_error(output[0], plain[0]) < 1e-5
+        assert relative_error(output[1], plain[1]) > 1e-3
+
+
+def test_augment_labels_give_every_parameter_a_gradient(augment_unet):
+    inputs = {**make_inputs(augment_unet), "augment_labels": make_augment_labels(augment_unet)}
+    _, gradients = loss_and_gradients(augment_unet.train(), inputs)
+    assert "augment_embedding.weight" in gradients
+    assert [name for name, gradient in gradients.items() if gradient is None or not gradient.any()] == []
+
+
+def test_augment_labels_of_zero_give_every_parameter_a_gradient(augment_unet):
+    # A gradient of 0 and not none, which DistributedDataParallel would wait for.
+    inputs = {**make_inputs(augment_unet), "augment_labels": torch.zeros(2, augment_unet.config.augment_dim)}
+    _, gradients = loss_and_gradients(augment_unet.train(), inputs)
+    assert [name for name, gradient in gradients.items() if gradient is None] == []
+
+
+def test_augment_labels_with_gradient_checkpointing(augment_unet):
+    inputs = {**make_inputs(augment_unet), "augment_labels": make_augment_labels(augment_unet)}
+    output, gradients = loss_and_gradients(augment_unet.train(), inputs)
+    augment_unet.enable_gradient_checkpointing()
+    checkpointed_output, checkpointed_gradients = loss_and_gradients(augment_unet, inputs)
+    torch.testing.assert_close(checkpointed_output, output)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(checkpointed_gradients[name], gradient, msg=name)
+
+
+@torch.no_grad()
+def test_augment_labels_save_and_load(augment_unet, tmp_path):
+    augment_unet.save_pretrained(tmp_path)
+    loaded = DDPMFacesUNet.from_pretrained(tmp_path)
+    assert loaded.config.augment_dim == augment_unet.config.augment_dim
+    inputs = {**make_inputs(augment_unet), "augment_labels": make_augment_labels(augment_unet)}
+    assert torch.equal(loaded(**inputs).sample, augment_unet(**inputs).sample)
+
+
+@torch.no_grad()
+def test_loads_what_was_saved_before_augmentation(tmp_path):
+    unet = make_unet(**CONFIGS["attention"], augment_dim=None)
+    unet.save_pretrained(tmp_path)
+    path = Path(tmp_path) / "config.json"
+    config = json.loads(path.read_text())
+    del config["augment_dim"]
+    path.write_text(json.dumps(config))
+    loaded, info = DDPMFacesUNet.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(loaded(**make_inputs(unet)).sample, unet(**make_inputs(unet)).sample)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_augment_labels_in_half_precision(augment_unet, dtype):
+    # The labels come in float32, whatever the weights.
+    inputs, labels = make_inputs(augment_unet), make_augment_labels(augment_unet)
+    expected = augment_unet(**inputs, augment_labels=labels).sample
+    inputs["sample"] = inputs["sample"].to(dtype)
+    output = augment_unet.to(dtype)(**inputs, augment_labels=labels).sample
+    assert output.dtype == dtype
+    assert relative_error(output, expected) < (0.05 if dtype == torch.bfloat16 else 0.005)
+
+
+@torch.no_grad()
+def test_augment_labels_compile(augment_unet):
+    torch.compiler.reset()
+    compiled = torch.compile(augment_unet, fullgraph=True, backend="eager")
+    for inputs in (make_inputs(augment_unet), {"augment_labels": make_augment_labels(augment_unet)}):
+        inputs = {**make_inputs(augment_unet), **inputs}
+        torch.testing.assert_close(compiled(**inputs).sample, augment_unet(**inputs).sample)
+
+
+@torch.no_grad()
+def test_augment_labels_leave_positions_as_they_were(augment_unet):
+    inputs = make_inputs(augment_unet)
+    args = (inputs["sample"], inputs["timestep"], inputs.get("class_labels"), False)
+    assert torch.equal(augment_unet(*args)[0], augment_unet(**inputs).sample)
+
+
+def test_bad_augment_labels(augment_unet):
+    inputs, augment_dim = make_inputs(augment_unet), augment_unet.config.augment_dim
+    for shape in ((2, augment_dim + 1), (1, augment_dim), (augment_dim,), (2, augment_dim, 1)):
+        match = re.escape(f"(batch, augment_dim), here (2, {augment_dim}), got {shape}")
+        with pytest.raises(ValueError, match=match):
+            augment_unet(**inputs, augment_labels=torch.zeros(shape))
+    unet = make_unet(**CONFIGS["article"])
+    with pytest.raises(ValueError, match="`augment_labels` must be None: .*`augment_dim` is None"):
+        unet(**make_inputs(unet), augment_labels=torch.zeros(2, 9))
+
+
+@pytest.mark.parametrize("augment_dim", [0, -1])
+def test_bad_augment_dim(augment_dim):
+    with pytest.raises(ValueError, match=f"`augment_dim` must be at least 1 or None, got {augment_dim}"):
+        DDPMFacesUNet(augment_dim=augment_dim)

@@ -66,6 +66,8 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         attention_head_dim (`int`, defaults to 64): Channels of an attention head; divides the widths it works on.
         dropout (`float`, defaults to 0.0): Probability of dropout within a residual layer.
         num_class_embeds (`int`, *optional*): Number of classes, for generation by class.
+        augment_dim (`int`, *optional*):
+            Length of the labels of augmentation, for training on augmented pictures. Sampling needs no labels.
 
     Raises:
         ValueError: A value outside what is said above, with the argument and what is allowed.
@@ -93,6 +95,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         attention_head_dim: int = 64,
         dropout: float = 0.0,
         num_class_embeds: int | None = None,
+        augment_dim: int | None = None,
     ) -> None:
         super().__init__()
         self._check_config()
@@ -113,6 +116,9 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         self.class_embedding = None
         if num_class_embeds is not None:
             self.class_embedding = nn.Embedding(num_class_embeds, time_embedding_dim)
+        self.augment_embedding = None
+        if augment_dim is not None:  # without bias, so that labels of 0 say nothing
+            self.augment_embedding = nn.Linear(augment_dim, time_embedding_dim, bias=False)
 
         # in, down, mid, up, out
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
@@ -146,8 +152,9 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
             raise ValueError(f"`time_proj_dim` must be even and at least 4, got {config.time_proj_dim}.")
         if not 0 <= config.dropout < 1:
             raise ValueError(f"`dropout` must lie in [0, 1), got {config.dropout}.")
-        if config.num_class_embeds is not None and config.num_class_embeds < 1:
-            raise ValueError(f"`num_class_embeds` must be at least 1 or None, got {config.num_class_embeds}.")
+        for name in ("num_class_embeds", "augment_dim"):
+            if config[name] is not None and config[name] < 1:
+                raise ValueError(f"`{name}` must be at least 1 or None, got {config[name]}.")
         if len(config.block_out_channels) < 2 or min(config.block_out_channels) < 1:
             raise ValueError(f"`block_out_channels` must be two or more widths, got {config.block_out_channels}.")
         if len(config.block_types) != len(config.block_out_channels) - 1:
@@ -180,6 +187,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         timestep: torch.Tensor | float | int,
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
+        augment_labels: torch.Tensor | None = None,
     ) -> DDPMFacesUNetOutput | tuple[torch.Tensor]:
         """Predict the noise on `sample` (or what the scheduler's `prediction_type` says).
 
@@ -189,11 +197,14 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
             class_labels (`torch.Tensor` of shape `(batch,)`, integer, *optional*):
                 The class of each picture, 0 to `num_class_embeds - 1`; required where the network has classes.
             return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
+            augment_labels (`torch.Tensor` of shape `(batch, augment_dim)`, *optional*):
+                How each picture was augmented; by default not at all, which labels of 0 say as well. Training must
+                give them always: in a distributed run, each parameter must take part in each forward pass.
 
         Raises:
             ValueError: A shape or an argument that the network does not take, and what it takes.
         """
-        self._check_inputs(sample, class_labels)
+        self._check_inputs(sample, class_labels, augment_labels)
 
         # 1. time
         if isinstance(timestep, torch.Tensor):
@@ -205,6 +216,8 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         temb = self.time_embedding(t_emb.to(self.time_embedding[0].weight.dtype))  # (batch, time_embedding_dim)
         if self.class_embedding is not None:
             temb = temb + self.class_embedding(class_labels)
+        if augment_labels is not None:
+            temb = temb + self.augment_embedding(augment_labels.to(self.augment_embedding.weight.dtype))
 
         # 2. in
         hidden_states = self.conv_in(sample)
@@ -241,7 +254,9 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
 
-    def _check_inputs(self, sample: torch.Tensor, class_labels: torch.Tensor | None) -> None:
+    def _check_inputs(
+        self, sample: torch.Tensor, class_labels: torch.Tensor | None, augment_labels: torch.Tensor | None
+    ) -> None:
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"`sample` must be of shape (batch, {self.config.in_channels}, height, width), got "
@@ -258,6 +273,14 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
                 f"{self.config.num_class_embeds})."
                 if class_labels is None
                 else "`class_labels` must be None: this network has no classes (`num_class_embeds` is None)."
+            )
+        if augment_labels is not None and self.augment_embedding is None:
+            raise ValueError("`augment_labels` must be None: this network takes none (`augment_dim` is None).")
+        augment_shape = (sample.shape[0], self.config.augment_dim)
+        if augment_labels is not None and augment_labels.shape != augment_shape:
+            raise ValueError(
+                f"`augment_labels` must be of shape (batch, augment_dim), here {augment_shape}, got "
+                f"{tuple(augment_labels.shape)}."
             )
 
 
