@@ -1,7 +1,17 @@
+import atexit
+import os
+import shutil
+import tempfile
+
 import pytest
 import torch
 
-from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet
+
+# Caches of the tests are their own: they start empty, and leave nothing at home.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="ddpm-faces-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet  # noqa: E402
 
 
 # The networks here are so small that threads cost more than they give, above all on a busy machine.

@@ -1,15 +1,29 @@
 import io
 import os
+import pickle
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from ddpm_faces.data import load_faces, picture_to_tensor, to_samples
-from ddpm_faces.drawn_faces import draw_face
+from ddpm_faces import data
+from ddpm_faces.data import (
+    UNREADABLE,
+    FaceDataset,
+    hold_out,
+    load_faces,
+    picture_to_tensor,
+    random_crop,
+    resize_to_cover,
+    to_samples,
+)
+from ddpm_faces.drawn_faces import draw_face, face_attributes
 
 
 FFHQ = Path(__file__).parents[2] / "shared" / "data" / "ffhq-faces-128"
@@ -85,11 +99,10 @@ def test_samples_are_minus_one_to_one_and_flips_are_exact():
     images = torch.stack([torch.zeros(3, 2, 4), torch.full((3, 2, 4), 255)]).to(torch.uint8)
     assert to_samples(images).unique().tolist() == [-1.0, 1.0]
     ramp = torch.arange(4, dtype=torch.uint8).expand(64, 1, 2, 4)
-    flipped = to_samples(ramp, random_flip=True)
-    is_mirrored = (flipped == to_samples(ramp).flip(-1)).all(dim=(1, 2, 3))
-    is_same = (flipped == to_samples(ramp)).all(dim=(1, 2, 3))
-    assert (is_mirrored ^ is_same).all()
-    assert 16 < is_mirrored.sum() < 48
+    flips = torch.arange(64) % 3 == 0
+    flipped = to_samples(ramp, flips)
+    assert torch.equal(flipped[flips], to_samples(ramp)[flips].flip(-1))
+    assert torch.equal(flipped[~flips], to_samples(ramp)[~flips])
 
 
 def test_picture_is_cropped_about_its_centre_and_not_stretched():
@@ -173,6 +186,8 @@ def test_column_without_pictures(tmp_path):
         ({"resolution": (8, 8, 8)}, "`resolution`"),
         ({"resolution": 0}, "`resolution`"),
         ({"max_images": 0}, "`max_images`"),
+        ({"crop": "left"}, "`crop` must be one of 'center', 'random', got 'left'"),
+        ({"label_column": "age"}, "no attribute of drawn faces. These are: .*hair"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -180,7 +195,269 @@ def test_bad_arguments(arguments, message):
         load_faces(**arguments)
 
 
+def test_folder_of_pictures_has_no_splits(folder):
+    with pytest.raises(ValueError, match="has no splits, got 'test'"):
+        load_faces(train_data_dir=str(folder), split="test")
+
+
 def test_empty_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(ValueError, match="holds no pictures"):
         load_faces(train_data_dir=str(tmp_path))
+
+
+# The cache
+
+
+def files_of(cache_dir: Path) -> list[Path]:
+    return sorted(path for path in cache_dir.iterdir() if path.is_dir())
+
+
+@pytest.fixture
+def no_decoding(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("decoded again")
+
+    return lambda: monkeypatch.setattr(data, "picture_to_tensor", refuse)
+
+
+def test_pictures_are_decoded_once(folder, tmp_path, no_decoding):
+    settings = {"train_data_dir": str(folder), "resolution": 24, "cache_dir": str(tmp_path / "cache")}
+    first = load_faces(**settings)
+    no_decoding()
+    second = load_faces(**settings)
+    assert torch.equal(first.images, second.images)
+    assert first.fingerprint == second.fingerprint
+    assert second.names([2, 0]) == [str(folder / "b" / "2.png"), str(folder / "1.PNG")]
+    assert len(files_of(tmp_path / "cache")) == 1
+
+
+def test_images_are_mapped_and_the_file_never_changes(folder, tmp_path):
+    settings = {"train_data_dir": str(folder), "resolution": 24, "cache_dir": str(tmp_path / "cache")}
+    images = load_faces(**settings).images
+    (pixels,) = (tmp_path / "cache").glob("*/pixels.bin")
+    before = pixels.read_bytes()
+    assert before == images.numpy().tobytes()
+    images.zero_()
+    assert pixels.read_bytes() == before
+    assert load_faces(**settings).images.any()
+
+
+def test_another_file_or_setting_makes_another_cache(folder, tmp_path):
+    settings = {"train_data_dir": str(folder), "resolution": 24, "cache_dir": str(tmp_path / "cache")}
+    load_faces(**settings)
+    noise_picture(9).save(folder / "1.PNG")
+    assert torch.equal(load_faces(**settings).images[0].permute(1, 2, 0), torch.tensor(np.array(noise_picture(9))))
+    for number, change in enumerate(({"resolution": 8}, {"channels": 1}, {"crop": "random"}, {"max_images": 2}), 3):
+        load_faces(**{**settings, **change})
+        assert len(files_of(tmp_path / "cache")) == number
+
+
+def test_damaged_cache_is_built_anew(folder, tmp_path):
+    settings = {"train_data_dir": str(folder), "resolution": 24, "cache_dir": str(tmp_path / "cache")}
+    expected = load_faces(**settings).images.clone()
+    for name in ("pixels.bin", "info.json", "names.json"):
+        path = files_of(tmp_path / "cache")[0] / name
+        path.write_bytes(path.read_bytes()[:-10])
+        assert torch.equal(load_faces(**settings).images, expected)
+
+
+def test_interrupted_building_leaves_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.np, "save", lambda *args: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        load_faces(train_data_dir=str(folder), resolution=24, cache_dir=str(tmp_path / "cache"))
+    assert files_of(tmp_path / "cache") == []
+
+
+def test_disk_without_room(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 3 * 3 * 24 * 24 - 1})())
+    with pytest.raises(ValueError, match="`cache_dir` .* has 0.0 GB free"):
+        load_faces(train_data_dir=str(folder), resolution=24, cache_dir=str(tmp_path / "cache"))
+
+
+def test_processes_share_the_work(folder, tmp_path):
+    """Two at once on an empty cache: one decodes, which its progress bar shows, the other waits and opens."""
+    code = f"from ddpm_faces.data import load_faces; print(load_faces(train_data_dir={str(folder)!r}, resolution=24, "
+    code += f"cache_dir={str(tmp_path / 'cache')!r}).fingerprint)"
+    command = [sys.executable, "-c", code]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    outputs = [process.communicate() for process in processes]
+    assert outputs[0][0] == outputs[1][0] != b""
+    assert sum(b"Reading pictures" in errors for _, errors in outputs) == 1
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_travels_to_workers(folder, crop):
+    dataset = load_faces(train_data_dir=str(folder), resolution=(24, 20), crop=crop).subset([2, 0])
+    message = pickle.dumps(dataset)
+    assert len(message) < 3000
+    crops = np.array([[0.1, 0.7], [0.9, 0.2]])
+    copy = pickle.loads(message)
+    assert torch.equal(copy.fetch(np.arange(2), crops)["images"], dataset.fetch(np.arange(2), crops)["images"])
+
+
+def test_fingerprint_is_of_the_content(folder, tmp_path):
+    other = tmp_path / "elsewhere"
+    shutil.copytree(folder, other)
+    datasets = [load_faces(train_data_dir=str(path), resolution=24) for path in (folder, other)]
+    assert datasets[0].fingerprint == datasets[1].fingerprint == FaceDataset(datasets[0].images).fingerprint
+    noise_picture(9).save(other / "1.PNG")
+    assert load_faces(train_data_dir=str(other), resolution=24).fingerprint != datasets[0].fingerprint
+    assert datasets[0].subset([0, 1]).fingerprint != datasets[0].subset([1, 0]).fingerprint
+
+
+def test_channel_statistics_are_those_of_the_samples(folder):
+    dataset = load_faces(train_data_dir=str(folder), resolution=24)
+    samples = to_samples(dataset.images).double().transpose(0, 1).flatten(1)
+    mean, deviation = dataset.channel_statistics()
+    torch.testing.assert_close(mean.double(), samples.mean(dim=1))
+    torch.testing.assert_close(deviation.double(), samples.std(dim=1, correction=0))
+
+
+# Held-out pictures, crops, classes
+
+
+def test_hold_out_depends_on_the_number_alone():
+    dataset = FaceDataset(torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1))
+    rest, held_out = hold_out(dataset, 7)
+    numbers = [part.images.flatten().tolist() for part in (rest, held_out)]
+    assert sorted(numbers[0] + numbers[1]) == list(range(50))
+    assert (len(numbers[0]), len(numbers[1])) == (43, 7)
+    assert numbers[1] != list(range(7))
+    assert hold_out(dataset, 7)[1].images.flatten().tolist() == numbers[1]
+    assert rest.names([0]) == [f"picture {numbers[0][0]}"]
+    with pytest.raises(ValueError, match="from 0 to 49, got 50"):
+        hold_out(dataset, 50)
+
+
+def test_random_crops_reach_all_of_the_picture(tmp_path):
+    ramp = np.tile(np.arange(30, dtype=np.uint8), (10, 1))
+    PILImage.fromarray(ramp).save(tmp_path / "wide.png")
+    dataset = load_faces(train_data_dir=str(tmp_path), resolution=10, channels=1, crop="random")
+    crops = np.stack([np.zeros(21), np.arange(21) / 21], axis=1)
+    images = dataset.fetch(np.zeros(21, dtype=int), crops)["images"]
+    assert images.shape == (21, 1, 10, 10)
+    assert images[:, 0, 0, 0].tolist() == list(range(21))
+    assert dataset[0]["images"][0, 0, 0] == 10  # the centre
+    with pytest.raises(ValueError, match="use `fetch`"):
+        _ = dataset.images
+
+
+@pytest.mark.parametrize(("size", "shape"), [((10, 10), (10, 30)), ((20, 10), (20, 60)), ((4, 60), (20, 60))])
+def test_resizing_covers_without_stretching(size, shape):
+    pixels = resize_to_cover(noise_picture(size=(20, 60)), size)
+    assert pixels.shape == (3, *shape)
+    assert random_crop(pixels, size, (0.99, 0.99)).shape == (3, *size)
+
+
+def test_subfolders_are_classes(tmp_path):
+    for number, name in enumerate(("dogs", "cats", "dogs/puppies")):
+        (tmp_path / name).mkdir(parents=True)
+        noise_picture(number).save(tmp_path / name / f"{number}.png")
+    dataset = load_faces(train_data_dir=str(tmp_path), resolution=8, label_column="folder")
+    assert dataset.class_names == ["cats", "dogs"]
+    assert dataset.labels.tolist() == [0, 1, 1]
+    assert dataset.subset([2, 0]).labels.tolist() == [1, 0]
+    assert dataset[0]["labels"] == 0
+    noise_picture().save(tmp_path / "stray.png")
+    with pytest.raises(ValueError, match="stray.png is in none"):
+        load_faces(train_data_dir=str(tmp_path), resolution=8, label_column="folder")
+    with pytest.raises(ValueError, match="must be 'folder' or None, got 'kind'"):
+        load_faces(train_data_dir=str(tmp_path), resolution=8, label_column="kind")
+
+
+@pytest.mark.parametrize(
+    ("feature", "values", "labels", "names"),
+    [
+        (ClassLabel(names=["young", "old", "ageless"]), [1, 0, 1], [1, 0, 1], ["young", "old", "ageless"]),
+        (Value("string"), ["old", "young", "old"], [0, 1, 0], ["old", "young"]),
+        (Value("int64"), [7, 3, 7], [1, 0, 1], ["3", "7"]),
+        (Value("bool"), [True, False, True], [1, 0, 1], ["False", "True"]),
+    ],
+)
+def test_columns_of_classes(tmp_path, feature, values, labels, names):
+    rows = {"image": [noise_picture(seed) for seed in range(3)], "kind": values}
+    (tmp_path / "set").mkdir()
+    columns = Features({"image": Image(), "kind": feature})
+    Dataset.from_dict(rows, columns).to_parquet(tmp_path / "set" / "train.parquet")
+    settings = {"resolution": 8, "cache_dir": str(tmp_path / "c")}
+    dataset = load_faces(str(tmp_path / "set"), label_column="kind", **settings)
+    assert dataset.labels.tolist() == labels
+    assert dataset.class_names == names
+    with pytest.raises(ValueError, match="`label_column` 'age' .* Columns that may: kind"):
+        load_faces(str(tmp_path / "set"), label_column="age", **settings)
+
+
+def test_classes_are_numbered_as_in_another_data_set():
+    dataset = FaceDataset(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), labels=torch.tensor([0, 1, 0]))
+    dataset.class_names = ["cats", "dogs"]
+    relabelled = dataset.subset([2, 1]).relabelled(["bees", "cats", "dogs"])
+    assert relabelled.labels.tolist() == [1, 2]
+    assert dataset.labels.tolist() == [0, 1, 0]
+    with pytest.raises(ValueError, match="Classes cats are not among those of the training"):
+        dataset.relabelled(["bees", "dogs"])
+
+
+def test_drawn_faces_have_classes():
+    dataset = load_faces(num_drawn_images=20, resolution=16, label_column="mouth")
+    expected = [face_attributes(index)["mouth"] for index in range(20)]
+    assert [dataset.class_names[label] for label in dataset.labels] == expected
+
+
+# Unreadable pictures
+
+
+def test_unreadable_pictures_are_left_out_and_listed(folder, caplog):
+    (folder / "cut.png").write_bytes((folder / "1.PNG").read_bytes()[:900])
+    for _ in range(2):  # from the files, and from the cache
+        dataset = load_faces(train_data_dir=str(folder), resolution=24, skip_unreadable=True)
+        assert len(dataset) == 3
+        assert len(dataset.unreadable) == 1
+        assert "cut.png: " in dataset.unreadable[0]
+        assert "cut.png" in caplog.text
+        caplog.clear()
+
+
+def test_nothing_readable(tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(ValueError, match="1 of 1 pictures cannot be read"):
+        load_faces(train_data_dir=str(tmp_path), resolution=24, skip_unreadable=True)
+
+
+def test_picture_without_a_label_is_unreadable(tmp_path):
+    rows = {"image": [noise_picture(seed) for seed in range(2)], "kind": ["a", None]}
+    features = Features({"image": Image(), "kind": Value("string")})
+    Dataset.from_dict(rows, features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="row 1.*: no label"):
+        load_faces(str(tmp_path), resolution=8, label_column="kind", cache_dir=str(tmp_path / "c"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("suffix", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_whatever_is_wrong_with_a_file_has_a_name(suffix):
+    """Files with bytes changed at random, or cut off, decode or raise what is expected of them."""
+    buffer = io.BytesIO()
+    noise_picture(size=(40, 40)).save(buffer, suffix)
+    whole = buffer.getvalue()
+    rng = np.random.default_rng(0)
+    broken = 0
+    for _ in range(150):
+        content = np.frombuffer(whole, dtype=np.uint8).copy()
+        places = rng.integers(0, min(len(content), 400), size=rng.integers(1, 9))
+        content[places] = rng.integers(0, 256, size=len(places))
+        content = content[: rng.integers(20, len(content))] if rng.random() < 0.3 else content
+        try:
+            assert picture_to_tensor(PILImage.open(io.BytesIO(content.tobytes())), (8, 8)).shape == (3, 8, 8)
+        except UNREADABLE:
+            broken += 1
+    assert broken > 0
+
+
+def test_transparent_parts_lie_on_white():
+    image = PILImage.new("RGBA", (8, 8), (200, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 4, 8))
+    for picture in (image, image.quantize()):
+        pixels = picture_to_tensor(picture, (8, 8))
+        assert pixels[:, 0, 6].tolist() == [255, 255, 255]
+        assert pixels[:, 0, 1].tolist() == [0, 0, 255]
+    assert picture_to_tensor(image, (8, 8), "RGBA")[:, 0, 6].tolist() == [200, 0, 0, 0]

@@ -1,70 +1,78 @@
 """Pictures of faces, from wherever they are, as batches for the network.
 
 A source is a data set on the Hub, a data set folder (parquet and the like), a folder of pictures, or nothing: then the
-faces are drawn by the program. Each picture is decoded and resized once, and kept as uint8.
+faces are drawn by the program. Each picture is decoded and resized once, into a memory-mapped cache of uint8 that all
+processes share and later runs open in no time.
 """
 
+import hashlib
+import inspect
 import io
+import json
+import logging
 import os
-from collections.abc import Callable, Iterator
+import shutil
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL
 import torch
+from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from . import drawn_faces
 from .drawn_faces import DrawnFaces
+from .files import commit, unfinished_path
 
 
-PICTURE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+logger = logging.getLogger(__name__)
+
+PICTURE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 DATA_SUFFIXES = frozenset((".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tar", ".zip"))
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# What PIL raises on a file that is no picture, is cut off, or is absurdly large.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+CROPS = ("center", "random")
+# What PIL raises on a file that is no picture, is cut off, is damaged, or is absurdly large.
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, EOFError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+CACHE_VERSION = 1  # of what a cache holds and how it is decoded
+CHUNK = 256  # pictures decoded at a time
+RAGGED = "not_yet_cropped"  # marks a cache of pictures of different shapes
 
 
-class FaceDataset(Dataset):
-    """Pictures in memory.
-
-    Args:
-        images (`torch.Tensor` of shape `(num_images, channels, height, width)`, `torch.uint8`): The pictures.
-    """
-
-    def __init__(self, images: torch.Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"images": self.images[index]}
+# Pictures
 
 
-def to_samples(images: torch.Tensor, random_flip: bool = False) -> torch.Tensor:
+def to_samples(images: torch.Tensor, flips: torch.Tensor | None = None) -> torch.Tensor:
     """Turn pictures into x_0.
 
     Args:
         images (`torch.Tensor` of shape `(batch, channels, height, width)`, `torch.uint8`): Pictures, 0 to 255.
-        random_flip (`bool`, defaults to `False`): Mirror each with probability one half.
+        flips (`torch.Tensor` of shape `(batch,)`, `torch.bool`, *optional*): Which to mirror.
 
     Returns:
         `torch.Tensor` of the same shape, `torch.float32`, in [-1, 1].
     """
     samples = images.float() / 127.5 - 1.0
-    if random_flip:
-        flip = torch.rand(len(samples), device=samples.device) < 0.5
-        samples = torch.where(flip[:, None, None, None], samples.flip(-1), samples)
-    return samples
+    return samples if flips is None else torch.where(flips[:, None, None, None], samples.flip(-1), samples)
 
 
 def picture_to_tensor(image: Image.Image, size: tuple[int, int], mode: str = "RGB") -> torch.Tensor:
     """Decode one picture the way [`load_faces`] does.
 
     Args:
-        image (`PIL.Image.Image`): A picture of any mode and size.
+        image (`PIL.Image.Image`): A picture of any mode and size. Transparent parts lie on white, unless `mode` keeps
+            them; 16-bit grey is scaled.
         size (`(int, int)`): Height and width in pixels.
         mode (`str`, defaults to `"RGB"`): `"L"`, `"RGB"` or `"RGBA"`.
 
@@ -72,16 +80,235 @@ def picture_to_tensor(image: Image.Image, size: tuple[int, int], mode: str = "RG
         `torch.Tensor` of shape `(channels, height, width)`, `torch.uint8`: Upright, cropped about its centre to the
         shape of `size`, and resized with an antialiasing filter.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it instead of scaling
-        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.mode != mode:
-        image = image.convert(mode)
+    image = _upright(image, mode)
     height, width = size
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
+    return _pixels(image)
+
+
+def resize_to_cover(image: Image.Image, size: tuple[int, int], mode: str = "RGB") -> torch.Tensor:
+    """Like [`picture_to_tensor`], but uncropped: as small as still covers `size`, for [`random_crop`]."""
+    image = _upright(image, mode)
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    if image.size != covering:
+        image = image.resize(covering, Image.Resampling.LANCZOS)
+    return _pixels(image)
+
+
+def random_crop(pixels: torch.Tensor, size: tuple[int, int], crop: Sequence[float]) -> torch.Tensor:
+    """Cut out a part.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(channels, height, width)`): A picture that covers `size`.
+        size (`(int, int)`): Height and width in pixels.
+        crop (`(float, float)`): Where, in [0, 1), vertically and horizontally: 0 is at the upper left.
+    """
+    top, left = (int(part * (have - want + 1)) for part, have, want in zip(crop, pixels.shape[1:], size, strict=True))
+    return pixels[:, top : top + size[0], left : left + size[1]]
+
+
+def _upright(image: Image.Image, mode: str) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it instead of scaling
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+    if mode != "RGBA" and image.has_transparency_data:
+        # What lies under transparent pixels is arbitrary.
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
     pixels = torch.from_numpy(np.array(image))
     return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+
+
+# The data set
+
+
+class FaceDataset(Dataset):
+    """Decoded pictures, in memory or memory-mapped from a cache folder.
+
+    Args:
+        images (`torch.Tensor` of shape `(num_images, channels, height, width)`, `torch.uint8`, or a sequence):
+            The pictures; a sequence of tensors, where they are yet to be cropped at random.
+        size (`(int, int)`, *optional*): Height and width of what [`~FaceDataset.fetch`] gives; by default, theirs.
+        labels (`torch.Tensor` of shape `(num_images,)`, `torch.int64`, *optional*): Their classes.
+        class_names (`list[str]`, *optional*): Names of the classes.
+        names (`list[str]`, *optional*): What the pictures are called.
+        unreadable (`list[str]`): What was left out, and why.
+        fingerprint (`str`, *optional*): Of the content; by default it is computed.
+        statistics (`(list[float], list[float])`, *optional*): Mean and deviation of the channels; likewise.
+    """
+
+    def __init__(
+        self,
+        images: torch.Tensor | Sequence[torch.Tensor],
+        size: tuple[int, int] | None = None,
+        labels: torch.Tensor | None = None,
+        class_names: list[str] | None = None,
+        names: list[str] | None = None,
+        unreadable: Sequence[str] = (),
+        fingerprint: str | None = None,
+        statistics: tuple[list[float], list[float]] | None = None,
+    ) -> None:
+        self._images = images
+        self._indices = np.arange(len(images))  # of those that belong to this subset
+        self._labels = labels
+        self._names = names
+        self._statistics = statistics or _statistics(images)
+        self._cache: Path | None = None
+        self.size = size or tuple(images[0].shape[-2:])
+        self.class_names = class_names
+        self.unreadable = list(unreadable)
+        self.fingerprint = fingerprint or _fingerprint(images, labels)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        batch = self.fetch(np.array([range(len(self))[index]]))
+        return {name: values[0] for name, values in batch.items()}
+
+    @property
+    def images(self) -> torch.Tensor:
+        """All pictures, `(num_images, channels, height, width)`, `torch.uint8`.
+
+        Raises:
+            ValueError: They are yet to be cropped, and of different shapes.
+        """
+        if not isinstance(self._images, torch.Tensor):
+            raise ValueError("Pictures that are cropped at random have no one shape: use `fetch`.")
+        is_whole = len(self) == len(self._images) and (np.diff(self._indices) == 1).all()
+        return self._images if is_whole else self._images[torch.from_numpy(self._indices)]
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """Classes, `(num_images,)`, `torch.int64`, where there are any."""
+        return None if self._labels is None else self._labels[torch.from_numpy(self._indices)]
+
+    def fetch(self, indices: np.ndarray, crops: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+        """A batch.
+
+        Args:
+            indices (`numpy.ndarray` of shape `(batch,)`): Which pictures.
+            crops (`numpy.ndarray` of shape `(batch, 2)`, *optional*):
+                Where to crop them, in [0, 1), vertically and horizontally; by default about the centre. Without effect
+                on pictures that are cropped already.
+
+        Returns:
+            `dict`: "images" (`torch.Tensor` of shape `(batch, channels, height, width)`, `torch.uint8`) and, where
+            there are classes, "labels" (`torch.Tensor` of shape `(batch,)`, `torch.int64`).
+        """
+        indices = self._indices[indices]
+        if isinstance(self._images, torch.Tensor):
+            batch = {"images": self._images[torch.from_numpy(indices)]}
+        else:
+            crops = np.full((len(indices), 2), 0.5) if crops is None else crops
+            pairs = zip(indices, crops, strict=True)
+            batch = {"images": torch.stack([random_crop(self._images[i], self.size, crop) for i, crop in pairs])}
+        if self._labels is not None:
+            batch["labels"] = self._labels[torch.from_numpy(indices)]
+        return batch
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """The file or row of each picture."""
+        indices = self._indices[list(indices)].tolist()
+        return [f"picture {index}" if self._names is None else self._names[index] for index in indices]
+
+    def subset(self, indices: Sequence[int]) -> "FaceDataset":
+        """Some of the pictures, in this order; with the channel statistics of all."""
+        subset = object.__new__(FaceDataset)
+        subset.__dict__ = dict(self.__dict__)
+        subset._indices = self._indices[np.asarray(indices)]
+        subset.fingerprint = _hash(self.fingerprint.encode(), np.asarray(indices, dtype=np.int64))
+        return subset
+
+    def relabelled(self, class_names: list[str]) -> "FaceDataset":
+        """The same pictures, with classes numbered as in another data set.
+
+        Raises:
+            ValueError: A class that is not among `class_names`.
+        """
+        missing = sorted(set(self.class_names) - set(class_names))
+        if missing:
+            raise ValueError(f"Classes {', '.join(missing)} are not among those of the training: {class_names}.")
+        numbers = torch.tensor([class_names.index(name) for name in self.class_names])
+        relabelled = self.subset(np.arange(len(self)))
+        relabelled._labels, relabelled.class_names = numbers[self._labels], list(class_names)
+        return relabelled
+
+    def channel_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation of each channel over all pixels, `(channels,)` each, where pixels are -1 to 1."""
+        mean, deviation = self._statistics
+        return torch.tensor(mean), torch.tensor(deviation)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # To workers, a cache travels as the name of its folder.
+        return self.__dict__ if self._cache is None else {**self.__dict__, "_images": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state
+        if self._images is None:
+            self._images = _map_images(self._cache)
+
+
+class _Ragged(Sequence):
+    """Pictures of different shapes, one after the other in flat memory."""
+
+    def __init__(self, pixels: torch.Tensor, shapes: np.ndarray) -> None:
+        self.pixels, self.shapes = pixels, shapes
+        self.ends = np.cumsum(shapes.prod(axis=1))
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        shape = self.shapes[range(len(self))[index]]
+        return self.pixels[self.ends[index] - shape.prod() : self.ends[index]].view(*shape.tolist())
+
+
+def hold_out(dataset: FaceDataset, num_images: int) -> tuple[FaceDataset, FaceDataset]:
+    """Set pictures aside, the same ones whatever the seed of a run.
+
+    Args:
+        dataset ([`FaceDataset`]): All pictures.
+        num_images (`int`): How many, fewer than there are.
+
+    Returns:
+        `([`FaceDataset`], [`FaceDataset`])`: The others, in their order, and those that were set aside.
+    """
+    if not 0 <= num_images < len(dataset):
+        raise ValueError(f"`num_images` must be from 0 to {len(dataset) - 1}, got {num_images}.")
+    held_out = np.sort(np.random.default_rng(0).permutation(len(dataset))[:num_images])
+    return dataset.subset(np.setdiff1d(np.arange(len(dataset)), held_out)), dataset.subset(held_out)
+
+
+# Sources
+
+
+@dataclass
+class Source:
+    """Where pictures come from.
+
+    Args:
+        identity (`Any`): All that decides what is read, plain enough for JSON.
+        num_images (`int`): How many there are.
+        read (`Callable`):
+            From an index to the name of a picture and either the picture, or a path or an open file to read it from,
+            or None where there is none.
+        labels (`list`, *optional*): Values of the column of classes.
+        class_names (`list[str]`, *optional*): Where labels are numbers that have names.
+    """
+
+    identity: Any
+    num_images: int
+    read: Callable[[int], tuple[str, Image.Image | Path | io.BytesIO | None]]
+    labels: Sequence[Any] | None = None
+    class_names: list[str] | None = None
 
 
 def load_faces(
@@ -92,34 +319,43 @@ def load_faces(
     dataset_config_name: str | None = None,
     split: str = "train",
     image_column: str | None = None,
+    label_column: str | None = None,
     cache_dir: str | None = None,
     num_drawn_images: int = 4096,
     max_images: int | None = None,
+    crop: str = "center",
+    skip_unreadable: bool = False,
 ) -> FaceDataset:
-    """Read all pictures of a source.
+    """Open all pictures of a source, decoded and resized; this is done once, by whoever asks first.
 
     Args:
         dataset_name (`str`, *optional*): A data set on the Hub, or a local data set folder.
         train_data_dir (`str`, *optional*): A local folder of pictures, searched in depth, or a data set folder.
-        resolution (`int` or `(int, int)`, defaults to 64):
-            Side, or height and width, in pixels. Pictures are cropped about their centre to that shape, then resized.
+        resolution (`int` or `(int, int)`, defaults to 64): Side, or height and width, in pixels.
         channels (`int`, defaults to 3): 1 (grey), 3 (RGB) or 4 (RGBA).
         dataset_config_name (`str`, *optional*): Configuration of the data set.
         split (`str`, defaults to `"train"`): Split of the data set.
         image_column (`str`, *optional*): Column of the pictures; by default the first that holds any.
-        cache_dir (`str`, *optional*): Where `datasets` keeps what it downloads.
+        label_column (`str`, *optional*):
+            Column of the classes: class labels, or any values, which are sorted. For a folder of pictures, `"folder"`:
+            the names of its subfolders. For drawn faces, one of their attributes.
+        cache_dir (`str`, *optional*):
+            Where decoded pictures are kept, and what `datasets` downloads; by default `ddpm-faces` beside the Hub's
+            cache. Whatever lies there may be deleted between runs.
         num_drawn_images (`int`, defaults to 4096): Number of faces to draw where no source is given.
         max_images (`int`, *optional*): Read the first so many only.
+        crop (`str`, defaults to `"center"`):
+            `"center"`: each picture is cropped about its centre to the shape of `resolution`. `"random"`: it is kept
+            whole, for [`~FaceDataset.fetch`] to crop.
+        skip_unreadable (`bool`, defaults to `False`): Leave out pictures that cannot be read, and list them.
 
     Returns:
         [`FaceDataset`]
 
     Raises:
-        ValueError: Two sources, a folder that is missing or empty, a column that holds no pictures, or a picture that
-            cannot be read, by its name.
+        ValueError: Two sources, a folder that is missing or empty, a column that holds no pictures or no classes,
+            pictures that cannot be read, by their names, or a disk without room for the decoded ones.
     """
-    if dataset_name is not None and train_data_dir is not None:
-        raise ValueError("Give either `dataset_name` or `train_data_dir`, not both.")
     if channels not in MODES:
         raise ValueError(f"`channels` must be one of {', '.join(map(str, MODES))}, got {channels}.")
     size = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
@@ -127,40 +363,93 @@ def load_faces(
         raise ValueError(f"`resolution` must be a side or (height, width) in pixels, got {resolution}.")
     if max_images is not None and max_images < 1:
         raise ValueError(f"`max_images` must be at least 1 or None, got {max_images}.")
+    if crop not in CROPS:
+        raise ValueError(f"`crop` must be one of {', '.join(map(repr, CROPS))}, got {crop!r}.")
 
     if dataset_name is None and train_data_dir is None:
-        source = _drawn_source(num_drawn_images, max(size))
+        source = _drawn_source(num_drawn_images, max(size), label_column)
     else:
-        folder = _existing_folder(dataset_name, train_data_dir)
-        if folder is not None and _is_picture_folder(folder):
-            source = _folder_source(folder)
+        name, folder = resolve_source(dataset_name, train_data_dir)
+        if folder is not None and is_picture_folder(folder):
+            if split != "train":
+                raise ValueError(f"A folder of pictures has no splits, got {split!r} for {name!r}.")
+            source = _folder_source(folder, label_column)
         else:
-            name = dataset_name or train_data_dir
-            source = _dataset_source(name, dataset_config_name, split, image_column, cache_dir)
-    return FaceDataset(_read_all(source, max_images, size, MODES[channels]))
+            source = _dataset_source(name, dataset_config_name, split, image_column, label_column, cache_dir)
+    num_images = min(source.num_images, max_images or source.num_images)
+    if num_images == 0:
+        raise ValueError("The data set is empty: it holds no pictures.")
+
+    settings = {
+        "version": [CACHE_VERSION, PIL.__version__],
+        "source": source.identity,
+        "num_images": num_images,
+        "size": size,
+        "channels": channels,
+        "crop": crop,
+        "label_column": label_column,
+        "skip_unreadable": skip_unreadable,
+    }
+    root = Path(cache_dir or Path(HF_HOME, "ddpm-faces")).expanduser()
+    root.mkdir(parents=True, exist_ok=True)
+    cache = root / _hash(json.dumps(settings, sort_keys=True, default=str).encode())
+    with FileLock(f"{cache}.lock"):  # whoever comes first decodes, the others wait
+        dataset = _open_cache(cache)
+        if dataset is None:
+            _build_cache(cache, source, settings)
+            dataset = _open_cache(cache)
+    if dataset.unreadable:
+        logger.warning(
+            "%d pictures cannot be read and are left out:\n%s", len(dataset.unreadable), _lines(dataset.unreadable)
+        )
+    return dataset
 
 
-# A source is a number of pictures, and a function from an index to the name of a picture and either the picture, or a
-# path or an open file to read it from, or None where there is none.
-Source = tuple[int, Callable[[int], tuple[str, Image.Image | Path | io.BytesIO | None]]]
+def resolve_source(dataset_name: str | None, train_data_dir: str | None) -> tuple[str, Path | None]:
+    """The name of a data set and, unless it is one on the Hub, the local folder that is meant.
 
-
-def _drawn_source(num_images: int, side: int) -> Source:
-    faces = DrawnFaces(num_images, resolution=side)
-    return len(faces), lambda index: (f"drawn face {index}", faces[index]["image"])
-
-
-def _existing_folder(dataset_name: str | None, train_data_dir: str | None) -> Path | None:
-    """The local folder that is meant, or None where `dataset_name` is one on the Hub."""
-    path = Path(train_data_dir or dataset_name).expanduser()
+    Raises:
+        ValueError: Both are given, or a folder that does not exist.
+    """
+    if dataset_name is not None and train_data_dir is not None:
+        raise ValueError("Give either `dataset_name` or `train_data_dir`, not both.")
+    name = train_data_dir or dataset_name
+    path = Path(name).expanduser()
     if path.is_dir():
-        return path
+        return str(path), path
     if train_data_dir is not None:
         raise ValueError(f"`train_data_dir` must be an existing folder, got {train_data_dir!r}.")
     # A Hub name is "name" or "user/name"; all else is a path that somebody mistyped.
-    if path.is_absolute() or dataset_name.startswith((".", "~")) or dataset_name.count("/") > 1:
-        raise ValueError(f"`dataset_name` is neither a folder nor a name on the Hub: {dataset_name!r}.")
-    return None
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ValueError(f"`dataset_name` is neither a folder nor a name on the Hub: {name!r}.")
+    return name, None
+
+
+def is_picture_folder(folder: Path) -> bool:
+    """Whether the folder holds pictures alone, and no files of a data set.
+
+    Raises:
+        ValueError: It holds neither.
+    """
+    suffixes = {path.suffix.lower() for path in _files(folder)}
+    if not suffixes & (PICTURE_SUFFIXES | DATA_SUFFIXES):
+        raise ValueError(f"The folder {str(folder)!r} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}).")
+    return not suffixes & DATA_SUFFIXES
+
+
+def _drawn_source(num_images: int, side: int, label_column: str | None) -> Source:
+    faces = DrawnFaces(num_images, resolution=side)
+    labels = None
+    if label_column is not None:
+        attributes = drawn_faces.face_attributes(0, 0)
+        if label_column not in attributes:
+            raise ValueError(
+                f"`label_column` {label_column!r} is no attribute of drawn faces. These are: {', '.join(attributes)}."
+            )
+        labels = [drawn_faces.face_attributes(index, 0)[label_column] for index in range(num_images)]
+    # Only what is drawn decides, not how many: a picture depends on its index alone.
+    identity = ["drawn", side, _hash(inspect.getsource(drawn_faces).encode())]
+    return Source(identity, num_images, lambda i: (f"drawn face {i}", faces[i]["image"]), labels)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -169,23 +458,33 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
 
 
-def _is_picture_folder(folder: Path) -> bool:
-    suffixes = {path.suffix.lower() for path in _files(folder)}
-    if not suffixes & (PICTURE_SUFFIXES | DATA_SUFFIXES):
-        raise ValueError(f"The folder {str(folder)!r} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}).")
-    return not suffixes & DATA_SUFFIXES
-
-
-def _folder_source(folder: Path) -> Source:
+def _folder_source(folder: Path, label_column: str | None) -> Source:
     paths = [path for path in _files(folder) if path.suffix.lower() in PICTURE_SUFFIXES]
-    return len(paths), lambda index: (str(paths[index]), paths[index])
+    labels = None
+    if label_column is not None:
+        if label_column != "folder":
+            raise ValueError(f"`label_column` of a folder of pictures must be 'folder' or None, got {label_column!r}.")
+        parts = [path.relative_to(folder).parts for path in paths]
+        if without := [part[0] for part in parts if len(part) == 1]:
+            raise ValueError(
+                f"`label_column` 'folder' needs each picture in a subfolder, but {without[0]} is in none."
+            )
+        labels = [part[0] for part in parts]
+    listing = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    identity = ["folder", str(folder.resolve()), _hash(json.dumps(listing).encode())]
+    return Source(identity, len(paths), lambda index: (str(paths[index]), paths[index]), labels)
 
 
 def _dataset_source(
-    name: str, config_name: str | None, split: str, image_column: str | None, cache_dir: str | None
+    name: str,
+    config_name: str | None,
+    split: str,
+    image_column: str | None,
+    label_column: str | None,
+    cache_dir: str | None,
 ) -> Source:
+    from datasets import ClassLabel, load_dataset
     from datasets import Image as ImageFeature
-    from datasets import load_dataset
 
     dataset = load_dataset(name, config_name, split=split, cache_dir=cache_dir)
     image_columns = [key for key, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
@@ -197,43 +496,175 @@ def _dataset_source(
             f"{wanted} of {name!r} holds pictures. Columns with pictures: {', '.join(image_columns) or 'none'}; all "
             f"columns: {', '.join(dataset.column_names)}."
         )
+    labels, class_names = None, None
+    if label_column is not None:
+        if label_column not in dataset.column_names or label_column in image_columns:
+            others = [column for column in dataset.column_names if column not in image_columns]
+            raise ValueError(
+                f"`label_column` {label_column!r} of {name!r} holds no classes. Columns that may: "
+                f"{', '.join(others) or 'none'}."
+            )
+        labels = dataset[label_column][:]
+        feature = dataset.features[label_column]
+        class_names = list(feature.names) if isinstance(feature, ClassLabel) else None
     # Undecoded, so that a broken picture can be named.
-    dataset = dataset.select_columns(image_column).cast_column(image_column, ImageFeature(decode=False))
+    pictures = dataset.select_columns(image_column).cast_column(image_column, ImageFeature(decode=False))
 
     def read(index: int) -> tuple[str, Path | io.BytesIO | None]:
-        value = dataset[index][image_column]
+        value = pictures[index][image_column]
         if value is None:
             return f"row {index}", None
         name = f"row {index} ({value['path']})" if value["path"] else f"row {index}"
         return name, Path(value["path"]) if value["bytes"] is None else io.BytesIO(value["bytes"])
 
-    return len(dataset), read
+    identity = ["dataset", dataset._fingerprint, image_column]
+    return Source(identity, len(dataset), read, labels, class_names)
 
 
-def _read_all(source: Source, max_images: int | None, size: tuple[int, int], mode: str) -> torch.Tensor:
-    """Decode and resize in threads (PIL lets go of the interpreter), and report every picture that cannot be read."""
-    num_images, read = source
-    num_images = min(num_images, max_images or num_images)
-    if num_images == 0:
-        raise ValueError("The data set is empty: it holds no pictures.")
-    images = torch.empty((num_images, len(mode), *size), dtype=torch.uint8)
+# The cache
 
-    def read_one(index: int) -> str | None:
-        name, picture = read(index)
+
+def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
+    """Decode and resize in threads (PIL lets go of the interpreter), and write what comes of it, or nothing."""
+    size, mode, num_images = settings["size"], MODES[settings["channels"]], settings["num_images"]
+    needed = num_images * len(mode) * size[0] * size[1]
+    free = shutil.disk_usage(cache.parent).free
+    if needed > free:
+        raise ValueError(
+            f"`cache_dir` {str(cache.parent)!r} has {free / 1e9:.1f} GB free, and the decoded pictures take "
+            f"{needed / 1e9:.1f} GB: choose another."
+        )
+    values, class_names = _classes(source, num_images)
+    resize = picture_to_tensor if settings["crop"] == "center" else resize_to_cover
+
+    def decode(index: int) -> tuple[str, torch.Tensor | None]:
+        name, picture = source.read(index)
         if picture is None:
-            return f"{name}: no picture"
+            return f"{name}: no picture", None
+        if values is not None and values[index] is None:
+            return f"{name}: no label", None
         try:
             image = picture if isinstance(picture, Image.Image) else Image.open(picture)
-            images[index] = picture_to_tensor(image, size, mode)
+            return name, resize(image, size, mode)
         except UNREADABLE as error:
-            return f"{name}: {error}"
-        return None
+            return f"{name}: {error or type(error).__name__}", None
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        results = tqdm(pool.map(read_one, range(num_images)), total=num_images, desc="Reading pictures", unit="img")
-        problems = [problem for problem in results if problem is not None]
-    if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems[:10])
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"{len(problems)} of {num_images} pictures cannot be read:\n{listed}{more}")
-    return images
+    folder = unfinished_path(cache)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        names, labels, shapes, unreadable = [], [], [], []
+        with (
+            ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool,
+            (folder / "pixels.bin").open("wb") as file,
+            tqdm(total=num_images, desc="Reading pictures", unit="img") as bar,
+        ):
+            for first in range(0, num_images, CHUNK):
+                indices = range(first, min(first + CHUNK, num_images))
+                for index, (name, pixels) in zip(indices, pool.map(decode, indices), strict=True):
+                    if pixels is None:
+                        unreadable.append(name)
+                        continue
+                    file.write(pixels.contiguous().numpy())
+                    names.append(name)
+                    shapes.append(pixels.shape)
+                    labels.append(-1 if values is None else values[index])
+                bar.update(len(indices))
+        if unreadable and (not settings["skip_unreadable"] or not names):
+            raise ValueError(
+                f"{len(unreadable)} of {num_images} pictures cannot be read:\n{_lines(unreadable)}\n"
+                "`skip_unreadable` leaves such pictures out."
+            )
+        np.save(folder / "shapes.npy", np.array(shapes, dtype=np.int64))
+        if settings["crop"] == "random":
+            (folder / RAGGED).touch()
+        np.save(folder / "labels.npy", np.array(labels if values is not None else [], dtype=np.int64))
+        (folder / "names.json").write_text(json.dumps(names))
+        images = _map_images(folder)
+        info = {
+            "fingerprint": _fingerprint(images, torch.tensor(labels)),
+            "statistics": _statistics(images),
+            "class_names": class_names,
+            "unreadable": unreadable,
+            "settings": settings,
+        }
+        (folder / "info.json").write_text(json.dumps(info, default=str))
+        if cache.exists():
+            shutil.rmtree(cache)
+        commit(cache)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_cache(cache: Path) -> FaceDataset | None:
+    """What [`_build_cache`] has written, or `None` where there is nothing that is whole."""
+    try:
+        info = json.loads((cache / "info.json").read_text())
+        images = _map_images(cache)
+        labels = torch.from_numpy(np.load(cache / "labels.npy"))
+        names = json.loads((cache / "names.json").read_text())
+        dataset = FaceDataset(
+            images,
+            tuple(info["settings"]["size"]),
+            labels if len(labels) else None,
+            info["class_names"],
+            names,
+            info["unreadable"],
+            info["fingerprint"],
+            info["statistics"],
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+    dataset._cache = cache
+    return dataset
+
+
+def _map_images(cache: Path) -> torch.Tensor | _Ragged:
+    shapes = np.load(cache / "shapes.npy")
+    if (cache / "pixels.bin").stat().st_size != shapes.prod(axis=1).sum():
+        raise ValueError(f"{cache} is damaged.")
+    # Copy on write: a tensor must be writable, but the file must not change.
+    pixels = torch.from_numpy(np.memmap(cache / "pixels.bin", dtype=np.uint8, mode="c"))
+    if (cache / RAGGED).exists():
+        return _Ragged(pixels, shapes)
+    return pixels.view(len(shapes), *shapes[0].tolist())
+
+
+def _classes(source: Source, num_images: int) -> tuple[list[int | None] | None, list[str] | None]:
+    """The class of each picture as a number, or None where it is missing, and the names of the classes."""
+    if source.labels is None:
+        return None, None
+    values = source.labels[:num_images]
+    if source.class_names is not None:
+        return [None if value is None or value < 0 else value for value in values], source.class_names
+    classes = sorted({value for value in values if value is not None})
+    number_of = {value: number for number, value in enumerate(classes)}
+    return [number_of.get(value) for value in values], [str(value) for value in classes]
+
+
+def _fingerprint(images: torch.Tensor | Sequence[torch.Tensor], labels: torch.Tensor | None) -> str:
+    pictures = (np.ascontiguousarray(image.numpy()) for image in images)
+    return _hash(*pictures, (labels if labels is not None else torch.full((len(images),), -1)).numpy())
+
+
+def _hash(*parts: bytes | np.ndarray) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _statistics(images: torch.Tensor | Sequence[torch.Tensor]) -> tuple[list[float], list[float]]:
+    """Mean and deviation of the channels, where pixels are -1 to 1, from exact sums."""
+    count, total, squares = 0, 0, 0
+    for image in images:
+        pixels = image.long().flatten(1)
+        count, total, squares = count + pixels.shape[1], total + pixels.sum(1), squares + pixels.square().sum(1)
+    mean = total.double() / count
+    deviation = (squares.double() / count - mean.square()).clamp(min=0).sqrt()
+    return (mean / 127.5 - 1).tolist(), (deviation / 127.5).tolist()
+
+
+def _lines(problems: Sequence[str]) -> str:
+    listed = "\n".join(f"  {problem}" for problem in problems[:10])
+    return listed + (f"\n  and {len(problems) - 10} more" if len(problems) > 10 else "")

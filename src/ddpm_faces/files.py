@@ -1,0 +1,78 @@
+"""Folders and files that are either whole or not there: written under another name, synced, then renamed."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+UNFINISHED = ".unfinished-"
+
+
+def unfinished_path(path: str | os.PathLike) -> Path:
+    """The name under which `path` is written before it is whole, or deleted from: hidden, beside it."""
+    path = Path(path)
+    return path.with_name(UNFINISHED + path.name)
+
+
+def commit(path: str | os.PathLike, unfinished: str | os.PathLike | None = None) -> None:
+    """Give a finished folder its name, and only then delete what stood there before.
+
+    Whoever dies in between leaves the old one, the new one, or neither, but never half of one.
+
+    Args:
+        path (`str` or `os.PathLike`): The name.
+        unfinished (`str` or `os.PathLike`, *optional*): Where it was written; by default at [`unfinished_path`].
+    """
+    path = Path(path)
+    unfinished = Path(unfinished or unfinished_path(path))
+    for root, _, names in os.walk(unfinished):
+        for name in (*names, "."):
+            sync(os.path.join(root, name))
+    replaced = unfinished_path(path.with_name(f"replaced-{path.name}"))
+    shutil.rmtree(replaced, ignore_errors=True)
+    if path.exists():
+        path.rename(replaced)
+    unfinished.rename(path)
+    sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def delete(path: str | os.PathLike) -> None:
+    """Delete a folder. Renamed first: an interruption must not leave half of it under a whole one's name."""
+    doomed = unfinished_path(path)
+    shutil.rmtree(doomed, ignore_errors=True)
+    Path(path).rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def delete_unfinished(folder: str | os.PathLike) -> None:
+    """Delete what interrupted runs left in `folder`."""
+    for path in Path(folder).glob(f"{UNFINISHED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` once it is whole."""
+    path = Path(path)
+    unfinished = unfinished_path(path)
+    try:
+        yield unfinished
+        sync(unfinished)
+        unfinished.replace(path)
+        sync(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Let a file or a folder reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

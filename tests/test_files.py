@@ -1,0 +1,39 @@
+import pytest
+
+from ddpm_faces.files import commit, delete_unfinished, replacing, unfinished_path
+
+
+def test_folder_takes_the_place_of_another(tmp_path):
+    for text in ("old", "new"):
+        unfinished = unfinished_path(tmp_path / "folder")
+        unfinished.mkdir()
+        (unfinished / "file").write_text(text)
+        commit(tmp_path / "folder")
+        assert (tmp_path / "folder" / "file").read_text() == text
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_file_is_replaced_or_stays(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def die_halfway() -> None:
+        with replacing(path) as new:
+            new.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        die_halfway()
+    assert path.read_text() == "old"
+    with replacing(path) as new:
+        new.write_text("new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_left_unfinished_is_deleted(tmp_path):
+    unfinished_path(tmp_path / "folder").mkdir()
+    unfinished_path(tmp_path / "file").touch()
+    (tmp_path / "mine").touch()
+    delete_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
