@@ -53,8 +53,9 @@ class NonLeakingAugmentation:
             raise ValueError(f"`probability` must lie in [0, 1], got {probability}.")
         self.probability = probability
 
+    @classmethod
     def draw(
-        self,
+        cls,
         batch_size: int,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,

@@ -7,6 +7,7 @@ Whoever goes on from a place reads that block again, and decodes none of the pic
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -15,9 +16,18 @@ import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
-from .data import UNREADABLE
+from .batches import make_data_loader, restarting
+from .data import (
+    MODES,
+    UNREADABLE,
+    is_picture_folder,
+    picture_to_tensor,
+    random_crop,
+    resize_to_cover,
+    resolve_source,
+)
 
 
 class FaceStream(IterableDataset):
@@ -103,12 +113,7 @@ class FaceStream(IterableDataset):
             - **names** (`list[str]`) -- What each picture is called.
             - **skipped** (`list[str]`) -- What could not be read since the batch before of the same worker, and why.
         """
-        # The loader draws a seed that nobody uses; without its own generator it would draw from that of the training.
-        generator = torch.Generator()
-        loader = DataLoader(
-            self, batch_size=None, num_workers=self.num_workers, pin_memory=pin_memory, generator=generator
-        )
-        for batch in loader:
+        for batch in restarting(lambda: make_data_loader(self, self.num_workers, pin_memory)):
             if batch is None:
                 continue
             self._places[self._next_worker] = batch.pop("place")
@@ -236,6 +241,46 @@ class FaceStream(IterableDataset):
     def _share(self) -> datasets.IterableDataset:
         """The rows of this process; a new object, for all workers share the memory that holds the epoch of one."""
         return split_dataset_by_node(self.dataset, rank=self.process_index, world_size=self.num_processes)
+
+
+def open_stream(
+    dataset_name: str | None = None,
+    train_data_dir: str | None = None,
+    resolution: tuple[int, int] = (64, 64),
+    channels: int = 3,
+    dataset_config_name: str | None = None,
+    split: str = "train",
+    crop: str = "center",
+    **stream_arguments: Any,
+) -> FaceStream:
+    """Open a source as [`load_faces`] does, but as a stream.
+
+    Args:
+        dataset_name (`str`, *optional*): Data set on the Hub, or a local data set folder.
+        train_data_dir (`str`, *optional*): Local folder of pictures, or a data set folder.
+        resolution (`(int, int)`, defaults to `(64, 64)`): Height and width in pixels.
+        channels (`int`, defaults to 3): 1 (grey), 3 (RGB) or 4 (RGBA).
+        dataset_config_name (`str`, *optional*): Configuration of the data set.
+        split (`str`, defaults to `"train"`): Split of the data set.
+        crop (`str`, defaults to `"center"`): `"center"` or `"random"`.
+        **stream_arguments: Those of [`FaceStream`].
+
+    Raises:
+        ValueError: As [`load_faces`] and [`FaceStream`] say.
+    """
+    name, folder = resolve_source(dataset_name, train_data_dir)
+    if folder is not None and is_picture_folder(folder):
+        dataset = datasets.load_dataset("imagefolder", data_dir=str(folder), split=split, streaming=True)
+    else:
+        dataset = datasets.load_dataset(name, dataset_config_name, split=split, streaming=True)
+    decode = partial(_decode, size=tuple(resolution), mode=MODES[channels], crop=crop)
+    return FaceStream(dataset, decode, **stream_arguments)
+
+
+def _decode(image: Image.Image, rng: np.random.Generator, size: tuple[int, int], mode: str, crop: str) -> torch.Tensor:
+    if crop == "center":
+        return picture_to_tensor(image, size, mode)
+    return random_crop(resize_to_cover(image, size, mode), size, tuple(rng.random(2)))
 
 
 def _beginning(epoch: int) -> dict[str, Any]:
