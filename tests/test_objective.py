@@ -147,3 +147,17 @@ def test_bad_input():
         DDPMFacesObjective(DDPMFacesScheduler(), snr_gamma=0)
     with pytest.raises(ValueError, match="`snr_gamma` is a weight of `loss_type` 'l2', got 'l1'"):
         DDPMFacesObjective(DDPMFacesScheduler(), loss_type="l1", snr_gamma=5.0)
+
+
+def test_given_timesteps_noise_and_augmentation_take_the_place_of_drawn_ones():
+    x_0, noise = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 3, 8, 8)
+    timesteps, augment_labels = torch.tensor([0, 7, 150, 299]), torch.randn(4, 9)
+    scheduler, unet = DDPMFacesScheduler(), Recorder()
+    state = torch.get_rng_state()
+    output = DDPMFacesObjective(scheduler)(unet, x_0, timesteps=timesteps, noise=noise, augment_labels=augment_labels)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(unet.sample, scheduler.add_noise(x_0, noise, timesteps))
+    assert torch.equal(output.timesteps, timesteps)
+    assert torch.equal(unet.kwargs["augment_labels"], augment_labels)
+    assert "class_labels" not in unet.kwargs
+    torch.testing.assert_close(output.losses, noise.square().mean(dim=(1, 2, 3)))

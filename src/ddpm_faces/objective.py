@@ -65,6 +65,9 @@ class DDPMFacesObjective:
         original_samples: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
+        timesteps: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
     ) -> ObjectiveOutput:
         """Evaluate the objective on one batch; the article's `get_loss`.
 
@@ -73,6 +76,10 @@ class DDPMFacesObjective:
             original_samples (`torch.Tensor` of shape `(batch, channels, height, width)`, float32): x_0 in [-1, 1].
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): For a network with classes.
             generator (`torch.Generator`, *optional*): Of timesteps and noise; on the device of the pictures.
+            timesteps (`torch.Tensor` of shape `(batch,)`, `torch.int64`, *optional*): In place of drawn ones.
+            noise (`torch.Tensor` of the shape of the pictures, *optional*): N(0, 1), in place of what is drawn.
+            augment_labels (`torch.Tensor` of shape `(batch, augment_dim)`, *optional*):
+                How each picture was augmented, for a network that is told.
 
         Returns:
             [`ObjectiveOutput`]: The loss of each picture and its timestep.
@@ -80,16 +87,18 @@ class DDPMFacesObjective:
         batch_size, device = original_samples.shape[0], original_samples.device
 
         # 1. t ~ U{0..T-1}, eps ~ N(0, I)
-        timesteps = torch.randint(
-            self.scheduler.config.num_train_timesteps, (batch_size,), generator=generator, device=device
-        )
-        noise = torch.randn(original_samples.shape, generator=generator, device=device)
+        if timesteps is None:
+            num_train_timesteps = self.scheduler.config.num_train_timesteps
+            timesteps = torch.randint(num_train_timesteps, (batch_size,), generator=generator, device=device)
+        if noise is None:
+            noise = torch.randn(original_samples.shape, generator=generator, device=device)
 
         # 2. x_t
         noisy_samples = self.scheduler.add_noise(original_samples, noise, timesteps)
 
         # 3. Predict
-        model_kwargs = {} if class_labels is None else {"class_labels": class_labels}
+        model_kwargs = {"class_labels": class_labels, "augment_labels": augment_labels}
+        model_kwargs = {name: value for name, value in model_kwargs.items() if value is not None}
         prediction = unet(noisy_samples, timesteps, **model_kwargs).sample
 
         # 4. Compare
