@@ -231,3 +231,9 @@ def test_class_labels():
 def test_bad_input(pipeline, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipeline(**arguments)
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw", None])
+def test_pipeline_says_which_weights_it_holds(pipeline, tmp_path, weights):
+    DDPMFacesPipeline(pipeline.unet, pipeline.scheduler, weights=weights).save_pretrained(tmp_path)
+    assert DDPMFacesPipeline.from_pretrained(tmp_path).config.weights == weights

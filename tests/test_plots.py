@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_faces.plots import image_grid, labelled_strip, loss_curve
+from ddpm_faces.plots import image_grid, labelled_strip, loss_curve, side_by_side
 
 
 def tile(value: int, size: tuple[int, int] = (4, 3)) -> Image.Image:
@@ -45,3 +45,13 @@ def test_loss_curve_is_drawn_from_one_entry_on(tmp_path):
     for count in (1, 100):
         loss_curve(range(count), [1.0 / (i + 1) for i in range(count)], tmp_path / f"{count}.png")
         assert len(np.unique(np.asarray(Image.open(tmp_path / f"{count}.png")))) > 10
+
+
+def test_grids_side_by_side_under_their_names():
+    grids = {name: Image.new("RGB", (40, 30), name) for name in ("red", "blue")}
+    picture = side_by_side(grids, margin=10)
+    assert picture.size == (90, 48)
+    assert picture.getpixel((0, 47)) == (255, 0, 0)
+    assert picture.getpixel((89, 47)) == (0, 0, 255)
+    assert picture.getpixel((45, 47)) == (255, 255, 255)
+    assert side_by_side({"red": grids["red"]}) is grids["red"]

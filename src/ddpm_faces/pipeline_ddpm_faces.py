@@ -39,14 +39,18 @@ class DDPMFacesPipeline(DiffusionPipeline):
         unet ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`]): Predicts the noise.
         scheduler ([`DDPMFacesScheduler`] or any other of that family):
             Takes the steps. Exchange: `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)`.
+        weights (`str`, *optional*):
+            Which weights of a training these are: `"ema"`, the averaged ones, or `"raw"`, the last. For the record, in
+            `pipeline.config`.
     """
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin) -> None:
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, weights: str | None = None) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(weights=weights)
 
     def check_inputs(
         self,

@@ -1,10 +1,10 @@
 """Pictures of results: grids, the strip from noise to face, the loss curve."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 
 def image_grid(images: Sequence[Image.Image], columns: int | None = None, scale: int = 1, gap: int = 2) -> Image.Image:
@@ -61,13 +61,39 @@ def labelled_strip(
     plt.close(figure)
 
 
-def loss_curve(images_seen: Sequence[int], losses: Sequence[float], path: str | os.PathLike) -> None:
+def side_by_side(grids: Mapping[str, Image.Image], margin: int = 12) -> Image.Image:
+    """Lay grids of one height side by side, each under its name; a single one is returned as it is.
+
+    Args:
+        grids (`dict[str, PIL.Image.Image]`): At least one grid.
+        margin (`int`, defaults to 12): Pixels of white between them.
+    """
+    if len(grids) == 1:
+        return next(iter(grids.values()))
+    title_height = 18
+    width = sum(grid.width + margin for grid in grids.values()) - margin
+    picture = Image.new("RGB", (width, title_height + max(grid.height for grid in grids.values())), "white")
+    draw, left = ImageDraw.Draw(picture), 0
+    for name, grid in grids.items():
+        draw.text((left + 2, 2), name, fill="black", font_size=12)
+        picture.paste(grid, (left, title_height))
+        left += grid.width + margin
+    return picture
+
+
+def loss_curve(
+    images_seen: Sequence[int],
+    losses: Sequence[float],
+    path: str | os.PathLike,
+    held_out: tuple[Sequence[int], Sequence[float]] | None = None,
+) -> None:
     """Save the loss over the images seen, and its running mean.
 
     Args:
         images_seen (`list[int]`): One per log entry, rising.
         losses (`list[float]`): The mean loss since the entry before.
         path (`str` or `os.PathLike`): The file to write.
+        held_out (`(list[int], list[float])`, *optional*): Images seen and loss of each validation.
     """
     plt = _pyplot()
     window = max(len(losses) // 20, 1)
@@ -75,6 +101,8 @@ def loss_curve(images_seen: Sequence[int], losses: Sequence[float], path: str | 
     figure, axis = plt.subplots(figsize=(6.4, 3.6))
     axis.plot(images_seen, losses, color="0.75", linewidth=1, label="loss")
     axis.plot(images_seen, smooth, color="C0", linewidth=1.8, label=f"mean of the last {window} entries")
+    if held_out is not None and len(held_out[0]):
+        axis.plot(*held_out, color="C1", linewidth=1.4, marker="o", markersize=4, label="held-out pictures")
     # The fall from 1 at the start would hide the rest.
     axis.set_ylim(0, min(1.05 * max(losses), 4 * losses[-1]))
     axis.set_xlabel("images seen")
