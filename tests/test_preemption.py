@@ -1,0 +1,69 @@
+import os
+import signal
+
+import pytest
+
+from ddpm_faces import preemption as module
+from ddpm_faces.preemption import Preemption
+
+
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    before = {name: signal.getsignal(getattr(signal, name)) for name in NAMES}
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
+class Clock:
+    """A clock that tests set."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(module.time, "time", lambda: self.now)
+        monkeypatch.setattr(module, "_process_start", lambda: 1000.0)
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signals_are_remembered(name):
+    preemption = Preemption()
+    assert preemption.reason() is None
+    os.kill(os.getpid(), getattr(signal, name))
+    assert preemption.reason() == f"it received {name}"
+
+
+def test_second_interrupt_ends_the_process(clock):
+    preemption = Preemption()
+    for _ in range(2):  # from the terminal and from the launcher
+        os.kill(os.getpid(), signal.SIGINT)
+    clock.now += 3
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert preemption.reason() == "it received SIGINT"
+
+
+def test_time_limit_leaves_room_for_the_save_and_the_slowest_step(clock):
+    preemption = Preemption(time_limit_minutes=10)  # until 1600
+    preemption.note_save(20)
+    for clock.now in (1005, 1035, 1040):
+        assert preemption.reason() is None
+    # The longest gap between two checks was 30 s, and a save may take 40.
+    clock.now = 1600 - 30 - 40 - 1
+    preemption._last_check = clock.now - 5
+    assert preemption.reason() is None
+    clock.now += 2
+    assert preemption.reason() == "its time limit is near"
+
+
+def test_no_limit(clock):
+    preemption = Preemption()
+    clock.now = 1e12
+    assert preemption.reason() is None
