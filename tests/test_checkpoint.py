@@ -31,6 +31,13 @@ def test_pruning_keeps_the_newest(tmp_path):
     ]
 
 
+def test_pruning_keeps_the_best(tmp_path):
+    for images_seen in (1, 2, 3, 4):
+        checkpoint_path(tmp_path, images_seen).mkdir()
+    prune_checkpoints(tmp_path, keep=1, best=checkpoint_path(tmp_path, 2))
+    assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, images_seen) for images_seen in (2, 4)]
+
+
 def make_pipeline(sample_size: int) -> DDPMFacesPipeline:
     return DDPMFacesPipeline(tiny_unet(sample_size=sample_size), DDPMFacesScheduler(num_train_timesteps=5))
 
@@ -48,7 +55,7 @@ def test_interrupted_saving_never_mixes_two_pipelines(tmp_path, monkeypatch, com
     """Dying anywhere between the first and the last rename leaves a folder that does not load, not a mixture."""
     save_pipeline(make_pipeline(16), tmp_path)
     commits = []
-    real_commit = checkpoint._commit
+    real_commit = checkpoint.commit
 
     def commit_or_die(*args):
         if len(commits) == commits_before_death:
@@ -56,7 +63,7 @@ def test_interrupted_saving_never_mixes_two_pipelines(tmp_path, monkeypatch, com
         commits.append(args)
         real_commit(*args)
 
-    monkeypatch.setattr(checkpoint, "_commit", commit_or_die)
+    monkeypatch.setattr(checkpoint, "commit", commit_or_die)
     with pytest.raises(KeyboardInterrupt):
         save_pipeline(make_pipeline(24), tmp_path)
     with pytest.raises(OSError, match="model_index.json"):

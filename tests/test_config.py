@@ -1,16 +1,20 @@
+import ast
 import inspect
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
 
 from ddpm_faces import DDPMFacesScheduler, DDPMFacesUNet
-from ddpm_faces.config import TrainingConfig, parse_training_config
+from ddpm_faces.config import GROUPS, TrainingConfig, parse_training_config
 
 
 ROOT = Path(__file__).parents[1]
+MODEL_ARGUMENTS = {*inspect.signature(DDPMFacesUNet.__init__).parameters}
+MODEL_ARGUMENTS |= {*inspect.signature(DDPMFacesScheduler.__init__).parameters}
 CONFIGS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
 
 
@@ -23,7 +27,7 @@ def test_defaults_are_drawn32():
 def test_shipped_files_make_models(path):
     config = parse_training_config(["--config", str(path)])
     unet = DDPMFacesUNet(**config.unet_config())
-    assert unet.config.sample_size == config.resolution
+    assert unet.config.sample_size == config.resolution[0]
     DDPMFacesScheduler(**config.scheduler_config())
 
 
@@ -59,13 +63,150 @@ def test_saved_configuration_is_a_file_for_config(tmp_path):
     assert parse_training_config(["--config", str(tmp_path / "config.yaml")]) == config
 
 
+def attributes_read(tree: ast.AST, owner: str) -> set[str]:
+    """Names that are looked up on `owner`, or on a `.owner` of something, by the syntax tree."""
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", getattr(node.value, "attr", None)) == owner
+    }
+
+
 def test_every_field_is_read():
-    """By name in the code of the script, or as an argument of the network or the schedule."""
-    arguments = {*inspect.signature(DDPMFacesUNet.__init__).parameters}
-    arguments |= {*inspect.signature(DDPMFacesScheduler.__init__).parameters}
-    read = set(re.findall(r"config\.(\w+)", (ROOT / "training" / "train.py").read_text()))
-    assert {f.name for f in fields(TrainingConfig)} - arguments - read == set()
-    assert asdict(TrainingConfig()).keys() - arguments - read == set()
+    """By the training or by a method of the configuration, or as an argument of the network or the schedule."""
+    read = set(MODEL_ARGUMENTS)
+    for path in (ROOT / "training" / "train.py", *(ROOT / "src" / "ddpm_faces").glob("training_*.py")):
+        read |= attributes_read(ast.parse(path.read_text()), "config")
+    for method in ast.parse(inspect.getsource(TrainingConfig)).body[0].body:
+        # A field that is only checked, which `__post_init__` and `_check_data` do, changes nothing.
+        if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
+            read |= attributes_read(method, "self")
+    assert {f.name for f in fields(TrainingConfig)} - read == set()
+
+
+def test_every_field_is_documented():
+    for f in fields(TrainingConfig):
+        assert f.metadata["group"] in GROUPS
+        assert re.fullmatch(r"\S.*\.", f.metadata["help"]), f.name
+    in_order = list(dict.fromkeys(f.metadata["group"] for f in fields(TrainingConfig)))
+    assert in_order == list(GROUPS)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_is_grouped_and_fits_the_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as exit_info:
+        parse_training_config(["--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= columns
+    # Each once, and nothing beside it: no `--no_flag`, no `--with-hyphens`.
+    names = [f.name for f in fields(TrainingConfig)]
+    assert re.findall(r"(?<!\S)--[\w-]+", text) == [f"--{name}" for name in ("help", "config", *names)]
+    assert re.findall(r"^(\w+):$", text, re.MULTILINE) == ["options", *GROUPS]
+    assert all(about in " ".join(text.split()) for about in GROUPS.values())
+
+
+def test_help_shows_defaults_and_choices(capsys):
+    with pytest.raises(SystemExit):
+        parse_training_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    parts = re.split(r" --(?=\w+ )", text)
+    of_flag = {part.split()[0]: part for part in parts}
+    for f in fields(TrainingConfig):
+        default = getattr(TrainingConfig(), f.name)
+        assert of_flag[f.name].count("(default: ") == (default is not None or "(default" in f.metadata["help"]), f.name
+    assert "{constant,linear,cosine}" in of_flag["lr_scheduler"]
+    for flag, default in {
+        "use_ema": "true", "block_out_channels": "32 64 128", "snr_gamma": "inf", "adam_epsilon": "1e-08",
+        "output_dir": "ddpm-faces-model", "lr_warmup_images": "2000",
+    }.items():  # fmt: skip
+        assert f"(default: {default})." in of_flag[flag]
+
+
+def test_flags_that_are_true_or_false():
+    assert parse_training_config(["--random_flip"]).random_flip is True
+    assert parse_training_config(["--use_ema", "false"]).use_ema is False
+    assert parse_training_config(["--use_ema=true"]).use_ema is True
+    assert parse_training_config(["--random_flip", "true", "--streaming", "False"]).random_flip is True
+
+
+def test_arguments_beside_the_script_are_not_read(tmp_path, monkeypatch):
+    """HfArgumentParser would take them from a `train.args`, which no log and no saved file tells of."""
+    (tmp_path / "train.args").write_text("--seed 5")
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "train.py")])
+    assert parse_training_config() == TrainingConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("mixed_precision: no", "mixed_precision", "no"),  # which YAML reads as false
+        ("use_ema: no", "use_ema", False),
+        ("random_flip: true", "random_flip", True),
+        ("learning_rate: 1e-3", "learning_rate", 1e-3),
+        ("snr_gamma: .inf", "snr_gamma", float("inf")),
+        ("resolution: 48", "resolution", [48]),
+        ("resolution: [48, 64]", "resolution", [48, 64]),
+        ("cache_dir:", "cache_dir", None),
+        ("cache_dir: a b", "cache_dir", "a b"),
+        ("output_dir: -x", "output_dir", "-x"),
+        ("output_dir: 2024-01-01", "output_dir", "2024-01-01"),
+        ("report_to: none", "report_to", "none"),
+    ],
+)
+def test_values_of_files(tmp_path, text, name, value):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert getattr(parse_training_config(["--config", str(path)]), name) == value
+
+
+# Courses
+
+
+def test_learning_rate_depends_on_images_not_on_batches():
+    for batch_size in (8, 32, 128):
+        config = TrainingConfig(train_batch_size=batch_size, lr_warmup_images=1024, max_train_images=4096)
+        rates = [config.learning_rate_at(images) for images in (0, 256, 1024, 2560, 4096, 9999)]
+        assert rates == pytest.approx([0, 2.5e-4, 1e-3, 5e-4, 0, 0], abs=1e-12)
+
+
+@pytest.mark.parametrize(("name", "end"), [("constant", 1e-3), ("linear", 0.0), ("cosine", 0.0)])
+def test_learning_rate_without_warmup(name, end):
+    config = TrainingConfig(lr_scheduler=name, lr_warmup_images=0, max_train_images=320)
+    assert config.learning_rate_at(0) == 1e-3
+    assert config.learning_rate_at(160) == pytest.approx((1e-3 + end) / 2)
+    assert config.learning_rate_at(320) == pytest.approx(end, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_learning_rate_ends_at_0_with_the_last_step(name):
+    """Which ends at 1008 images, where 1000 are asked for in steps of 48."""
+    config = TrainingConfig(lr_scheduler=name, train_batch_size=48, max_train_images=1000, lr_warmup_images=0)
+    assert config.max_train_steps == 21
+    assert config.learning_rate_at(1000) > 0
+    assert config.learning_rate_at(1008) == pytest.approx(0, abs=1e-12)
+
+
+def test_warmup_longer_than_the_run():
+    config = TrainingConfig(lr_warmup_images=1000, max_train_images=320)
+    assert config.learning_rate_at(320) == pytest.approx(3.2e-4)
+    assert config.learning_rate_at(1000) == pytest.approx(1e-3)
+    config = TrainingConfig(lr_warmup_images=320, max_train_images=320)
+    assert config.learning_rate_at(320) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [8, 32, 128])
+def test_half_life_of_the_average(batch_size):
+    config = TrainingConfig(train_batch_size=batch_size, ema_half_life_images=1024)
+    remaining = 1.0
+    for images_seen in range(20_480 + batch_size, 20_480 + 1024 + 1, batch_size):
+        remaining *= config.ema_decay_at(images_seen)
+    assert remaining == pytest.approx(0.5)
+    # While it ripens, a tenth of the images seen.
+    assert config.ema_decay_at(1280) == pytest.approx(0.5 ** (batch_size / 128))
+    assert config.ema_decay_at(0) == 0
+    assert config.ema_decay_at(10**9) == config.ema_decay_at(20_480)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +224,39 @@ def test_every_field_is_read():
         ("train_batch_size: 0", "`train_batch_size` must be at least 1, got 0"),
         ("sample_inference_steps: 400", "must not exceed `num_train_timesteps`"),
         ("learning_rate: 0", "`learning_rate` must be positive"),
+        ("learning_rate: -1", "`learning_rate` must be positive and finite, got -1.0"),
+        ("learning_rate: .nan", "`learning_rate` must be positive and finite, got nan"),
+        ("time_limit_minutes: .inf", "`time_limit_minutes` must be positive and finite"),
+        ("seed: -1", "`seed` must be at least 0, got -1"),
+        ("augment_probability: 1.5", r"`augment_probability` must lie in \[0, 1\], got 1.5"),
+        ("augment_probability: 0.1\nrandom_flip: true", "leave `random_flip` out"),
+        ("resolution: [1, 2, 3]", "`resolution` must be a side or a height and a width"),
+        ("streaming: true", "`streaming` needs a `dataset_name`"),
+        ("streaming: true\ndataset_name: a", "name a `validation_split`, or set `num_validation_images` to 0"),
+        ("streaming: true\ndataset_name: a\nlabel_column: b", "needs `num_class_embeds`"),
+        ("streaming: true\ndataset_name: a\nmax_train_samples: 9", "`max_train_samples` is not for `streaming`"),
+        ("validation_split: test", "`validation_split` 'test' needs a data set"),
+        ("num_class_embeds: 3", "needs a `label_column`"),
+        ("early_stopping_patience: 2\nnum_validation_images: 0", "`early_stopping_patience` needs"),
+        ("crop: left", "argument --crop.*: invalid choice: 'left'"),
         ("adam_beta2: 1.0", r"`adam_beta2` must lie in \[0, 1\)"),
         ("dataset_name: a\ntrain_data_dir: b", "not both"),
+        ("learning_rate: [1, 2]", r"`learning_rate` must be a single value, got \[1, 2\]"),
+        ("block_types: [conv, -a]", "`block_types` must hold no values that begin with a dash"),
+        ("block_types: [conv, null]", "`block_types` must be a value or a list of values"),
+        ("resolution: [-1, 5]", r"`resolution` must be at least 1, got \[-1, 5\]"),
+        ('cache_dir: ""', "`cache_dir` must not be blank, got ''"),
+        ("seed: 2147483648", "`seed` must be below 2"),
+        ("image_column: face", "`image_column` 'face' needs a data set"),
+        ("dataset_name: a\nvalidation_split: train", "`validation_split` 'train' is what is trained on"),
+        ("dropout: 1", r"`dropout` must lie in \[0, 1\), got 1.0"),
+        ("beta_start: .nan", r"`beta_start` must lie in \(0, 1\), got nan"),
+        ("max_grad_norm: .inf", "`max_grad_norm` must be at least 0 and finite, got inf"),
+        ("snr_gamma: .nan", "`snr_gamma` must be at least 0"),
+        ("num_train_timesteps: 0", "`num_train_timesteps` must be at least 1, got 0"),
+        ("checkpoints_total_limit: 0", "`checkpoints_total_limit` must be at least 1, got 0"),
+        ("in_channels: 2", "argument --in_channels.*: invalid choice: '2'"),
+        ("use_ema: maybe", "argument --use_ema.*: .*got maybe"),
     ],
 )
 def test_bad_file(tmp_path, capsys, text, message):
@@ -109,6 +281,53 @@ def test_bad_command_line(capsys, argv, message):
     with pytest.raises(SystemExit):
         parse_training_config(argv)
     assert re.search(message, capsys.readouterr().err)
+
+
+HINTS = get_type_hints(TrainingConfig)
+
+
+@pytest.mark.parametrize("name", [name for name, hint in HINTS.items() if "Literal" in str(hint)])
+def test_choices_hold_in_python_as_well(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be one of .*, got 'cosin'"):
+        TrainingConfig(**{name: "cosin"})
+
+
+@pytest.mark.parametrize("name", [name for name, hint in HINTS.items() if "Literal" not in str(hint)])
+def test_types_hold_in_python_as_well(name):
+    """No text for a number or for a truth value, no number for a text, no value for a list."""
+    wrong = 3 if "str" in str(HINTS[name]) or "list" in str(HINTS[name]) else "false"
+    with pytest.raises(ValueError, match=f"`{name}` must be .*, got {wrong!r}"):
+        TrainingConfig(**{name: wrong})
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", True), ("seed", 1.5), ("resolution", [32, 1.5]), ("seed", None)])
+def test_types_are_exact(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be (int|list.int.), got {re.escape(repr(value))}"):
+        TrainingConfig(**{name: value})
+
+
+def test_whole_numbers_will_do_for_floats():
+    assert TrainingConfig(learning_rate=1, dropout=0, time_limit_minutes=5).learning_rate == 1
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, hint in HINTS.items() if float in (hint, *get_args(hint)) and name != "snr_gamma"]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_floats_are_finite_and_not_negative(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must .*, got {value}"):
+        TrainingConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, hint in HINTS.items() if get_origin(hint) is Literal and n in MODEL_ARGUMENTS]
+)
+def test_choices_are_those_of_the_models(name):
+    """All that the configuration offers makes a model."""
+    for value in get_args(HINTS[name]):
+        config = TrainingConfig(**{name: value})
+        DDPMFacesUNet(**config.unet_config())
+        DDPMFacesScheduler(**config.scheduler_config())
 
 
 def test_yaml_of_a_run_holds_all_fields(tmp_path):

@@ -37,7 +37,22 @@ def test_source_never_imports_training(path):
 
 @pytest.mark.parametrize(
     ("module", "may_import"),
-    [("data", {"drawn_faces"}), ("drawn_faces", set()), ("objective", set()), ("plots", set()), ("checkpoint", set())],
+    [
+        ("files", set()),
+        ("drawn_faces", set()),
+        ("data", {"", "drawn_faces", "files"}),
+        ("augmentation", set()),
+        ("draws", {"augmentation"}),
+        ("batches", {"data", "draws"}),
+        ("streaming", {"batches", "data"}),
+        ("objective", set()),
+        ("validation", {"data"}),
+        ("nonfinite", set()),
+        ("preemption", set()),
+        ("sync_batch_norm", set()),
+        ("plots", set()),
+        ("checkpoint", {"files"}),
+    ],
 )
 def test_data_flows_one_way(module, may_import):
     ours = {name.lstrip(".") for name in imported_modules(SOURCE / f"{module}.py") if name.startswith(".")}

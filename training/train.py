@@ -4,188 +4,241 @@ $ accelerate launch training/train.py                                          #
 $ accelerate launch training/train.py --train_data_dir my_faces --resolution 64
 $ accelerate launch training/train.py --config training/configs/article64.yaml --dataset_name user/faces
 
-All fields of `ddpm_faces.config.TrainingConfig` are flags (`--help`), or keys of the YAML file of `--config`.
+All fields of `ddpm_faces.config.TrainingConfig` are flags (`--help`), or keys of the YAML file of `--config`. What
+happens when a run is interrupted, and by what, is in docs/training.md.
 """
 
-import json
+import importlib.util
 import math
 import os
+import shutil
 import time
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-import yaml
-from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers import EMAModel
-from diffusers.optimization import get_scheduler
-from PIL import Image
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from ddpm_faces import DDPMFacesObjective, DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet
-from ddpm_faces.checkpoint import list_checkpoints, save_checkpoint, save_pipeline
+from ddpm_faces import DDPMFacesObjective, DDPMFacesScheduler, DDPMFacesUNet
+from ddpm_faces.augmentation import NonLeakingAugmentation
+from ddpm_faces.checkpoint import list_checkpoints, read_state
 from ddpm_faces.config import TrainingConfig, parse_training_config
-from ddpm_faces.data import load_faces, to_samples
-from ddpm_faces.plots import image_grid, loss_curve
-
-
-CONFIG_NAME = "training_config.yaml"
+from ddpm_faces.data import to_samples
+from ddpm_faces.draws import StepDraws, draw_step
+from ddpm_faces.nonfinite import NonFiniteGuard
+from ddpm_faces.sync_batch_norm import convert_sync_batch_norm
+from ddpm_faces.training_data import load_training_data
+from ddpm_faces.training_run import TrainingRun, locked, optimizer_settings, read_jsonl
 
 
 def main(config: TrainingConfig) -> None:
-    # 1. Set up
-    checkpoint = checkpoint_to_resume(config)
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise ValueError(f"`report_to` {config.report_to!r} needs a package: pip install {config.report_to}.")
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            # An epoch's last batches belong to the next step, not to a smaller one.
-            num_steps=config.gradient_accumulation_steps,
-            sync_with_dataloader=False,
-        ),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
-        log_with=None if config.report_to == "none" else config.report_to,
+        log_with=None if config.report_to == "none" or config.dry_run else config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
     if accelerator.device.type == "cpu":
         use_all_cores()
+    with locked(config.output_dir, accelerator.is_main_process):
+        if config.dry_run:
+            rehearse(config, accelerator)
+        else:
+            train(config, accelerator)
+
+
+def train(config: TrainingConfig, accelerator: Accelerator) -> TrainingRun:
+    checkpoint = checkpoint_to_resume(config, accelerator)
+
+    # 1. Data
+    data = load_training_data(config, accelerator)
+    config = replace(config, num_class_embeds=data.num_classes)
+    if checkpoint is not None:
+        check_same_model(config, checkpoint)
+    augmentation = NonLeakingAugmentation(config.augment_probability)
+
+    # 2. Network and loss
     set_seed(config.seed)
     scheduler = DDPMFacesScheduler(**config.scheduler_config())
     objective = DDPMFacesObjective(scheduler, config.loss_type, config.snr_gamma or None)
     unet = DDPMFacesUNet(**config.unet_config())
+    set_seed(config.seed, device_specific=True)  # equal weights on all processes, but each its own dropout
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    unet.to(memory_format=torch.channels_last)  # faster convolutions, on the CPU too
-    set_seed(config.seed, device_specific=True)  # equal weights on all processes, but each its own noise
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP  # which takes contiguous parameters only
+    # Faster convolutions, on the CPU too
+    unet.to(accelerator.device, memory_format=torch.contiguous_format if is_sharded else torch.channels_last)
+    if accelerator.num_processes > 1:
+        convert_sync_batch_norm(unet)
 
-    # 2. Data
-    with accelerator.main_process_first():  # one process downloads
-        dataset = load_faces(
-            dataset_name=config.dataset_name,
-            train_data_dir=config.train_data_dir,
-            resolution=config.resolution,
-            channels=config.in_channels,
-            dataset_config_name=config.dataset_config_name,
-            split=config.dataset_split,
-            image_column=config.image_column,
-            cache_dir=config.cache_dir,
-            num_drawn_images=config.num_drawn_images,
-            max_images=config.max_train_samples,
-        )
-    images_per_batch = config.train_batch_size * accelerator.num_processes
-    images_per_step = images_per_batch * config.gradient_accumulation_steps
-    if len(dataset) < images_per_batch:
-        raise ValueError(
-            f"`train_batch_size` {config.train_batch_size} on {accelerator.num_processes} process(es) needs at least "
-            f"{images_per_batch} pictures, and the data set has {len(dataset)}."
-        )
-    dataloader = DataLoader(
-        dataset,
-        batch_size=config.train_batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=config.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        # Of its own, because each new iterator draws a seed, and a resumed run makes one more of them: from the global
-        # generator, all noise after that would be another.
-        generator=torch.Generator(),
-    )
-
-    # 3. Optimizer, its schedule in optimizer steps, EMA
-    optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
-    max_train_steps = math.ceil(config.max_train_images / images_per_step)
-    last_image = max_train_steps * images_per_step
-    lr_scheduler = get_scheduler(
-        "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=math.ceil(config.lr_warmup_images / images_per_step),
-        num_training_steps=max_train_steps,
-    )
-    unet, optimizer, dataloader = accelerator.prepare(unet, optimizer, dataloader)
-    progress = Progress()
-    accelerator.register_for_checkpointing(lr_scheduler, progress)
-    ema = None
-    if config.use_ema:
-        decay = 0.5 ** (images_per_step / config.ema_half_life_images)
-        ema = EMAModel(accelerator.unwrap_model(unet).parameters(), decay=decay)
-        ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(ema)
+    # 3. Optimizer and EMA
+    optimizer = torch.optim.AdamW(unet.parameters(), fused=True, **optimizer_settings(config))
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    guard = NonFiniteGuard(accelerator.unwrap_model(unet), optimizer)
+    ema = EMAModel(unet.parameters(), update_after_step=-1, foreach=not is_sharded) if config.use_ema else None
 
     # 4. Resume
-    run = Run(config, accelerator, accelerator.unwrap_model(unet), ema, images_per_step)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        accelerator.print(f"Resumed from {checkpoint} after {progress.images_seen} images.")
-    run.start(progress.images_seen)
-    num_parameters = sum(parameter.numel() for parameter in unet.parameters())
-    accelerator.print(
-        f"{len(dataset)} pictures, {num_parameters / 1e6:.1f} M parameters, {images_per_step} images per step, "
-        f"{max_train_steps} steps on {accelerator.num_processes} x {accelerator.device.type} "
-        f"({torch.get_num_threads()} CPU threads each), precision: {accelerator.mixed_precision}"
-    )
+    run = TrainingRun(config, accelerator, unet, optimizer, ema, objective, data)
+    run.start(checkpoint)
+    guard.remember()
+    describe(run, unet)
 
     # 5. Train
-    steps_per_epoch = len(dataloader)  # batches, of which `gradient_accumulation_steps` make a step
-    batches_seen = progress.images_seen // images_per_batch
-    bar = tqdm(
-        total=last_image,
-        initial=progress.images_seen,
-        unit="img",
-        desc="Training",
-        disable=not accelerator.is_local_main_process,
-    )
-    loss_sum, num_losses = torch.zeros((), device=accelerator.device), 0
-    while progress.images_seen < last_image:
-        epoch, first_batch = divmod(batches_seen, steps_per_epoch)
-        dataloader.set_epoch(epoch)
-        for batch in skip_first_batches(dataloader, first_batch) if first_batch else dataloader:
-            batches_seen += 1
-            with accelerator.accumulate(unet):
-                samples = to_samples(batch["images"], random_flip=config.random_flip)
-                losses, _ = objective(unet, samples)  # noise, predict, compare
-                accelerator.backward(losses.mean())
-                if accelerator.sync_gradients and config.max_grad_norm > 0:
-                    accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            loss_sum, num_losses = loss_sum + losses.detach().mean(), num_losses + 1
-            if not accelerator.sync_gradients:
-                continue
-
-            lr_scheduler.step()
-            if ema is not None:
-                ema.step(accelerator.unwrap_model(unet).parameters())
-            progress.images_seen += images_per_step
-            bar.update(images_per_step)
-
-            is_last = progress.images_seen >= last_image
-            if run.is_due(config.log_every_images, progress.images_seen) or is_last:
-                loss = accelerator.reduce(loss_sum / num_losses, reduction="mean").item()
-                loss_sum, num_losses = torch.zeros_like(loss_sum), 0
-                run.log(progress.images_seen, epoch, loss, lr_scheduler.get_last_lr()[0])
-                bar.set_postfix(loss=f"{loss:.4f}", epoch=epoch)
-            if run.is_due(config.sample_every_images, progress.images_seen) and not is_last:  # `finish` draws the last
-                run.sample(progress.images_seen, config.sample_inference_steps)
-            if config.checkpoint_every_images and (
-                run.is_due(config.checkpoint_every_images, progress.images_seen) or is_last
-            ):
-                run.checkpoint(progress.images_seen)
-            if is_last:
-                break
-    bar.close()
+    images_per_process = config.train_batch_size // accelerator.num_processes
+    while not run.is_finished:
+        batch = run.next_batch()
+        draws = draw_step(
+            *(config.seed, run.images_seen, config.train_batch_size, data.share, len(scheduler)),
+            *(batch["images"].shape[1:], accelerator.device),
+        )
+        losses = []
+        for images, labels, drawn, is_last in passes(batch, draws, run.images_per_pass):
+            # Gradients are exchanged once in a step.
+            with nullcontext() if is_last else accelerator.no_sync(unet):
+                samples, augment_labels = augment(config, augmentation, images, drawn)
+                pass_losses, _ = objective(  # noise, predict, compare
+                    unet, samples, labels, timesteps=drawn.timesteps, noise=drawn.noise, augment_labels=augment_labels
+                )
+                accelerator.backward(pass_losses.sum() / images_per_process)  # of which the processes take the mean
+            losses.append(pass_losses.detach())
+        grad_norm = clip_gradient(accelerator, unet, config.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(run.images_seen)
+        guard.step(grad_norm)  # unless it is not finite
+        optimizer.zero_grad()
+        if ema is not None:
+            ema.decay = ema.min_decay = config.ema_decay_at(run.images_seen + config.train_batch_size)
+            ema.step(unet.parameters())
+        run.after_step(losses, draws.timesteps, grad_norm, batch["names"])
 
     # 6. Finish
-    run.finish(progress.images_seen)
-    accelerator.end_training()
+    run.finish()
+    return run
+
+
+def passes(batch: dict, draws: StepDraws, size: int):
+    """Parts of a process's share that a forward pass takes: pictures, labels, draws, and whether it is the last."""
+    images = batch["images"].split(size)
+    labels = batch["labels"].split(size) if "labels" in batch else [None] * len(images)
+    is_last = [i == len(images) - 1 for i in range(len(images))]
+    return zip(images, labels, draws.split(size), is_last, strict=True)
+
+
+def augment(
+    config: TrainingConfig, augmentation: NonLeakingAugmentation, images: torch.Tensor, draws: StepDraws
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    samples = to_samples(images, draws.flips if config.random_flip else None)
+    return augmentation(samples, draws.augmentations) if config.augment_probability else (samples, None)
+
+
+def clip_gradient(accelerator: Accelerator, unet: torch.nn.Module, max_grad_norm: float) -> torch.Tensor:
+    """Clip, unless `max_grad_norm` is 0, and return the norm that it had, of shape `()`."""
+    grad_norm = accelerator.clip_grad_norm_(unet.parameters(), max_grad_norm or math.inf)
+    return grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
+
+
+def checkpoint_to_resume(config: TrainingConfig, accelerator: Accelerator) -> Path | None:
+    """The newest checkpoint in `output_dir`, if there is one; what the main process sees holds for all.
+
+    Raises:
+        ValueError: There is one, but the run is not to be resumed.
+    """
+    newest = broadcast_object_list([next(reversed(list_checkpoints(config.output_dir)), None)])[0]
+    if newest is not None and config.resume == "never":
+        raise ValueError(
+            f"`output_dir` {config.output_dir!r} holds checkpoints of an earlier run, which `resume=never` would "
+            "overwrite: choose another folder, or delete them."
+        )
+    return newest
+
+
+def check_same_model(config: TrainingConfig, checkpoint: Path) -> None:
+    """Raise a `ValueError` where the checkpoint is of another network or schedule, or of what is not known."""
+    saved = TrainingConfig(**read_state(checkpoint)["config"])
+    then, now = ({**c.unet_config(), **c.scheduler_config()} for c in (saved, config))
+    changed = [f"{name}: {then[name]} there, {now[name]} now" for name in now if then[name] != now[name]]
+    if changed:
+        raise ValueError(
+            f"`output_dir` {config.output_dir!r} holds a run of another model ({'; '.join(changed)}): choose another "
+            "folder, or delete its checkpoints."
+        )
+
+
+def describe(run: TrainingRun, unet: torch.nn.Module) -> None:
+    """Say in a few lines what is going to be trained."""
+    config, accelerator = run.config, run.accelerator
+    num_parameters = sum(parameter.numel() for parameter in unet.parameters())
+    num_passes = math.ceil(config.train_batch_size / accelerator.num_processes / run.images_per_pass)
+    accelerator.print(
+        f"{run.data.description}, {num_parameters / 1e6:.1f} M parameters, {config.train_batch_size} images per step "
+        f"({accelerator.num_processes} x {num_passes} x {run.images_per_pass}), {config.max_train_steps} steps on "
+        f"{accelerator.num_processes} x {accelerator.device.type} ({torch.get_num_threads()} CPU threads each), "
+        f"precision: {accelerator.mixed_precision}"
+    )
+    if num_passes > 1 and any("BatchNorm" in type(module).__name__ for module in unet.modules()):
+        accelerator.print(
+            f"Note: BatchNorm sees the {run.images_per_pass} pictures of a pass (on all processes), not those of a "
+            "step: with another `device_batch_size` the same run learns something else."
+        )
+
+
+def rehearse(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Try each thing that the run will do (data, a step, validation, a sample, a save), and print the plan."""
+    folder = Path(config.output_dir, "dry-run")
+    began = time.perf_counter()
+    run = train(
+        replace(
+            config,
+            output_dir=str(folder),
+            max_train_images=3 * config.train_batch_size,  # the first is slower than all others
+            log_every_images=config.train_batch_size,
+            num_samples=min(config.num_samples, accelerator.num_processes),
+            sample_every_images=0,
+            report_to="none",
+            time_limit_minutes=None,
+            early_stopping_patience=None,
+        ),
+        accelerator,
+    )
+    if accelerator.is_main_process:
+        print(plan(config, run, time.perf_counter() - began))
+        shutil.rmtree(folder)
+
+
+def plan(config: TrainingConfig, run: TrainingRun, seconds: float) -> str:
+    """What the run will do and take, from what a rehearsal of `seconds` has measured."""
+    step_images, last_image = config.train_batch_size, config.max_train_steps * config.train_batch_size
+    log = [entry for entry in read_jsonl(run.log_path) if "loss" in entry]
+    speed = log[-1]["images_per_second"]
+    checkpoint = list_checkpoints(run.output_dir)[-1]
+    checkpoint_gb = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()) / 1e9
+    kept = config.checkpoints_total_limit + bool(run.data.held_out)
+    free_gb = shutil.disk_usage(config.output_dir).free / 1e9
+    num_parameters = sum(parameter.numel() for parameter in run.unet.parameters())
+    # In float32: weights, gradient, two moments of Adam, and the average with a place for the weights meanwhile.
+    state_gb = 4 * num_parameters * (6 if config.use_ema else 4) / 1e9
+
+    def every(images: int) -> str:
+        return f"every {images} images, {last_image // images} times" if images else "only at the end"
+
+    lines = [
+        f"All of it works: data, steps, validation, samples, a checkpoint, a pipeline. That took {seconds:.0f} s.",
+        f"  data         {run.data.description}; fingerprint {run.data.fingerprint[:12]}",
+        f"  run          {last_image} images in {config.max_train_steps} steps of {step_images}",
+        f"  time         {last_image / speed / 3600:.1f} h at {speed:.0f} images/s, without validation and samples",
+        f"  memory       {log[-1]['memory_gb']:.1f} GB in use, {state_gb:.1f} GB of it weights, optimizer and average",
+        f"  disk         {kept} checkpoints of {checkpoint_gb:.2f} GB; {free_gb:.0f} GB free in {config.output_dir}",
+        f"  checkpoints  {every(config.checkpoint_every_images)}",
+        f"  validation   {every(config.validate_every_images if run.data.held_out else 0)}",
+        f"  samples      {every(config.sample_every_images)}",
+    ]
+    if (kept + 1) * checkpoint_gb > free_gb:
+        lines.append("  Warning: that does not fit on the disk.")
+    return "\n".join(lines)
 
 
 def use_all_cores() -> None:
@@ -196,156 +249,6 @@ def use_all_cores() -> None:
     if torch.get_num_threads() == 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
-    """The newest checkpoint in `output_dir`, if there is one.
-
-    Raises:
-        ValueError: It is of another network or schedule, or of one unknown, or the run is not to be resumed.
-    """
-    checkpoints = list_checkpoints(config.output_dir)
-    if not checkpoints:
-        return None
-    if config.resume == "never":
-        raise ValueError(
-            f"`output_dir` {config.output_dir!r} holds checkpoints of an earlier run, which `resume=never` would "
-            "overwrite: choose another folder, or delete them."
-        )
-    saved_config = Path(config.output_dir, CONFIG_NAME)
-    if not saved_config.is_file():
-        raise ValueError(
-            f"`output_dir` {config.output_dir!r} holds checkpoints but no {CONFIG_NAME}, which says of what model: "
-            "choose another folder, or put the file back."
-        )
-    saved = TrainingConfig(**yaml.safe_load(saved_config.read_text()))
-    then, now = ({**c.unet_config(), **c.scheduler_config()} for c in (saved, config))
-    changed = [f"{name}: {then[name]} there, {now[name]} now" for name in now if then[name] != now[name]]
-    if changed:
-        raise ValueError(
-            f"`output_dir` {config.output_dir!r} holds a run of another model ({'; '.join(changed)}): choose another "
-            "folder, or delete its checkpoints."
-        )
-    return checkpoints[-1]
-
-
-class Progress:
-    """How far the run has come; saved with each checkpoint."""
-
-    def __init__(self) -> None:
-        self.images_seen = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"images_seen": self.images_seen}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.images_seen = state_dict["images_seen"]
-
-
-class Run:
-    """What happens beside the loop: the log, the sample grids, the checkpoints, the finished pipeline."""
-
-    def __init__(
-        self,
-        config: TrainingConfig,
-        accelerator: Accelerator,
-        unet: DDPMFacesUNet,
-        ema: EMAModel | None,
-        images_per_step: int,
-    ) -> None:
-        self.config = config
-        self.accelerator = accelerator
-        self.unet = unet
-        self.ema = ema
-        self.images_per_step = images_per_step
-        self.output_dir = Path(config.output_dir)
-        self.log_path = self.output_dir / "log.jsonl"
-
-    def is_due(self, every_images: int, images_seen: int) -> bool:
-        """Whether the last step passed a multiple of `every_images`; 0 is never."""
-        return every_images > 0 and images_seen // every_images > (images_seen - self.images_per_step) // every_images
-
-    def start(self, images_seen: int) -> None:
-        """Open the log, less what a run that was interrupted wrote after its last checkpoint."""
-        if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            self.config.save(self.output_dir / CONFIG_NAME)
-            entries = [entry for entry in self.read_log() if entry["images_seen"] <= images_seen]
-            self.log_path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        hyperparameters = {k: v if isinstance(v, (int, float)) else str(v) for k, v in asdict(self.config).items()}
-        self.accelerator.init_trackers("training", config=hyperparameters)
-        self._restart_clock(images_seen)
-
-    def read_log(self) -> list[dict]:
-        return [json.loads(line) for line in self.log_path.read_text().splitlines()] if self.log_path.exists() else []
-
-    def log(self, images_seen: int, epoch: int, loss: float, learning_rate: float) -> None:
-        seconds = time.perf_counter() - self._clock_start
-        speed = (images_seen - self._clock_images) / seconds
-        values = {"loss": loss, "learning_rate": learning_rate, "images_per_second": speed, "epoch": epoch}
-        self.accelerator.log(values, step=images_seen)
-        if self.accelerator.is_main_process:
-            with self.log_path.open("a") as file:
-                file.write(json.dumps({"images_seen": images_seen, **values}) + "\n")
-        self._restart_clock(images_seen)
-
-    def sample(self, images_seen: int, num_inference_steps: int | None) -> Image.Image | None:
-        """Draw the grid of the run's fixed seeds, on the main process; training's random state is not touched."""
-        grid = None
-        if self.accelerator.is_main_process:
-            generators = [torch.Generator().manual_seed(self.config.seed + i) for i in range(self.config.num_samples)]
-            with self.weights_to_use():
-                pipeline = self.pipeline()
-                pipeline.set_progress_bar_config(desc="Sampling", leave=False)
-                images = pipeline(len(generators), num_inference_steps, generators).images
-            grid = image_grid(images, scale=max(1, 128 // self.config.resolution))
-            folder = self.output_dir / "samples"
-            folder.mkdir(exist_ok=True)
-            grid.save(folder / f"{images_seen:010d}.png")
-            if self.config.report_to == "tensorboard":
-                writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
-                writer.add_image("samples", np.asarray(grid), images_seen, dataformats="HWC")
-        self.accelerator.wait_for_everyone()
-        self._restart_clock(images_seen)
-        return grid
-
-    def checkpoint(self, images_seen: int) -> None:
-        save_checkpoint(self.accelerator, self.output_dir, images_seen, self.config.checkpoints_total_limit)
-        self._restart_clock(images_seen)
-
-    def finish(self, images_seen: int) -> None:
-        """Save the pipeline, and beside it a grid of samples in all T steps and the loss curve."""
-        grid = self.sample(images_seen, num_inference_steps=None)
-        if self.accelerator.is_main_process:
-            with self.weights_to_use():
-                save_pipeline(self.pipeline(), self.output_dir)
-            grid.save(self.output_dir / "samples.png")
-            log = self.read_log()
-            if log:
-                losses = [entry["loss"] for entry in log]
-                loss_curve([entry["images_seen"] for entry in log], losses, self.output_dir / "loss_curve.png")
-            print(f"The pipeline is in {self.output_dir}, pictures from it in {self.output_dir / 'samples.png'}")
-        self.accelerator.wait_for_everyone()
-
-    def pipeline(self) -> DDPMFacesPipeline:
-        return DDPMFacesPipeline(self.unet, DDPMFacesScheduler(**self.config.scheduler_config()))
-
-    @contextmanager
-    def weights_to_use(self):
-        """The network in evaluation mode, with the averaged weights where there are some, for as long as it lasts."""
-        self.unet.eval()
-        if self.ema is not None:
-            self.ema.store(self.unet.parameters())
-            self.ema.copy_to(self.unet.parameters())
-        try:
-            yield
-        finally:
-            if self.ema is not None:
-                self.ema.restore(self.unet.parameters())
-            self.unet.train()
-
-    def _restart_clock(self, images_seen: int) -> None:
-        self._clock_start, self._clock_images = time.perf_counter(), images_seen
 
 
 if __name__ == "__main__":

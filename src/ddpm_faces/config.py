@@ -1,22 +1,38 @@
 """The configuration of a training run: one dataclass, from which the command line and the YAML files come."""
 
 import argparse
+import copy
 import difflib
 import inspect
+import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 
-def _field(default, help: str):
+# The groups of `--help`, in its order, and what stands under their names there.
+GROUPS = {
+    "Data": "where the pictures come from, and what is done to them",
+    "Network": "the arguments of DDPMFacesUNet",
+    "Diffusion": "the arguments of DDPMFacesScheduler, and the loss",
+    "Optimisation": "lengths are in images, so that they mean the same at every batch size and on any hardware",
+    "Validation": "what is measured and drawn on the way, without touching the training",
+    "Run": "where it goes, how it is saved, how it ends",
+}
+
+
+def _field(default, group: str, help: str):
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(metadata={"help": help}, **factory)
+    return field(metadata={"help": help, "group": group}, **factory)
 
 
 @dataclass
 class TrainingConfig:
-    """All that decides a training run. Lengths are in images, so that they do not depend on the batch size.
+    """All that decides a training run. Lengths are in images, so that they do not depend on the hardware.
 
     The defaults draw their own faces and train in a few minutes on two CPU cores.
 
@@ -24,110 +40,275 @@ class TrainingConfig:
         ValueError: A value that cannot work, with the field and what is allowed.
     """
 
-    # Data
-    dataset_name: str | None = _field(None, "Data set on the Hub, or a local data set folder.")
-    dataset_config_name: str | None = _field(None, "Configuration of the data set.")
-    dataset_split: str = _field("train", "Split of the data set.")
-    image_column: str | None = _field(None, "Column of the pictures (default: the first that holds any).")
-    train_data_dir: str | None = _field(None, "Local folder of pictures, in place of `dataset_name`.")
-    cache_dir: str | None = _field(None, "Where data sets from the Hub are kept.")
-    max_train_samples: int | None = _field(None, "Use only the first so many pictures.")
-    num_drawn_images: int = _field(4096, "Faces to draw where no data set is named.")
-    resolution: int = _field(32, "Side of the pictures in pixels; they are cropped about their centre.")
-    random_flip: bool = _field(False, "Mirror each picture with probability one half.")
+    dataset_name: str | None = _field(
+        None, "Data", "Data set on the Hub, or a local folder of one (default: drawn faces)."
+    )
+    dataset_config_name: str | None = _field(None, "Data", "Configuration of the data set (default: its own).")
+    dataset_split: str = _field("train", "Data", "Split of the data set.")
+    train_data_dir: str | None = _field(None, "Data", "Local folder of pictures, in place of `dataset_name`.")
+    image_column: str | None = _field(None, "Data", "Column of the pictures (default: the first that holds any).")
+    label_column: str | None = _field(
+        None, "Data", "Column of the classes; `folder` for the names of the subfolders (default: no classes)."
+    )
+    streaming: bool = _field(
+        False, "Data", "Read the data set while training, for one that is too large for the disk; no cache."
+    )
+    shuffle_block_size: int = _field(1024, "Data", "Pictures that are shuffled together when streaming.")
+    cache_dir: str | None = _field(
+        None, "Data", "Where decoded pictures and data sets from the Hub are kept (default: beside the Hub's cache)."
+    )
+    skip_unreadable: bool = _field(False, "Data", "Leave pictures that cannot be read out, and list them.")
+    max_train_samples: int | None = _field(None, "Data", "Use only the first so many pictures (default: all).")
+    num_drawn_images: int = _field(4096, "Data", "Faces to draw where no data set is named.")
+    resolution: list[int] = _field([32], "Data", "Side of the pictures in pixels, or height and width.")
+    crop: Literal["center", "random"] = _field(
+        "center", "Data", "Which part of a picture of another shape: its centre, or each time a random one."
+    )
+    random_flip: bool = _field(False, "Data", "Mirror each picture with probability one half.")
+    augment_probability: float = _field(
+        0.0,
+        "Data",
+        "Probability of each of EDM's augmentations, of which the network is told; EDM takes 0.15 for faces.",
+    )
+    dataloader_num_workers: int = _field(
+        0, "Data", "Processes that fetch batches; needed for streaming, and where the pictures do not fit in memory."
+    )
 
-    # Network: the arguments of DDPMFacesUNet
-    in_channels: int = _field(3, "Channels of the pictures: 1 (grey), 3 (RGB) or 4 (RGBA).")
-    block_out_channels: list[int] = _field([32, 64, 128], "Width of each level.")
-    block_types: list[str] = _field(["resnet", "resnet"], "Between the levels: conv, resnet or resnet_attn.")
-    mid_block_type: str = _field("resnet_attn", "At the last level: resnet, resnet_attn or none.")
-    out_block_type: str = _field("norm_conv", "At the end: conv or norm_conv.")
-    layers_per_block: int = _field(1, "Residual layers in each resnet block.")
-    time_proj_dim: int = _field(32, "Length of the sinusoidal embedding of the timestep.")
-    time_embedding_dim: int = _field(128, "Width of the embedding that the blocks are given.")
-    time_embedding_layers: int = _field(2, "Linear layers between the two.")
-    act_fn: str = _field("silu", "Activation of the time embedding: relu or silu.")
-    norm_num_groups: int = _field(8, "Groups of each GroupNorm.")
-    attention_head_dim: int = _field(64, "Channels of an attention head.")
-    dropout: float = _field(0.0, "Probability of dropout in residual layers.")
-    gradient_checkpointing: bool = _field(False, "Save memory by computing activations twice.")
+    in_channels: Literal[1, 3, 4] = _field(3, "Network", "Channels of the pictures: grey, RGB or RGBA.")
+    block_out_channels: list[int] = _field([32, 64, 128], "Network", "Width of each level.")
+    block_types: list[str] = _field(
+        ["resnet", "resnet"], "Network", "Between the levels: conv, resnet or resnet_attn."
+    )
+    mid_block_type: Literal["resnet", "resnet_attn", "none"] = _field("resnet_attn", "Network", "At the last level.")
+    out_block_type: Literal["conv", "norm_conv"] = _field("norm_conv", "Network", "At the end.")
+    layers_per_block: int = _field(1, "Network", "Residual layers in each resnet block.")
+    time_proj_dim: int = _field(32, "Network", "Length of the sinusoidal embedding of the timestep.")
+    time_embedding_dim: int = _field(128, "Network", "Width of the embedding that the blocks are given.")
+    time_embedding_layers: int = _field(2, "Network", "Linear layers between the two.")
+    act_fn: Literal["relu", "silu"] = _field("silu", "Network", "Activation of the time embedding.")
+    norm_num_groups: int = _field(8, "Network", "Groups of each GroupNorm.")
+    attention_head_dim: int = _field(64, "Network", "Channels of an attention head.")
+    dropout: float = _field(0.0, "Network", "Probability of dropout in residual layers.")
+    num_class_embeds: int | None = _field(
+        None, "Network", "Number of classes (default: as many as `label_column` has)."
+    )
+    gradient_checkpointing: bool = _field(False, "Network", "Save memory by computing activations twice.")
 
-    # Diffusion: the arguments of DDPMFacesScheduler, and the loss
-    num_train_timesteps: int = _field(300, "T, the length of the diffusion.")
-    beta_start: float = _field(1e-4, "First beta.")
-    beta_end: float = _field(0.02, "Last beta.")
-    beta_schedule: str = _field("squaredcos_cap_v2", "linear, scaled_linear, squaredcos_cap_v2 or sigmoid.")
-    variance_type: str = _field("fixed_small", "Variance of a sampling step: fixed_small or fixed_large.")
-    clip_sample: bool = _field(True, "Clamp the predicted picture to the data range when sampling.")
-    prediction_type: str = _field("v_prediction", "What the network predicts: epsilon, sample or v_prediction.")
-    timestep_spacing: str = _field("leading", "Timesteps of a shorter sampling: leading, trailing or linspace.")
-    rescale_betas_zero_snr: bool = _field(False, "Rescale the betas so that the last timestep is pure noise.")
-    loss_type: Literal["l2", "l1", "huber"] = _field("l2", "Distance between prediction and target.")
+    num_train_timesteps: int = _field(300, "Diffusion", "T, the length of the diffusion.")
+    beta_start: float = _field(1e-4, "Diffusion", "First beta.")
+    beta_end: float = _field(0.02, "Diffusion", "Last beta.")
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = _field(
+        "squaredcos_cap_v2",
+        "Diffusion",
+        "Course of the betas from the first to the last; squaredcos_cap_v2 has its own.",
+    )
+    variance_type: Literal["fixed_small", "fixed_large"] = _field(
+        "fixed_small", "Diffusion", "Variance of a sampling step."
+    )
+    clip_sample: bool = _field(True, "Diffusion", "Clamp the predicted picture to the data range when sampling.")
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = _field(
+        "v_prediction", "Diffusion", "What the network predicts."
+    )
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = _field(
+        "leading", "Diffusion", "Timesteps of a shorter sampling."
+    )
+    rescale_betas_zero_snr: bool = _field(
+        False, "Diffusion", "Rescale the betas so that the last timestep is pure noise."
+    )
+    loss_type: Literal["l2", "l1", "huber"] = _field("l2", "Diffusion", "Distance between prediction and target.")
     snr_gamma: float = _field(
-        float("inf"), "Min-SNR weights with this gamma; inf: the error of the noise; 0: of what is predicted."
+        float("inf"),
+        "Diffusion",
+        "Min-SNR weights with this gamma; inf: the error of the noise; 0: of what is predicted.",
     )
 
-    # Optimisation
-    seed: int = _field(0, "Of the weights, the order of the pictures, the noise, and the sample grids.")
-    train_batch_size: int = _field(32, "Pictures per process and forward pass.")
-    gradient_accumulation_steps: int = _field(1, "Forward passes per optimizer step.")
-    max_train_images: int = _field(40_000, "Length of the run.")
-    learning_rate: float = _field(1e-3, "Highest learning rate.")
-    lr_scheduler: Literal["constant", "linear", "cosine"] = _field("cosine", "Course of the learning rate.")
-    lr_warmup_images: int = _field(2_000, "Images over which it rises from 0.")
-    adam_beta1: float = _field(0.9, "AdamW's decay of the mean of the gradient.")
-    adam_beta2: float = _field(0.999, "AdamW's decay of the mean of its square.")
-    adam_weight_decay: float = _field(0.0, "AdamW's weight decay; at 0 it is Adam.")
-    adam_epsilon: float = _field(1e-8, "AdamW's epsilon.")
-    max_grad_norm: float = _field(1.0, "Clip the gradient to this norm; 0: do not.")
-    use_ema: bool = _field(True, "Keep an exponential moving average of the weights, sample from it and save it.")
-    ema_half_life_images: int = _field(4_000, "Images after which a weight counts for half in the average.")
+    seed: int = _field(
+        0, "Optimisation", "Of the weights, the order of the pictures, the noise, and the sample grids."
+    )
+    train_batch_size: int = _field(
+        32, "Optimisation", "Pictures of an optimizer step, over all processes; each takes an equal share."
+    )
+    device_batch_size: int | None = _field(
+        None, "Optimisation", "Pictures of a forward pass at most: a larger share is accumulated (default: all of it)."
+    )
+    max_train_images: int = _field(40_000, "Optimisation", "Length of the run.")
+    learning_rate: float = _field(1e-3, "Optimisation", "Highest learning rate.")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = _field(
+        "cosine", "Optimisation", "Course of the learning rate after the warm-up; linear and cosine end at 0."
+    )
+    lr_warmup_images: int = _field(2_000, "Optimisation", "Images over which it rises from 0.")
+    adam_beta1: float = _field(0.9, "Optimisation", "AdamW's decay of the mean of the gradient.")
+    adam_beta2: float = _field(0.999, "Optimisation", "AdamW's decay of the mean of its square.")
+    adam_weight_decay: float = _field(0.0, "Optimisation", "AdamW's weight decay; at 0 it is Adam.")
+    adam_epsilon: float = _field(1e-8, "Optimisation", "AdamW's epsilon.")
+    max_grad_norm: float = _field(1.0, "Optimisation", "Clip the gradient to this norm; 0: do not.")
+    use_ema: bool = _field(
+        True, "Optimisation", "Keep an exponential moving average of the weights, sample from it and save it."
+    )
+    ema_half_life_images: int = _field(
+        4_000, "Optimisation", "Images after which a weight counts for half in the average."
+    )
+    ema_rampup_ratio: float = _field(
+        0.1,
+        "Optimisation",
+        "The half-life is at most this share of the images seen, so that the average ripens early.",
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _field(
-        None, "Precision of the network (default: what `accelerate launch` says). All else is float32."
+        None,
+        "Optimisation",
+        "Precision of the network (default: what `accelerate launch` says). All else is float32.",
     )
-    dataloader_num_workers: int = _field(0, "Processes that fetch batches; the pictures lie decoded in memory.")
 
-    # Output
-    output_dir: str = _field("ddpm-faces-model", "Folder of checkpoints, pictures and the finished pipeline.")
-    resume: str = _field("auto", "auto: go on from the newest checkpoint in `output_dir`, if any; never: start anew.")
-    checkpoint_every_images: int = _field(10_000, "Save a checkpoint every so many images; 0: never.")
-    checkpoints_total_limit: int = _field(2, "Checkpoints to keep.")
-    log_every_images: int = _field(1_000, "Log loss, learning rate and speed every so many images.")
-    sample_every_images: int = _field(10_000, "Draw a grid of samples every so many images; 0: only at the end.")
-    num_samples: int = _field(16, "Pictures in a grid.")
-    sample_inference_steps: int = _field(50, "Denoising steps of the grids on the way; the last grid takes all T.")
-    report_to: Literal["tensorboard", "none"] = _field("tensorboard", "Tracker of the log.")
+    validation_split: str | None = _field(
+        None, "Validation", "Split of the held-out pictures (default: some of `dataset_split` are set aside)."
+    )
+    num_validation_images: int = _field(64, "Validation", "Held-out pictures; 0: no held-out loss.")
+    validate_every_images: int = _field(
+        10_000, "Validation", "Measure the held-out loss every so many images; 0: only at the end."
+    )
+    early_stopping_patience: int | None = _field(
+        None,
+        "Validation",
+        "End after so many validations without a better loss, with the best weights (default: never).",
+    )
+    sample_every_images: int = _field(
+        10_000, "Validation", "Draw a grid of samples every so many images; 0: only at the end."
+    )
+    num_samples: int = _field(16, "Validation", "Pictures in a grid.")
+    sample_inference_steps: int = _field(
+        20, "Validation", "Steps of DPM-Solver++ for the grids on the way; the last grid takes all T of DDPM."
+    )
+
+    output_dir: str = _field("ddpm-faces-model", "Run", "Folder of checkpoints, pictures and the finished pipeline.")
+    resume: Literal["auto", "never"] = _field(
+        "auto", "Run", "auto: go on from the newest checkpoint in `output_dir`, if any; never: refuse to."
+    )
+    checkpoint_every_images: int = _field(10_000, "Run", "Save a checkpoint every so many images; 0: never.")
+    checkpoints_total_limit: int = _field(
+        2, "Run", "Newest checkpoints to keep; that of the best held-out loss is kept beside them."
+    )
+    time_limit_minutes: float | None = _field(
+        None, "Run", "Save and stop before the process is this old; the same command goes on (default: no limit)."
+    )
+    max_nonfinite_steps: int = _field(
+        20, "Run", "Stop after so many steps in a row whose gradient is not finite; each is skipped and logged."
+    )
+    log_every_images: int = _field(1_000, "Run", "Log loss, learning rate, speed and memory every so many images.")
+    report_to: Literal["tensorboard", "trackio", "wandb", "none"] = _field("tensorboard", "Run", "Tracker of the log.")
+    dry_run: bool = _field(
+        False, "Run", "Check it all (data, memory, a step, a save, a sample), print the plan, leave nothing behind."
+    )
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(_POSITIVE, 1) | dict.fromkeys(_NOT_NEGATIVE, 0)
-        for name, minimum in least.items():
+        for name, hint in get_type_hints(type(self)).items():
+            _check_value(name, getattr(self, name), hint)
+        if self.seed >= 2**31:  # NumPy takes no more than 32 bits
+            raise ValueError(f"`seed` must be below 2**31, got {self.seed}.")
+        for name in ("learning_rate", "ema_rampup_ratio", "time_limit_minutes", "adam_epsilon"):
             value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"`learning_rate` must be positive, got {self.learning_rate}.")
-        for name in ("adam_beta1", "adam_beta2"):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite, got {value}.")
+        for name in ("adam_weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
+        if not self.snr_gamma >= 0:  # inf has a meaning, nan has none
+            raise ValueError(f"`snr_gamma` must be at least 0 (or inf), got {self.snr_gamma}.")
+        for name in ("adam_beta1", "adam_beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        for name in ("beta_start", "beta_end"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must lie in (0, 1), got {getattr(self, name)}.")
+        if not 0 <= self.augment_probability <= 1:
+            raise ValueError(f"`augment_probability` must lie in [0, 1], got {self.augment_probability}.")
+        if self.augment_probability and self.random_flip:
+            raise ValueError(
+                "`random_flip` mirrors pictures without telling the network, and `augment_probability` mirrors them "
+                "and tells it: leave `random_flip` out."
+            )
+        if len(self.resolution) not in (1, 2):
+            raise ValueError(f"`resolution` must be a side or a height and a width in pixels, got {self.resolution}.")
         if self.snr_gamma and self.loss_type != "l2":
             raise ValueError(f"`loss_type` {self.loss_type!r} takes no Min-SNR weights: set `snr_gamma` to 0.")
-        if self.resume not in ("auto", "never"):
-            raise ValueError(f"`resume` must be 'auto' or 'never', got {self.resume!r}.")
-        if self.dataset_name is not None and self.train_data_dir is not None:
-            raise ValueError("Give either `dataset_name` or `train_data_dir`, not both.")
+        self._check_data()
+        if self.early_stopping_patience is not None and not (
+            self.num_validation_images and self.validate_every_images and self.checkpoint_every_images
+        ):
+            raise ValueError(
+                "`early_stopping_patience` needs `num_validation_images`, `validate_every_images` and "
+                "`checkpoint_every_images` above 0."
+            )
         if self.sample_inference_steps > self.num_train_timesteps:
             raise ValueError(
                 f"`sample_inference_steps` ({self.sample_inference_steps}) must not exceed `num_train_timesteps` "
                 f"({self.num_train_timesteps})."
             )
-        if not self.output_dir.strip() or (Path(self.output_dir).exists() and not Path(self.output_dir).is_dir()):
+        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             raise ValueError(f"`output_dir` must be a folder, or the name of a new one, got {self.output_dir!r}.")
+
+    def _check_data(self) -> None:
+        is_drawn = self.dataset_name is None and self.train_data_dir is None
+        if self.dataset_name is not None and self.train_data_dir is not None:
+            raise ValueError("Give either `dataset_name` or `train_data_dir`, not both.")
+        for name in ("dataset_config_name", "image_column", "validation_split"):
+            if is_drawn and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` {getattr(self, name)!r} needs a data set: drawn faces have none.")
+        if self.validation_split == self.dataset_split:
+            raise ValueError(f"`validation_split` {self.validation_split!r} is what is trained on, `dataset_split`.")
+        if self.num_class_embeds is not None and self.label_column is None:
+            raise ValueError(f"`num_class_embeds` ({self.num_class_embeds}) needs a `label_column`.")
+        if not self.streaming:
+            return
+        if is_drawn:
+            raise ValueError(
+                "`streaming` needs a `dataset_name` or a `train_data_dir`: drawn faces are made, not read."
+            )
+        if self.max_train_samples is not None:
+            raise ValueError("`max_train_samples` is not for `streaming`, which knows no first pictures.")
+        if self.label_column is not None and self.num_class_embeds is None:
+            raise ValueError("`streaming` with a `label_column` needs `num_class_embeds`: a stream cannot be counted.")
+        if self.num_validation_images and self.validation_split is None:
+            raise ValueError(
+                "`streaming` sets no pictures aside: name a `validation_split`, or set `num_validation_images` to 0."
+            )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the pictures in pixels"""
+        return self.resolution[0], self.resolution[-1]
+
+    @property
+    def max_train_steps(self) -> int:
+        """Optimizer steps of the run; the last may take it a little beyond `max_train_images`."""
+        return math.ceil(self.max_train_images / self.train_batch_size)
+
+    def learning_rate_at(self, images_seen: int) -> float:
+        """The learning rate of a step that begins after `images_seen` images."""
+        if images_seen < self.lr_warmup_images:
+            return self.learning_rate * images_seen / self.lr_warmup_images
+        last_image = self.max_train_steps * self.train_batch_size
+        done = min((images_seen - self.lr_warmup_images) / max(last_image - self.lr_warmup_images, 1), 1.0)
+        course = {"constant": 1.0, "linear": 1.0 - done, "cosine": (1.0 + math.cos(math.pi * done)) / 2}
+        return self.learning_rate * course[self.lr_scheduler]
+
+    def ema_decay_at(self, images_seen: int) -> float:
+        """How much of the average stays, in the step that ends at `images_seen` images."""
+        half_life = min(self.ema_half_life_images, self.ema_rampup_ratio * images_seen)
+        return 0.5 ** (self.train_batch_size / half_life) if half_life else 0.0
 
     def unet_config(self) -> dict:
         """The arguments of [`DDPMFacesUNet`]."""
+        from .augmentation import AUGMENT_DIM
+
         config = self._arguments_of("unet")
-        config["mid_block_type"] = None if self.mid_block_type == "none" else self.mid_block_type
-        return {**config, "sample_size": self.resolution, "out_channels": self.in_channels}
+        height, width = self.image_size
+        return {
+            **config,
+            "mid_block_type": None if self.mid_block_type == "none" else self.mid_block_type,
+            "sample_size": height if height == width else (height, width),
+            "out_channels": self.in_channels,
+            "augment_dim": AUGMENT_DIM if self.augment_probability else None,
+        }
 
     def scheduler_config(self) -> dict:
         """The arguments of [`DDPMFacesScheduler`]."""
@@ -148,29 +329,48 @@ class TrainingConfig:
         Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False))
 
 
-_POSITIVE = (
-    "max_train_samples",
-    "num_drawn_images",
-    "resolution",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "max_train_images",
-    "ema_half_life_images",
-    "checkpoints_total_limit",
-    "log_every_images",
-    "num_samples",
-    "sample_inference_steps",
-)
-_NOT_NEGATIVE = (
+# Whole numbers are at least 1, but for these, whose 0 means something.
+_MAY_BE_ZERO = (
     "seed",
     "lr_warmup_images",
-    "adam_weight_decay",
-    "snr_gamma",
-    "max_grad_norm",
     "dataloader_num_workers",
+    "num_validation_images",
+    "validate_every_images",
     "checkpoint_every_images",
     "sample_every_images",
 )
+
+
+def _check_value(name: str, value, hint) -> None:
+    if not _is_a(value, hint):
+        raise ValueError(f"`{name}` must be {_in_words(hint)}, got {value!r}.")
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(f"`{name}` must not be blank, got {value!r}.")
+    if value is not None and int in (hint, *get_args(hint)):
+        minimum = 0 if name in _MAY_BE_ZERO else 1
+        if any(item < minimum for item in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+
+
+def _is_a(value, hint) -> bool:
+    """Whether a value is of the type of its field. A whole number will do for a float, but True is no number."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_a(value, part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_a(item, *get_args(hint)) for item in value)
+    return type(value) in ((float, int) if hint is float else (hint,))
+
+
+def _in_words(hint) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_in_words, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(hint)))
+    if hint is NoneType:
+        return "None"
+    return hint.__name__ if inspect.isclass(hint) else str(hint)
 
 
 def parse_training_config(argv: Sequence[str] | None = None) -> TrainingConfig:
@@ -182,15 +382,7 @@ def parse_training_config(argv: Sequence[str] | None = None) -> TrainingConfig:
     Raises:
         SystemExit: With a message, for an unknown flag or key, or a value that cannot work.
     """
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(
-        TrainingConfig,
-        description="Train DDPM on pictures of faces. With no arguments: small faces that the program draws itself.",
-        usage="accelerate launch training/train.py [--config FILE] [--FIELD VALUE ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", help="YAML file of fields; flags on the command line take precedence.")
+    parser = _make_parser()
     file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     file_parser.add_argument("--config")
     file_args, flags = file_parser.parse_known_args(argv)
@@ -198,12 +390,67 @@ def parse_training_config(argv: Sequence[str] | None = None) -> TrainingConfig:
         if file_args.config is not None:
             # As flags, so that a file is read by the same rules as the command line.
             flags = [*_flags_of_yaml(Path(file_args.config)), *flags]
-        config, *_, unknown = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
+        config, *_, unknown = parser.parse_args_into_dataclasses(
+            flags, return_remaining_strings=True, look_for_args_file=False
+        )
         if unknown:
             raise ValueError(_unknown("argument", unknown[0], prefix="--"))
         return config
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    from transformers import HfArgumentParser
+
+    class Group:
+        """Where HfArgumentParser adds arguments: by one name each, with their defaults, in the group of the field."""
+
+        def __init__(self, group: argparse._ArgumentGroup) -> None:
+            self.group = group
+
+        def add_argument(self, name: str, *other_names: str, help: str, **kwargs) -> None:
+            if name.startswith("--no_"):  # a flag that is true by default is switched off by `--flag false`
+                return
+            if kwargs["default"] is not None:
+                help = f"{help.removesuffix('.')} (default: {_as_typed(kwargs['default'])})."
+            if "choices" not in kwargs:
+                kinds = {int: "INT", float: "FLOAT", str: "TEXT"}
+                kwargs["metavar"] = kinds.get(kwargs["type"], "true|false")
+            self.group.add_argument(name, help=help.replace("%", "%%"), **kwargs)
+
+    class Formatter(argparse.HelpFormatter):
+        def _split_lines(self, text: str, width: int) -> list[str]:
+            # Names with hyphens stay in one piece, and so does a default.
+            lines = textwrap.wrap(text.replace("(default: ", "(default:\xa0"), width, break_on_hyphens=False)
+            return [line.replace("\xa0", " ") for line in lines]
+
+    class Parser(HfArgumentParser):
+        def _add_dataclass_arguments(self, dtype: type) -> None:
+            self.add_argument("--config", metavar="FILE", help="YAML file of fields; the command line wins.")
+            groups = {name: Group(self.add_argument_group(name, about)) for name, about in GROUPS.items()}
+            types = get_type_hints(dtype)
+            for f in fields(dtype):
+                plain = copy.copy(f)  # HfArgumentParser takes all metadata for arguments of argparse
+                plain.type, plain.metadata = types[f.name], {"help": f.metadata["help"]}
+                self._parse_dataclass_field(groups[f.metadata["group"]], plain)
+
+    return Parser(
+        TrainingConfig,
+        description="Train DDPM on pictures of faces. With no arguments: small faces that the program draws itself.",
+        usage="accelerate launch training/train.py [--config FILE] [--FIELD VALUE ...]",
+        formatter_class=partial(Formatter, max_help_position=34),
+        allow_abbrev=False,
+    )
+
+
+def _as_typed(value) -> str:
+    """A value as one gives it on the command line"""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return " ".join(map(_as_typed, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _flags_of_yaml(path: Path) -> list[str]:
@@ -217,19 +464,27 @@ def _flags_of_yaml(path: Path) -> list[str]:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `field: value` lines, got a {type(values).__name__}.")
-    defaults = {f.name: f.default for f in fields(TrainingConfig)}
+    types = get_type_hints(TrainingConfig)
     flags = []
     for key, value in values.items():
-        if key not in defaults:
+        if key not in types:
             raise ValueError(f"{path}: {_unknown('field', str(key))}")
         if value is None:
-            if defaults[key] is not None:
+            if not _is_a(None, types[key]):
                 raise ValueError(f"{path}: `{key}` must have a value.")
             continue
+        if get_origin(types[key]) is not list and isinstance(value, (list, dict)):
+            raise ValueError(f"{path}: `{key}` must be a single value, got {value!r}.")
         items = value if isinstance(value, list) else [value]
-        if not items or any(isinstance(item, (list, dict)) for item in items):
+        if not items or any(item is None or isinstance(item, (list, dict)) for item in items):
             raise ValueError(f"{path}: `{key}` must be a value or a list of values, got {value!r}.")
-        flags += [f"--{key}", *(str(item) for item in items)]
+        words = ["no" if item is False else str(item) for item in items]  # YAML takes `no` for false
+        if len(words) == 1:  # in one piece, because a value may begin with a dash
+            flags.append(f"--{key}={words[0]}")
+        elif any(isinstance(item, str) and item.startswith("-") for item in items):  # argparse would see flags
+            raise ValueError(f"{path}: `{key}` must hold no values that begin with a dash, got {value!r}.")
+        else:
+            flags += [f"--{key}", *words]
     return flags
 
 

@@ -1,0 +1,102 @@
+"""The pictures of a training run: where they come from, and what is held out."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+
+from .batches import FaceBatches
+from .config import TrainingConfig
+from .data import FaceDataset, hold_out, load_faces
+from .streaming import FaceStream, open_stream
+
+
+@dataclass
+class TrainingData:
+    """Where the pictures of a run come from, and what is known of them."""
+
+    batches: FaceBatches | FaceStream
+    share: slice  # of each batch, for this process
+    held_out: FaceDataset | None
+    fingerprint: str
+    color_statistics: tuple[torch.Tensor, torch.Tensor] | None
+    num_classes: int | None
+    description: str
+
+
+def load_training_data(config: TrainingConfig, accelerator: Accelerator) -> TrainingData:
+    """Open the pictures; the first process that comes here decodes them, unless it was done before.
+
+    Raises:
+        ValueError: Pictures, classes or sizes that cannot work.
+    """
+    num_processes = accelerator.num_processes
+    if config.train_batch_size % num_processes:
+        raise ValueError(
+            f"`train_batch_size` is shared out evenly: {config.train_batch_size} is no multiple of the number of "
+            f"processes, {num_processes}."
+        )
+    size = config.train_batch_size // num_processes
+    share = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+    source = {
+        "dataset_name": config.dataset_name,
+        "train_data_dir": config.train_data_dir,
+        "dataset_config_name": config.dataset_config_name,
+        "image_column": config.image_column,
+        "label_column": config.label_column,
+        "resolution": config.image_size,
+        "channels": config.in_channels,
+        "skip_unreadable": config.skip_unreadable,
+    }
+    load = partial(load_faces, **source, cache_dir=config.cache_dir)
+    is_drawn = config.dataset_name is None and config.train_data_dir is None
+    num_held_out = config.num_validation_images
+    held_out = None
+    if config.validation_split is not None and num_held_out:
+        held_out = load(split=config.validation_split, max_images=num_held_out)
+
+    if config.streaming:
+        stream = open_stream(
+            **source,
+            split=config.dataset_split,
+            crop=config.crop,
+            batch_size=size,
+            seed=config.seed,
+            block_size=config.shuffle_block_size,
+            num_workers=config.dataloader_num_workers,
+            process_index=accelerator.process_index,
+            num_processes=num_processes,
+        )
+        if held_out is not None and config.label_column is not None:
+            feature = (stream.dataset.features or {}).get(config.label_column)
+            numbers = [str(number) for number in range(config.num_class_embeds)]  # a stream is not searched for names
+            held_out = held_out.relabelled(getattr(feature, "names", None) or numbers)
+        identity = [config.dataset_name or config.train_data_dir, config.dataset_config_name, config.dataset_split]
+        fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
+        description = f"a stream of {stream.dataset.num_shards} files"
+        return TrainingData(stream, share, held_out, fingerprint, None, config.num_class_embeds, description)
+
+    dataset = load(
+        split=config.dataset_split,
+        crop=config.crop,
+        max_images=config.max_train_samples,
+        # Held-out faces are drawn on top of those that are asked for.
+        num_drawn_images=config.num_drawn_images + (num_held_out if is_drawn else 0),
+    )
+    if held_out is None and num_held_out:
+        # Of few pictures, most are needed to learn from.
+        dataset, held_out = hold_out(dataset, num_held_out if is_drawn else min(num_held_out, len(dataset) // 10))
+    elif held_out is not None and dataset.class_names is not None:
+        held_out = held_out.relabelled(dataset.class_names)
+    batches = FaceBatches(dataset, config.train_batch_size, share, config.seed, config.dataloader_num_workers)
+    num_classes = config.num_class_embeds
+    if dataset.labels is not None:
+        num_labels = len(dataset.class_names)
+        if num_classes is not None and num_classes < num_labels:
+            raise ValueError(f"`num_class_embeds` is {num_classes}, but there are {num_labels} classes.")
+        num_classes = num_classes or num_labels
+    description = f"{len(dataset)} pictures ({len(held_out or [])} more held out)"
+    statistics = dataset.channel_statistics()
+    return TrainingData(batches, share, held_out, dataset.fingerprint, statistics, num_classes, description)

@@ -1,0 +1,673 @@
+"""What happens beside the training loop: the log, validation, sample grids, checkpoints, the end."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import DPMSolverMultistepScheduler, EMAModel
+from filelock import FileLock, Timeout
+from PIL import Image
+from tqdm.auto import tqdm
+
+from . import checkpoint as checkpoints
+from .batches import FaceBatches
+from .config import TrainingConfig
+from .files import replacing
+from .objective import DDPMFacesObjective
+from .pipeline_ddpm_faces import DDPMFacesPipeline
+from .plots import image_grid, loss_curve, side_by_side
+from .preemption import EXIT_NONFINITE, EXIT_PREEMPTED, Preemption
+from .scheduling_ddpm_faces import DDPMFacesScheduler
+from .training_data import TrainingData
+from .unet_ddpm_faces import DDPMFacesUNet
+from .validation import bin_names, held_out_losses, timestep_bins
+
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "training_config.yaml"
+# What it means that a field of a group is another one than before.
+MEANING = {
+    "Data": "from here on it sees other pictures",
+    "Network": "nothing that is learned changes",  # a change of the architecture is refused
+    "Diffusion": "losses before and after cannot be compared",  # as is one of the schedule
+    "Optimisation": "holds from here on, so the run is no longer one that had it from the start",
+    "Validation": "held-out losses or grids before and after may not compare",
+    "Run": "nothing that is learned changes",
+}
+
+
+@dataclass
+class RunState:
+    """How far a run has come; saved with each checkpoint."""
+
+    images_seen: int = 0
+    skipped_steps: int = 0
+    nonfinite_in_a_row: int = 0
+    best_loss: float | None = None
+    best_images_seen: int | None = None
+    validations_since_best: int = 0
+    is_maintained: bool = True  # whether what is due after `images_seen` has been done
+    unlogged_steps: list[dict] = field(default_factory=list)
+
+
+@contextmanager
+def locked(output_dir: str, is_main_process: bool) -> Iterator[None]:
+    """Make `output_dir`, which no other run may write to meanwhile; if nothing comes into it, it goes away again."""
+    if not is_main_process:
+        yield
+        return
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        # A run that lost its launcher saves and ends within this time.
+        lock.acquire(timeout=60)
+    except Timeout as error:
+        raise ValueError(f"`output_dir` {output_dir!r} belongs to a run that is still going on.") from error
+    try:
+        yield
+    finally:
+        if not any(path.name != ".lock" for path in folder.iterdir()):
+            Path(lock.lock_file).unlink(missing_ok=True)
+            folder.rmdir()
+        lock.release()
+
+
+class TrainingRun:
+    """A run of training: what it has seen, and all that it does but learn.
+
+    Args:
+        config ([`TrainingConfig`]): With the number of classes resolved.
+        accelerator ([`~accelerate.Accelerator`]): Of the prepared objects.
+        unet, optimizer: As prepared.
+        ema ([`~diffusers.EMAModel`], *optional*): Of the parameters of `unet`.
+        objective ([`DDPMFacesObjective`]): The loss.
+        data ([`TrainingData`]): Where the pictures come from.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        unet: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: EMAModel | None,
+        objective: DDPMFacesObjective,
+        data: TrainingData,
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.unet = unet
+        self.optimizer = optimizer
+        self.ema = ema
+        self.objective = objective
+        self.data = data
+        self.output_dir = Path(config.output_dir)
+        self.log_path = self.output_dir / "log.jsonl"
+        self.skipped_path = self.output_dir / "skipped_steps.jsonl"
+        self.state = RunState()
+        self.last_image = config.max_train_steps * config.train_batch_size
+        self.preemption = Preemption(config.time_limit_minutes)
+        self._steps: list[dict] = []  # since the last exchange; tensors are still on the device
+
+    # Start
+
+    def start(self, resume_from: Path | None) -> None:
+        """Go on from a checkpoint, if there is one; open log and trackers."""
+        if resume_from is not None:
+            self._load(resume_from)
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            with replacing(self.output_dir / CONFIG_NAME) as path:
+                self.config.save(path)
+            # What an interrupted run wrote after its last checkpoint will be written again.
+            for path in (self.log_path, self.skipped_path):
+                entries = [entry for entry in read_jsonl(path) if entry["images_seen"] <= self._logged_images_seen]
+                if path.exists():
+                    with replacing(path) as new:
+                        new.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+            checkpoints.prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit, self._best_checkpoint)
+        hyperparameters = {k: v if isinstance(v, (int, float)) else str(v) for k, v in asdict(self.config).items()}
+        self.accelerator.init_trackers("training", config=hyperparameters, init_kwargs=self._tracker_settings())
+        self.bar = tqdm(
+            total=self.last_image,
+            initial=self.state.images_seen,
+            unit="img",
+            desc="Training",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        self._batches = self.data.batches.batches(pin_memory=self.accelerator.device.type == "cuda")
+        self._restart_clock()
+        if not self.state.is_maintained:
+            self._maintain()
+
+    def _tracker_settings(self) -> dict[str, dict]:
+        """A resumed run goes on in the same place of the tracker."""
+        folder = self.output_dir.resolve()
+        identity = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
+        return {
+            "tensorboard": {"purge_step": self._logged_images_seen + 1},
+            "wandb": {"id": identity, "name": folder.name, "resume": "allow", "dir": str(folder)},
+            "trackio": {"name": f"{folder.name}-{identity[:6]}", "resume": "allow"},
+        }
+
+    @property
+    def _logged_images_seen(self) -> int:
+        """Up to where entries of the log belong to the state."""
+        return self.state.images_seen - (0 if self.state.is_maintained else 1)
+
+    @property
+    def _best_checkpoint(self) -> Path | None:
+        if self.state.best_images_seen is None:
+            return None
+        return checkpoints.checkpoint_path(self.output_dir, self.state.best_images_seen)
+
+    def _load(self, checkpoint: Path) -> None:
+        saved = checkpoints.read_state(checkpoint)
+        process_state = checkpoints.load_checkpoint(self.accelerator, checkpoint, self._ema_weights())
+        # The optimizer came back with the settings that it was saved with; those of the configuration hold.
+        for group in self.optimizer.param_groups:
+            group.update(optimizer_settings(self.config))
+        self.state = RunState(**saved["run"])
+        notes = self._differences(saved)
+        if isinstance(self.data.batches, FaceBatches):
+            self.data.batches.images_seen = self.state.images_seen
+        else:
+            stream_note = self.data.batches.load_state_dict(process_state)
+            notes += [] if stream_note is None else [stream_note]
+        self.accelerator.print(f"Going on from {checkpoint}, after {self.state.images_seen} images.")
+        for note in notes:
+            self.accelerator.print(f"  Note: {note}")
+
+    def _differences(self, saved: dict) -> list[str]:
+        """What is other than it was when the checkpoint was saved, and what that means."""
+        notes = []
+        then, now = saved["config"], asdict(self.config)
+        groups = {f.name: f.metadata["group"] for f in fields(TrainingConfig)}
+        for name, value in now.items():
+            if name in ("output_dir", "resume", "dry_run") or then.get(name, value) == value:
+                continue
+            notes.append(f"`{name}` was {then[name]} and is {value}: {MEANING[groups[name]]}.")
+        if saved["fingerprint"] != self.data.fingerprint:
+            notes.append("The pictures are not those that it has learned from so far: from here on it sees others.")
+        layout = self._layout()
+        if saved["layout"] != layout:
+            changes = [f"{key} {old} -> {layout[key]}" for key, old in saved["layout"].items() if old != layout[key]]
+            kept = "noise and learning rates" if self.config.streaming else "pictures, noise and learning rates"
+            notes.append(
+                f"Another layout ({', '.join(changes)}): {kept} stay what they would have been, weights differ by "
+                "rounding (and by dropout, if there is any)."
+            )
+        return notes
+
+    def _layout(self) -> dict:
+        return {
+            "processes": self.accelerator.num_processes,
+            "device": self.accelerator.device.type,
+            "precision": self.accelerator.mixed_precision,
+            "device_batch_size": self.config.device_batch_size,
+        }
+
+    # Beside each step
+
+    @property
+    def images_seen(self) -> int:
+        return self.state.images_seen
+
+    @property
+    def stopped_early(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.state.validations_since_best >= patience
+
+    @property
+    def is_finished(self) -> bool:
+        return self.stopped_early or self.state.images_seen >= self.last_image
+
+    def next_batch(self) -> dict[str, Any]:
+        """The pictures of this process for the next step, on their way to the device."""
+        began = time.perf_counter()
+        batch = next(self._batches)
+        self._waited += time.perf_counter() - began
+        for skipped in batch.get("skipped", ()):
+            logger.warning("A picture cannot be read and is left out: %s", skipped)
+        device = self.accelerator.device
+        return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+    def after_step(
+        self, losses: Sequence[torch.Tensor], timesteps: torch.Tensor, grad_norm: torch.Tensor, names: list[str]
+    ) -> None:
+        """Count the step, and do what is due after it.
+
+        Args:
+            losses (`list[torch.Tensor]`): Of this process's pictures.
+            timesteps (`torch.Tensor` of shape `(share,)`): Theirs.
+            grad_norm (`torch.Tensor` of shape `()`): Of the gradient over all processes, before clipping.
+            names (`list[str]`): What the pictures are called.
+
+        Raises:
+            SystemExit: The run has to make room and is saved, or it does not learn any more.
+        """
+        self.state.images_seen += self.config.train_batch_size
+        self.state.is_maintained = False
+        self.bar.update(self.config.train_batch_size)
+        self._steps.append(
+            {
+                "images_seen": self.state.images_seen,
+                "epoch": self._epoch,
+                "losses": torch.cat(list(losses)),
+                "timesteps": timesteps,
+                "grad_norm": grad_norm.detach(),
+                "names": names,
+            }
+        )
+        reason = self.preemption.reason()
+        if reason is not None and not self.is_finished:
+            self._preempt(reason)
+        self._maintain()
+        self._epoch = self.data.batches.epoch
+
+    def _maintain(self) -> None:
+        """Log, validate, sample and save, as far as these are due."""
+        config, is_last = self.config, self.state.images_seen >= self.last_image
+        if self._is_due(config.log_every_images) or is_last:
+            self._log()
+        is_best = False
+        if self.data.held_out is not None and (self._is_due(config.validate_every_images) or is_last):
+            is_best = self._validate()
+        if self._is_due(config.sample_every_images) and not is_last:  # `finish` draws the last
+            self._sample()
+        self.state.is_maintained = True
+        if config.checkpoint_every_images and (self._is_due(config.checkpoint_every_images) or is_last or is_best):
+            self._save(required=is_last)
+
+    def _is_due(self, every_images: int) -> bool:
+        """Whether the last step passed a multiple of `every_images`; 0 is never."""
+        images_seen, step = self.state.images_seen, self.config.train_batch_size
+        return every_images > 0 and images_seen // every_images > (images_seen - step) // every_images
+
+    # Log
+
+    def _collect(self) -> None:
+        """Bring the losses of all processes to the host. This waits for the device; nothing else between logs does."""
+        if not self._steps:
+            return
+        steps, self._steps = self._steps, []
+        gather, num_processes = self.accelerator.gather, self.accelerator.num_processes
+        losses, timesteps = (
+            # (processes * steps, share) -> (steps, pictures in the order of the batch)
+            gather(torch.stack([step[name] for step in steps]))
+            .view(num_processes, len(steps), -1)
+            .transpose(0, 1)
+            .reshape(len(steps), -1)
+            .tolist()
+            for name in ("losses", "timesteps")
+        )
+        grad_norms = torch.stack([step["grad_norm"].float() for step in steps]).tolist()
+        for step, step_losses, step_timesteps, grad_norm in zip(steps, losses, timesteps, grad_norms, strict=True):
+            entry = {
+                "images_seen": step["images_seen"],
+                "epoch": step["epoch"],
+                "losses": step_losses,
+                "timesteps": step_timesteps,
+                "grad_norm": grad_norm,
+            }
+            if math.isfinite(grad_norm):
+                self.state.nonfinite_in_a_row = 0
+            else:
+                self._note_skipped(entry, gather_object(step["names"]))
+            self.state.unlogged_steps.append(entry)
+
+    def _note_skipped(self, entry: dict, names: list[str]) -> None:
+        self.state.skipped_steps += 1
+        self.state.nonfinite_in_a_row += 1
+        if self.accelerator.is_main_process:
+            append_jsonl(self.skipped_path, {**entry, "pictures": names})
+            culprits = [i for i, loss in enumerate(entry["losses"]) if not math.isfinite(loss)] or range(len(names))
+            listed = ", ".join(f"{names[i]} at timestep {entry['timesteps'][i]}" for i in list(culprits)[:5])
+            logger.warning(
+                "The step that ended at %d images is skipped: its gradient norm is %s. Pictures with a loss that is "
+                "not finite, or all (%d): %s%s. See %s.",
+                *(entry["images_seen"], entry["grad_norm"], len(culprits), listed),
+                *(", ..." if len(culprits) > 5 else "", self.skipped_path),
+            )
+        if self.state.nonfinite_in_a_row >= self.config.max_nonfinite_steps:
+            newest = checkpoints.list_checkpoints(self.output_dir)
+            self._leave(
+                EXIT_NONFINITE,
+                f"{self.state.nonfinite_in_a_row} steps in a row had a gradient that is not finite, and were skipped. "
+                f"The last good checkpoint stands: {newest[-1] if newest else 'none yet'}. Try a lower "
+                "`learning_rate`, or `mixed_precision` bf16 or no.",
+            )
+
+    def _log(self) -> None:
+        self._collect()
+        steps, self.state.unlogged_steps = self.state.unlogged_steps, []
+        losses, timesteps = (np.array([step[name] for step in steps]).ravel() for name in ("losses", "timesteps"))
+        finite = np.isfinite(losses)
+        num_timesteps = self.config.num_train_timesteps
+        bins = np.digitize(timesteps, timestep_bins(num_timesteps)[1:-1])
+        by_bin = [_mean(losses[finite & (bins == i)]) for i in range(len(bin_names(num_timesteps)))]
+        last = steps[-1]
+        values = {
+            "loss": _mean(losses[finite]),
+            "loss_by_timestep": dict(zip(bin_names(num_timesteps), by_bin, strict=True)),
+            "grad_norm": _mean([step["grad_norm"] for step in steps if math.isfinite(step["grad_norm"])]),
+            "learning_rate": self.config.learning_rate_at(last["images_seen"] - self.config.train_batch_size),
+            "epoch": last["epoch"],
+            "skipped_steps": self.state.skipped_steps,
+        }
+        seconds = time.perf_counter() - self._clock_start
+        values |= {
+            "images_per_second": (self.state.images_seen - self._clock_images) / seconds,
+            "data_wait": self._waited / seconds,
+            "memory_gb": self._memory_gb(),
+        }
+        if self.state.images_seen == self._clock_images:
+            values["images_per_second"] = values["data_wait"] = None  # after resuming just before the entry
+        self._write(values)
+        loss = math.nan if values["loss"] is None else values["loss"]
+        self.bar.set_postfix(loss=f"{loss:.4f}", epoch=last["epoch"])
+        self._restart_clock()
+
+    def _write(self, values: dict[str, Any]) -> None:
+        """An entry of the log, and of the tracker."""
+        scalars = {}
+        for name, value in values.items():
+            parts = {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+            scalars |= {key: v for key, v in parts.items() if v is not None}
+        self.accelerator.log(scalars, step=self.state.images_seen)
+        if self.accelerator.is_main_process:
+            append_jsonl(self.log_path, {"images_seen": self.state.images_seen, **values})
+
+    def _memory_gb(self) -> float:
+        """The most that was in use so far: on the GPU, or of this process."""
+        if self.accelerator.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+    def _restart_clock(self) -> None:
+        self._clock_start, self._clock_images, self._waited = time.perf_counter(), self.state.images_seen, 0.0
+        self._epoch = self.data.batches.epoch
+
+    # Validation
+
+    def _validate(self) -> bool:
+        """Measure the held-out loss; whether it is the best so far."""
+        with self._paused(), self.evaluating() as unet:
+            losses = held_out_losses(self.accelerator, unet, self.objective, self.data.held_out, self.images_per_pass)
+        by_bin = losses.mean(dim=0).tolist()
+        loss = sum(by_bin) / len(by_bin)
+        names = bin_names(self.config.num_train_timesteps)
+        self._write({"held_out_loss": loss, "held_out_loss_by_timestep": dict(zip(names, by_bin, strict=True))})
+        state = self.state
+        is_best = state.best_loss is None or loss < state.best_loss
+        if is_best:
+            state.best_loss, state.best_images_seen, state.validations_since_best = loss, state.images_seen, 0
+        else:
+            state.validations_since_best += 1
+        return is_best
+
+    @property
+    def images_per_pass(self) -> int:
+        """Pictures of a forward pass in training, which memory suffices for."""
+        share = self.config.train_batch_size // self.accelerator.num_processes
+        return min(share, self.config.device_batch_size or share)
+
+    @contextmanager
+    def evaluating(self, averaged: bool = True) -> Iterator[torch.nn.Module]:
+        """The network in evaluation mode, with the averaged weights where there are some, for as long as it lasts."""
+        unet = self.accelerator.unwrap_model(self.unet)
+        swap = averaged and self.ema is not None
+        unet.eval()
+        if swap:
+            self.ema.store(unet.parameters())
+            self.ema.copy_to(unet.parameters())
+        try:
+            yield unet
+        finally:
+            for module in unet.modules():
+                if hasattr(module, "reshard"):  # FSDP, after a forward pass without a backward one
+                    module.reshard()
+            if swap:
+                self.ema.restore(unet.parameters())
+            unet.train()
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """What is done within does not count as training time."""
+        began = time.perf_counter()
+        yield
+        self._clock_start += time.perf_counter() - began
+
+    # Samples
+
+    def _sample(self) -> None:
+        """Draw the grid on the way: few steps of a fast solver, raw and averaged weights side by side."""
+        scheduler = self.objective.scheduler
+        # By betas, which all solvers know, whatever the schedule is called.
+        solver = DPMSolverMultistepScheduler.from_config(
+            scheduler.config, trained_betas=scheduler.betas.tolist(), rescale_betas_zero_snr=False
+        )
+        steps = self.config.sample_inference_steps
+        samples = {}
+        with self._paused():
+            if self.ema is not None:
+                samples["weights"] = self._draw_samples(solver, steps, averaged=False)
+            samples["averaged weights"] = self._draw_samples(solver, steps, averaged=True)
+            self._show(samples)
+
+    def _show(self, samples: dict[str, torch.Tensor]) -> Image.Image:
+        """Log grids and colours of samples, `(num_samples, channels, height, width)` in [-1, 1]; return the last."""
+        drawn = list(samples.values())[-1]
+        self._write(self._color_drift(drawn))
+        scale = max(1, 128 // max(self.config.image_size))
+        grids = {name: image_grid(DDPMFacesPipeline.postprocess(s), scale=scale) for name, s in samples.items()}
+        if self.accelerator.is_main_process:
+            picture = side_by_side(grids)
+            folder = self.output_dir / "samples"
+            folder.mkdir(exist_ok=True)
+            with replacing(folder / f"{self.state.images_seen:010d}.png") as path:
+                picture.save(path, "PNG")
+            self._log_picture(picture)
+        return list(grids.values())[-1]
+
+    def _draw_samples(self, scheduler: Any, num_inference_steps: int | None, averaged: bool) -> torch.Tensor:
+        """x_0, `(num_samples, channels, height, width)`, on the CPU of each process."""
+        config, num_processes = self.config, self.accelerator.num_processes
+        per_process = -(-config.num_samples // num_processes)
+        mine = [(k * num_processes + self.accelerator.process_index) % config.num_samples for k in range(per_process)]
+        samples = []
+        with self.evaluating(averaged) as unet:
+            pipeline = DDPMFacesPipeline(unet, scheduler)
+            pipeline.set_progress_bar_config(
+                desc="Sampling", leave=False, disable=not self.accelerator.is_main_process
+            )
+            for first in range(0, per_process, self.images_per_pass):
+                numbers = mine[first : first + self.images_per_pass]
+                generators = [torch.Generator().manual_seed(config.seed + number) for number in numbers]
+                classes = config.num_class_embeds and [number % config.num_class_embeds for number in numbers]
+                samples.append(
+                    pipeline(
+                        len(numbers),
+                        num_inference_steps,
+                        generators,
+                        output_type="latent",
+                        class_labels=classes,
+                    ).images
+                )
+        gathered = self.accelerator.gather(torch.cat(samples).contiguous())
+        gathered = gathered.view(num_processes, per_process, *gathered.shape[1:]).transpose(0, 1)
+        return gathered.flatten(0, 1)[: config.num_samples].cpu()
+
+    def _color_drift(self, samples: torch.Tensor) -> dict[str, dict[str, float]]:
+        """Mean and deviation of each channel, in [-1, 1], beside those of the training pictures."""
+        channels = "rgba" if samples.shape[1] > 1 else "y"
+        values = {}
+        pixels = samples.clamp(-1, 1).transpose(0, 1).flatten(1)
+        statistics = {"samples": (pixels.mean(dim=1), pixels.std(dim=1)), "data": self.data.color_statistics}
+        for source, of_channels in statistics.items():
+            if of_channels is None:
+                continue
+            for name, per_channel in zip(("mean", "deviation"), of_channels, strict=True):
+                parts = zip(channels, per_channel.tolist(), strict=False)
+                values[f"{source}_{name}"] = dict(parts)
+        return values
+
+    def _log_picture(self, picture: Image.Image) -> None:
+        if self.config.report_to == "none":
+            return
+        tracker = self.accelerator.get_tracker(self.config.report_to, unwrap=True)
+        if self.config.report_to == "tensorboard":
+            tracker.add_image("samples", np.asarray(picture), self.state.images_seen, dataformats="HWC")
+        elif self.config.report_to == "wandb":
+            import wandb
+
+            tracker.log({"samples": wandb.Image(picture)}, step=self.state.images_seen)
+        elif self.config.report_to == "trackio":
+            import trackio
+
+            tracker.log({"samples": trackio.Image(picture)}, step=self.state.images_seen)
+
+    # Save and end
+
+    def _save(self, required: bool = False) -> None:
+        """Save a checkpoint, and prune the old ones. Where it fails and is not `required`, the run goes on."""
+        began = time.time()
+        self._collect()
+        path = checkpoints.checkpoint_path(self.output_dir, self.state.images_seen)
+        with self._paused():
+            try:
+                self._check_finite()
+                checkpoints.save_checkpoint(
+                    self.accelerator,
+                    path,
+                    {
+                        "run": asdict(self.state),
+                        "config": asdict(self.config),
+                        "fingerprint": self.data.fingerprint,
+                        "layout": self._layout(),
+                    },
+                    self._ema_weights(),
+                    None if isinstance(self.data.batches, FaceBatches) else self.data.batches.state_dict(),
+                )
+                if self.accelerator.is_main_process:
+                    keep = self.config.checkpoints_total_limit
+                    checkpoints.prune_checkpoints(self.output_dir, keep, self._best_checkpoint)
+            except OSError as error:
+                if required:
+                    raise
+                logger.warning("%s. The run goes on, and tries again with the next checkpoint.", error)
+        self.preemption.note_save(time.time() - began)
+
+    def _check_finite(self) -> None:
+        weights = list(self.accelerator.unwrap_model(self.unet).state_dict().values())
+        weights += list((self._ema_weights() or {}).values())
+        bad = torch.tensor([float(not checkpoints.all_finite(weights))], device=self.accelerator.device)
+        if bool(self.accelerator.reduce(bad, reduction="sum")):
+            self._leave(
+                EXIT_NONFINITE,
+                f"Weights are not finite after {self.state.images_seen} images. They are not saved; the last good "
+                "checkpoint stands. Try a lower `learning_rate`.",
+            )
+
+    def _ema_weights(self) -> dict[str, torch.Tensor] | None:
+        if self.ema is None:
+            return None
+        names = [name for name, _ in self.accelerator.unwrap_model(self.unet).named_parameters()]
+        return dict(zip(names, self.ema.shadow_params, strict=True))
+
+    def _preempt(self, reason: str) -> None:
+        self._save(required=True)
+        self._leave(
+            EXIT_PREEMPTED,
+            f"Stopped after {self.state.images_seen} of {self.last_image} images, for {reason}. The same command goes "
+            "on from here.",
+        )
+
+    def _leave(self, code: int, message: str) -> None:
+        self.bar.close()
+        if self.accelerator.is_main_process:
+            print(message, file=sys.stderr if code != EXIT_PREEMPTED else sys.stdout, flush=True)
+        self.accelerator.end_training()
+        raise SystemExit(code)
+
+    def finish(self) -> None:
+        """Save the pipeline, and beside it a grid of samples in all T steps and the loss curve."""
+        self.bar.close()
+        from_best = self.stopped_early and self._best_checkpoint.is_dir()
+        if from_best:
+            self.accelerator.print(
+                f"Stopped early: the held-out loss was best after {self.state.best_images_seen} images, "
+                f"{self.state.best_loss:.4f}. The pipeline has the weights of then."
+            )
+            checkpoints.load_weights(self.accelerator, self._best_checkpoint, self.unet)
+            self.ema = None  # the network itself has the averaged weights now
+        self._check_finite()
+        with self.evaluating():
+            # Copied, for the network goes on to hold other weights in the same memory.
+            weights = {k: v.cpu().clone() for k, v in self.accelerator.get_state_dict(self.unet).items()}
+        scheduler = DDPMFacesScheduler(**self.config.scheduler_config())
+        grid = self._show({"weights": self._draw_samples(scheduler, None, averaged=True)})
+        if self.accelerator.is_main_process:
+            unet = DDPMFacesUNet(**self.config.unet_config())
+            unet.load_state_dict(weights)
+            kind = "ema" if self.config.use_ema else "raw"
+            checkpoints.save_pipeline(DDPMFacesPipeline(unet, scheduler, weights=kind), self.output_dir)
+            grid.save(self.output_dir / "samples.png")
+            self._draw_loss_curve()
+            print(f"The pipeline is in {self.output_dir}, pictures from it in {self.output_dir / 'samples.png'}")
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def _draw_loss_curve(self) -> None:
+        log = read_jsonl(self.log_path)
+        curves = {
+            name: [(entry["images_seen"], entry[name]) for entry in log if entry.get(name) is not None]
+            for name in ("loss", "held_out_loss")
+        }
+        if curves["loss"]:
+            held_out = tuple(zip(*curves["held_out_loss"], strict=True)) or None
+            loss_curve(*zip(*curves["loss"], strict=True), self.output_dir / "loss_curve.png", held_out)
+
+
+def optimizer_settings(config: TrainingConfig) -> dict[str, Any]:
+    """The arguments of AdamW, but for the learning rate, which each step sets."""
+    return {
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.adam_weight_decay,
+    }
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The entries of a log; a last line that was cut off while it was written is not there."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    return entries
+
+
+def append_jsonl(path: Path, entry: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None

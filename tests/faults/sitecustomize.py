@@ -1,0 +1,135 @@
+"""Faults for training/train.py, which Python imports before it where this folder is on PYTHONPATH.
+
+FAULTS holds a JSON dictionary: from the name of a fault to the images seen at which it strikes, and options.
+"""
+
+import json
+import os
+import signal
+import sys
+
+
+def strike(fault: dict) -> None:
+    """Send what the fault says to this process, or to its launcher."""
+    target = {"self": os.getpid, "launcher": os.getppid}[fault.get("target", "self")]()
+    os.kill(target, getattr(signal, fault.get("signal", "SIGKILL")))
+
+
+def install(faults: dict) -> None:
+    import torch
+
+    from ddpm_faces import batches, checkpoint, nonfinite, objective, preemption, training_run
+
+    rank = int(os.environ.get("RANK", 0))
+    seen = {"images": 0}
+
+    original_step = nonfinite.NonFiniteGuard.step
+
+    def step(self, grad_norm):
+        """In the middle of a step: after the gradient, before the weights."""
+        fault = faults.get("in_step", {})
+        if seen["images"] == fault.get("at") and rank == fault.get("rank", rank):
+            strike(fault)
+        original_step(self, grad_norm)
+
+    nonfinite.NonFiniteGuard.step = step
+
+    original_next = training_run.TrainingRun.next_batch
+
+    def next_batch(self):
+        seen["images"] = self.images_seen
+        return original_next(self)
+
+    training_run.TrainingRun.next_batch = next_batch
+
+    if "nan" in faults:
+        original_call = objective.DDPMFacesObjective.__call__
+
+        def call(self, *args, **kwargs):
+            output = original_call(self, *args, **kwargs)
+            fault = faults["nan"]
+            if (
+                torch.is_grad_enabled()
+                and fault["from"] <= seen["images"] < fault["to"]
+                and rank == fault.get("rank", 0)
+            ):
+                losses = output.losses.clone()
+                losses[fault.get("picture", 0)] *= float("nan")
+                output = output._replace(losses=losses)
+            return output
+
+        objective.DDPMFacesObjective.__call__ = call
+
+    if "in_save" in faults:
+        fault = faults["in_save"]
+        name = {"before_commit": "commit", "before_prune": "prune_checkpoints", "before_state": "_write_json"}
+        attribute = name[fault["stage"]]
+        original = getattr(checkpoint, attribute)
+
+        def dying(path, *args, **kwargs):
+            if seen["images"] == fault["at"] - fault["step"]:  # the save after this step
+                strike(fault)
+            return original(path, *args, **kwargs)
+
+        setattr(checkpoint, attribute, dying)
+
+    if "disk_full" in faults:
+        import resource
+
+        fault = faults["disk_full"]
+        original_save = training_run.TrainingRun._save
+
+        def save(self, required=False):
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if fault["from"] <= self.images_seen < fault["to"]:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], hard))
+            try:
+                original_save(self, required)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+        training_run.TrainingRun._save = save
+
+    if "worker" in faults:
+        fault = faults["worker"]
+        original_fetch = batches._Fetch.__getitem__
+
+        def fetch(self, request):
+            marker = fault["marker"]
+            if not os.path.exists(marker) or fault.get("always"):
+                open(marker, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original_fetch(self, request)
+
+        batches._Fetch.__getitem__ = fetch
+
+    if "lock_timeout" in faults:
+        original_acquire = training_run.FileLock.acquire
+
+        def acquire(self, timeout=None, **kwargs):
+            return original_acquire(self, timeout=faults["lock_timeout"], **kwargs)
+
+        training_run.FileLock.acquire = acquire
+
+    if "fsdp" in faults:  # which accelerate starts with accelerators only
+        from accelerate.state import AcceleratorState, PartialState
+        from accelerate.utils import DistributedType
+
+        original_init = AcceleratorState.__init__
+
+        def init(self, *args, fsdp_plugin=None, **kwargs):
+            original_init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+            if fsdp_plugin is not None:
+                self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+                PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+        AcceleratorState.__init__ = init
+
+    if "age_minutes" in faults:
+        import time
+
+        preemption._process_start = lambda: time.time() - 60 * faults["age_minutes"]
+
+
+if os.environ.get("FAULTS") and any(argument.endswith("train.py") for argument in sys.orig_argv[1:3]):
+    install(json.loads(os.environ["FAULTS"]))
