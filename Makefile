@@ -1,5 +1,5 @@
 # make demo    train on drawn faces and generate, from nothing but Python
-# make test    install what the tests need and run them
+# make test    install what the tests need and run them; `make test-all`: the slow ones as well
 # Without a GPU, `make demo CPU=1` takes PyTorch's CPU build, which spares gigabytes of CUDA.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_INDEX)
 
-.PHONY: demo test style quality benchmark clean
+.PHONY: demo test test-all style quality benchmark clean
 
 demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -17,6 +17,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "slow or not slow"
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
