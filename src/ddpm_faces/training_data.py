@@ -85,10 +85,12 @@ def load_training_data(config: TrainingConfig, accelerator: Accelerator) -> Trai
         # Held-out faces are drawn on top of those that are asked for.
         num_drawn_images=config.num_drawn_images + (num_held_out if is_drawn else 0),
     )
-    if held_out is None and num_held_out:
-        # Of few pictures, most are needed to learn from.
-        dataset, held_out = hold_out(dataset, num_held_out if is_drawn else min(num_held_out, len(dataset) // 10))
-    elif held_out is not None and dataset.class_names is not None:
+    if held_out is None:
+        # Of few pictures, all but a tenth are needed to learn from.
+        num_held_out = num_held_out if is_drawn else min(num_held_out, len(dataset) // 10)
+        if num_held_out:
+            dataset, held_out = hold_out(dataset, num_held_out)
+    elif dataset.class_names is not None:
         held_out = held_out.relabelled(dataset.class_names)
     batches = FaceBatches(dataset, config.train_batch_size, share, config.seed, config.dataloader_num_workers)
     num_classes = config.num_class_embeds
