@@ -107,7 +107,8 @@ def test_help_is_grouped_and_fits_the_terminal(capsys, monkeypatch, columns):
     assert all(about in " ".join(text.split()) for about in GROUPS.values())
 
 
-def test_help_shows_defaults_and_choices(capsys):
+def test_help_shows_defaults_and_choices(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         parse_training_config(["--help"])
     text = " ".join(capsys.readouterr().out.split())
