@@ -195,11 +195,6 @@ def test_bad_arguments(arguments, message):
         load_faces(**arguments)
 
 
-def test_folder_of_pictures_has_no_splits(folder):
-    with pytest.raises(ValueError, match="has no splits, got 'test'"):
-        load_faces(train_data_dir=str(folder), split="test")
-
-
 def test_empty_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(ValueError, match="holds no pictures"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .files import commit, delete, delete_unfinished, sync, unfinished_path
 
@@ -85,9 +86,9 @@ def save_checkpoint(
             _write_json(unfinished / _process_name(accelerator.process_index), process_state)
         if accelerator.is_main_process:
             _write_json(unfinished / STATE_NAME, state)
-            # Only what is whole on all processes is given its name, which comes after the next exchange.
-    except Exception as error:  # torch and safetensors raise their own kinds for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # what Python, torch and safetensors make of a full disk
         problem = error
+    # It is given its name only once it is whole on all processes.
     if not _all_well(accelerator, problem):
         if accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)

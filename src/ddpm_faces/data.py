@@ -334,7 +334,7 @@ def load_faces(
         resolution (`int` or `(int, int)`, defaults to 64): Side, or height and width, in pixels.
         channels (`int`, defaults to 3): 1 (grey), 3 (RGB) or 4 (RGBA).
         dataset_config_name (`str`, *optional*): Configuration of the data set.
-        split (`str`, defaults to `"train"`): Split of the data set.
+        split (`str`, defaults to `"train"`): Split of the data set; a folder of pictures has none.
         image_column (`str`, *optional*): Column of the pictures; by default the first that holds any.
         label_column (`str`, *optional*):
             Column of the classes: class labels, or any values, which are sorted. For a folder of pictures, `"folder"`:
@@ -371,8 +371,6 @@ def load_faces(
     else:
         name, folder = resolve_source(dataset_name, train_data_dir)
         if folder is not None and is_picture_folder(folder):
-            if split != "train":
-                raise ValueError(f"A folder of pictures has no splits, got {split!r} for {name!r}.")
             source = _folder_source(folder, label_column)
         else:
             source = _dataset_source(name, dataset_config_name, split, image_column, label_column, cache_dir)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from .batches import FaceBatches
 from .config import TrainingConfig
-from .data import FaceDataset, hold_out, load_faces
+from .data import FaceDataset, hold_out, is_picture_folder, load_faces, resolve_source
 from .streaming import FaceStream, open_stream
 
 
@@ -55,6 +55,9 @@ def load_training_data(config: TrainingConfig, accelerator: Accelerator) -> Trai
     num_held_out = config.num_validation_images
     held_out = None
     if config.validation_split is not None and num_held_out:
+        _, folder = resolve_source(config.dataset_name, config.train_data_dir)
+        if folder is not None and is_picture_folder(folder):
+            raise ValueError(f"`validation_split` {config.validation_split!r}: a folder of pictures has no splits.")
         held_out = load(split=config.validation_split, max_images=num_held_out)
 
     if config.streaming:

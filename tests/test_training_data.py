@@ -1,0 +1,47 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_faces.config import TrainingConfig
+from ddpm_faces.training_data import load_training_data
+
+
+ALONE = SimpleNamespace(num_processes=1, process_index=0)
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    for number in range(30):
+        Image.fromarray(np.full((8, 8, 3), number, dtype=np.uint8)).save(tmp_path / f"{number:02d}.png")
+    return str(tmp_path)
+
+
+def load(folder: str, **overrides):
+    settings = {"train_data_dir": folder, "resolution": [8], "train_batch_size": 4, **overrides}
+    return load_training_data(TrainingConfig(**settings), ALONE)
+
+
+def test_a_tenth_at_most_is_held_out_and_never_trained_on(folder):
+    data = load(folder)
+    seen = [int(images[0, 0, 0]) for images in data.batches.dataset.images]
+    held_out = [int(images[0, 0, 0]) for images in data.held_out.images]
+    assert (len(seen), len(held_out)) == (27, 3)
+    assert sorted(seen + held_out) == list(range(30))
+
+
+def test_nothing_is_held_out_of_too_few(folder):
+    data = load(folder, max_train_samples=9)
+    assert data.held_out is None
+    assert len(data.batches.dataset) == 9
+
+
+def test_held_out_faces_are_drawn_on_top():
+    data = load_training_data(TrainingConfig(num_drawn_images=40, num_validation_images=8, resolution=[16]), ALONE)
+    assert (len(data.batches.dataset), len(data.held_out)) == (40, 8)
+
+
+def test_folder_of_pictures_has_no_splits(folder):
+    with pytest.raises(ValueError, match="`validation_split` 'test': a folder of pictures has no splits"):
+        load(folder, validation_split="test")
