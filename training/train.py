@@ -12,7 +12,9 @@ import importlib.util
 import math
 import os
 import shutil
+import sys
 import time
+import traceback
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -251,5 +253,24 @@ def use_all_cores() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
+def exit_code_of(config: TrainingConfig) -> int:
+    """Run `main`, and return what the process is to end with."""
+    try:
+        main(config)
+    except SystemExit as leaving:  # with a code of docs/training.md
+        return leaving.code
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    main(parse_training_config())
+    code = exit_code_of(parse_training_config())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # All is saved and closed. Taken apart by the interpreter, torch's gloo groups now and then wait for ever for
+        # threads that wait for the interpreter.
+        os._exit(code)
+    sys.exit(code)
