@@ -36,6 +36,11 @@ from ddpm_faces.training_data import load_training_data
 from ddpm_faces.training_run import TrainingRun, locked, optimizer_settings, read_jsonl
 
 
+# Networks in here are not taken apart before the process ends: with them go torch's gloo groups, which now and then
+# wait for ever for threads that wait for the interpreter.
+LIVING: list[Accelerator] = []
+
+
 def main(config: TrainingConfig) -> None:
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise ValueError(f"`report_to` {config.report_to!r} needs a package: pip install {config.report_to}.")
@@ -44,6 +49,7 @@ def main(config: TrainingConfig) -> None:
         log_with=None if config.report_to == "none" or config.dry_run else config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
+    LIVING.append(accelerator)
     if accelerator.device.type == "cpu":
         use_all_cores()
     with locked(config.output_dir, accelerator.is_main_process):
@@ -270,7 +276,5 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # All is saved and closed. Taken apart by the interpreter, torch's gloo groups now and then wait for ever for
-        # threads that wait for the interpreter.
-        os._exit(code)
+        os._exit(code)  # all is saved and closed; see LIVING
     sys.exit(code)
