@@ -99,6 +99,34 @@ def test_workers_that_always_die_are_an_error(dataset):
         take(FaceBatches(dying, 8, slice(0, 8), num_workers=1), 1)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no"), ConnectionResetError("no"), EOFError("no")])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_errors_of_the_data_are_no_deaths(dataset, caplog, error, num_workers):
+    class Failing(FaceDataset):
+        def fetch(self, *args):
+            raise error
+
+    with pytest.raises(type(error), match="no"):
+        take(FaceBatches(Failing(dataset.images), 8, slice(0, 8), num_workers=num_workers), 1)
+    assert "died" not in caplog.text
+
+
+class BrokenPipe:
+    """A loader whose worker died in the middle of a batch, which the pipe shows before the system does."""
+
+    num_workers = 1
+
+    def __iter__(self):
+        yield 1
+        raise EOFError
+
+
+def test_worker_that_dies_while_it_hands_over(caplog):
+    loaders = iter([BrokenPipe(), [2, 3]])
+    assert list(module.restarting(lambda: next(loaders))) == [1, 2, 3]
+    assert caplog.text.count("A data worker died") == 1
+
+
 def test_workers_leave_signals_to_the_trainer(dataset):
     """Ctrl-C reaches all processes of a terminal."""
 

@@ -1,9 +1,13 @@
 import io
+import logging
 import os
 import pickle
+import resource
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +149,51 @@ def test_sixteen_bit_grey_is_scaled(tmp_path):
     np.testing.assert_allclose(pixels.flatten(), np.arange(256), atol=1)
 
 
+def test_sixteen_bit_colours_are_scaled():
+    pixels = np.random.default_rng(0).integers(0, 65536, (4, 5, 3))
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0)  # PIL cannot write such a file
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    decoded = picture_to_tensor(PILImage.open(io.BytesIO(file)), (4, 5)).permute(1, 2, 0)
+    np.testing.assert_allclose(decoded, pixels / 257, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.full((8, 8), 0.5, dtype=np.float32), "floating-point"),
+        (np.full((8, 8), 70_000, dtype=np.int32), "beyond 16 bits"),
+        (np.full((8, 8), -1, dtype=np.int32), "beyond 16 bits"),
+    ],
+)
+def test_pixels_of_unknown_range_are_unreadable(tmp_path, pixels, message):
+    PILImage.fromarray(pixels).save(tmp_path / "measured.tiff")
+    with pytest.raises(ValueError, match=f"measured.tiff: .*{message}"):
+        load_faces(train_data_dir=str(tmp_path), resolution=8)
+
+
+def test_inks_become_light():
+    cyan = PILImage.new("CMYK", (8, 8), (255, 0, 0, 0))
+    for kind in ("JPEG", "TIFF"):
+        buffer = io.BytesIO()
+        cyan.save(buffer, kind)
+        red, green, blue = picture_to_tensor(PILImage.open(buffer), (8, 8)).float().mean(dim=(1, 2))
+        assert red < 5
+        assert min(green, blue) > 250
+
+
+def test_first_picture_of_an_animation(tmp_path):
+    frames = [PILImage.new("RGB", (8, 8), color) for color in ("blue", "red")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    images = load_faces(train_data_dir=str(tmp_path), resolution=8).images
+    assert images.shape == (1, 3, 8, 8)
+    assert images[0, :, 4, 4].tolist() == [0, 0, 255]
+
+
 # Bad input
 
 
@@ -156,6 +205,13 @@ def test_broken_pictures_are_all_named(folder):
         load_faces(train_data_dir=str(folder), resolution=24)
     assert all(name in str(error.value) for name in ("cut.png", "empty.jpg", "text.jpeg"))
     assert "1.PNG" not in str(error.value)
+    assert "`skip_unreadable` leaves such pictures out" in str(error.value)
+
+
+def test_link_to_nowhere_is_named(folder):
+    (folder / "lost.png").symlink_to(folder / "gone.png")
+    with pytest.raises(ValueError, match="(?s)1 of 4 pictures cannot be read.*lost.png: .*No such file"):
+        load_faces(train_data_dir=str(folder), resolution=24)
 
 
 def test_broken_row_is_named(tmp_path):
@@ -227,6 +283,22 @@ def test_pictures_are_decoded_once(folder, tmp_path, no_decoding):
     assert len(files_of(tmp_path / "cache")) == 1
 
 
+def test_what_is_there_is_opened_without_writing(folder, tmp_path, monkeypatch):
+    settings = {"train_data_dir": str(folder), "resolution": 24, "cache_dir": str(tmp_path / "cache")}
+    first = load_faces(**settings)
+    monkeypatch.setattr(data, "FileLock", None)
+    assert torch.equal(load_faces(**settings).images, first.images)
+
+
+def test_chunks_are_in_order(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 2)
+    for number in range(5):
+        noise_picture(10 + number).save(folder / f"z{number}.png")
+    images = load_faces(train_data_dir=str(folder), resolution=24, cache_dir=str(tmp_path / "cache")).images
+    expected = [np.asarray(noise_picture(seed)) for seed in (1, 2, 10, 11, 12, 13, 14, 0)]
+    np.testing.assert_array_equal(images.permute(0, 2, 3, 1), np.stack(expected))
+
+
 def test_images_are_mapped_and_the_file_never_changes(folder, tmp_path):
     settings = {"train_data_dir": str(folder), "resolution": 24, "cache_dir": str(tmp_path / "cache")}
     images = load_faces(**settings).images
@@ -243,18 +315,38 @@ def test_another_file_or_setting_makes_another_cache(folder, tmp_path):
     load_faces(**settings)
     noise_picture(9).save(folder / "1.PNG")
     assert torch.equal(load_faces(**settings).images[0].permute(1, 2, 0), torch.tensor(np.array(noise_picture(9))))
-    for number, change in enumerate(({"resolution": 8}, {"channels": 1}, {"crop": "random"}, {"max_images": 2}), 3):
-        load_faces(**{**settings, **change})
+    changes = ("resolution", 8), ("channels", 1), ("crop", "random"), ("max_images", 2), ("skip_unreadable", True)
+    for number, (name, value) in enumerate(changes, 3):
+        load_faces(**{**settings, name: value})
         assert len(files_of(tmp_path / "cache")) == number
+
+
+def test_another_data_set_or_column_makes_another_cache(tmp_path):
+    def write(seeds: list[int]) -> None:
+        columns = {"image": [noise_picture(seed) for seed in seeds], "age": [30, 20], "sex": ["f", "m"]}
+        features = Features({"image": Image(), "age": Value("int64"), "sex": Value("string")})
+        Dataset.from_dict(columns, features).to_parquet(tmp_path / "set" / "train.parquet")
+
+    (tmp_path / "set").mkdir()
+    write([0, 1])
+    settings = {"dataset_name": str(tmp_path / "set"), "resolution": 24, "cache_dir": str(tmp_path / "c")}
+    assert load_faces(**settings).labels is None
+    assert load_faces(**settings, label_column="age").labels.tolist() == [1, 0]
+    assert load_faces(**settings, label_column="sex").labels.tolist() == [0, 1]
+    write([5, 6])
+    expected = np.stack([noise_picture(5), noise_picture(6)])
+    np.testing.assert_array_equal(load_faces(**settings).images.permute(0, 2, 3, 1), expected)
 
 
 def test_damaged_cache_is_built_anew(folder, tmp_path):
     settings = {"train_data_dir": str(folder), "resolution": 24, "cache_dir": str(tmp_path / "cache")}
     expected = load_faces(**settings).images.clone()
-    for name in ("pixels.bin", "info.json", "names.json"):
+    for name in ("pixels.bin", "table.npy", "names.json", "info.json"):
         path = files_of(tmp_path / "cache")[0] / name
-        path.write_bytes(path.read_bytes()[:-10])
-        assert torch.equal(load_faces(**settings).images, expected)
+        for damaged in (path.read_bytes()[:-10], b"", None):
+            path.write_bytes(damaged) if damaged is not None else path.unlink()
+            assert torch.equal(load_faces(**settings).images, expected)
+            assert path.stat().st_size > 10
 
 
 def test_interrupted_building_leaves_nothing(folder, tmp_path, monkeypatch):
@@ -264,9 +356,23 @@ def test_interrupted_building_leaves_nothing(folder, tmp_path, monkeypatch):
     assert files_of(tmp_path / "cache") == []
 
 
+def test_disk_that_takes_no_more(folder, tmp_path):
+    """The system refuses to let a file grow beyond a limit, as a full disk would."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    settings = {"train_data_dir": str(folder), "resolution": 512, "cache_dir": str(tmp_path / "cache")}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            load_faces(**settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files_of(tmp_path / "cache") == []
+    assert len(load_faces(**settings)) == 3
+
+
 def test_disk_without_room(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 3 * 3 * 24 * 24 - 1})())
-    with pytest.raises(ValueError, match="`cache_dir` .* has 0.0 GB free"):
+    with pytest.raises(ValueError, match="`cache_dir` .* has 5,183 bytes free, and the decoded pictures take 5,184"):
         load_faces(train_data_dir=str(folder), resolution=24, cache_dir=str(tmp_path / "cache"))
 
 
@@ -283,12 +389,16 @@ def test_processes_share_the_work(folder, tmp_path):
 
 @pytest.mark.parametrize("crop", ["center", "random"])
 def test_travels_to_workers(folder, crop):
+    for number in range(40):
+        shutil.copy(folder / "1.PNG", folder / f"z{number}.png")
     dataset = load_faces(train_data_dir=str(folder), resolution=(24, 20), crop=crop).subset([2, 0])
     message = pickle.dumps(dataset)
-    assert len(message) < 3000
+    assert len(message) < 2000
     crops = np.array([[0.1, 0.7], [0.9, 0.2]])
     copy = pickle.loads(message)
     assert torch.equal(copy.fetch(np.arange(2), crops)["images"], dataset.fetch(np.arange(2), crops)["images"])
+    assert copy.fingerprint == dataset.fingerprint
+    assert copy.names([1]) == dataset.names([1]) == [str(folder / "1.PNG")]
 
 
 def test_fingerprint_is_of_the_content(folder, tmp_path):
@@ -299,10 +409,24 @@ def test_fingerprint_is_of_the_content(folder, tmp_path):
     noise_picture(9).save(other / "1.PNG")
     assert load_faces(train_data_dir=str(other), resolution=24).fingerprint != datasets[0].fingerprint
     assert datasets[0].subset([0, 1]).fingerprint != datasets[0].subset([1, 0]).fingerprint
+    assert datasets[0].subset([2, 0]).fingerprint == FaceDataset(datasets[0].images[[2, 0]]).fingerprint
 
 
-def test_channel_statistics_are_those_of_the_samples(folder):
-    dataset = load_faces(train_data_dir=str(folder), resolution=24)
+def test_fingerprint_is_of_shapes_and_labels_too():
+    images = torch.zeros(2, 1, 4, 6, dtype=torch.uint8)
+    fingerprints = {
+        FaceDataset(images).fingerprint,
+        FaceDataset(images.view(2, 1, 6, 4)).fingerprint,
+        FaceDataset(images, labels=torch.tensor([0, 1])).fingerprint,
+        FaceDataset(images, labels=torch.tensor([1, 0])).fingerprint,
+    }
+    assert len(fingerprints) == 4
+
+
+@pytest.mark.parametrize("subset", [[0, 1, 2], [2], [1, 0]])
+def test_channel_statistics_are_those_of_the_samples(folder, subset):
+    PILImage.new("RGB", (24, 24), (0, 128, 255)).save(folder / "1.PNG")
+    dataset = load_faces(train_data_dir=str(folder), resolution=24).subset(subset)
     samples = to_samples(dataset.images).double().transpose(0, 1).flatten(1)
     mean, deviation = dataset.channel_statistics()
     torch.testing.assert_close(mean.double(), samples.mean(dim=1))
@@ -336,6 +460,10 @@ def test_random_crops_reach_all_of_the_picture(tmp_path):
     assert dataset[0]["images"][0, 0, 0] == 10  # the centre
     with pytest.raises(ValueError, match="use `fetch`"):
         _ = dataset.images
+    mean, deviation = dataset.channel_statistics()  # of all pixels, wherever the crops lie
+    np.testing.assert_allclose([mean[0], deviation[0]], [ramp.mean() / 127.5 - 1, ramp.std() / 127.5], rtol=1e-5)
+    without_room = load_faces(train_data_dir=str(tmp_path), resolution=(10, 30), channels=1, crop="random")
+    np.testing.assert_array_equal(without_room.images[0, 0], ramp)
 
 
 @pytest.mark.parametrize(("size", "shape"), [((10, 10), (10, 30)), ((20, 10), (20, 60)), ((4, 60), (20, 60))])
@@ -379,8 +507,17 @@ def test_columns_of_classes(tmp_path, feature, values, labels, names):
     dataset = load_faces(str(tmp_path / "set"), label_column="kind", **settings)
     assert dataset.labels.tolist() == labels
     assert dataset.class_names == names
-    with pytest.raises(ValueError, match="`label_column` 'age' .* Columns that may: kind"):
-        load_faces(str(tmp_path / "set"), label_column="age", **settings)
+    first = load_faces(str(tmp_path / "set"), label_column="kind", max_images=1, **settings)
+    assert (first.labels.tolist(), first.class_names) == (labels[:1], names)  # those of all pictures
+
+
+@pytest.mark.parametrize("column", ["age", "image", "score", "places"])
+def test_columns_that_are_no_classes(tmp_path, column):
+    columns = {"image": Image(), "kind": Value("string"), "score": Value("float32"), "places": [Value("int64")]}
+    rows = {"image": [noise_picture()], "kind": ["a"], "score": [0.5], "places": [[1, 2]]}
+    Dataset.from_dict(rows, Features(columns)).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=f"`label_column` '{column}' .* Columns that may: kind\\."):
+        load_faces(str(tmp_path), label_column=column, resolution=8, cache_dir=str(tmp_path / "c"))
 
 
 def test_classes_are_numbered_as_in_another_data_set():
@@ -391,6 +528,7 @@ def test_classes_are_numbered_as_in_another_data_set():
     assert dataset.labels.tolist() == [0, 1, 0]
     with pytest.raises(ValueError, match="Classes cats are not among those of the training"):
         dataset.relabelled(["bees", "dogs"])
+    assert dataset.subset([1]).relabelled(["bees", "dogs"]).labels.tolist() == [1]  # there is no cat
 
 
 def test_drawn_faces_have_classes():
@@ -411,6 +549,17 @@ def test_unreadable_pictures_are_left_out_and_listed(folder, caplog):
         assert "cut.png: " in dataset.unreadable[0]
         assert "cut.png" in caplog.text
         caplog.clear()
+
+
+def test_the_log_names_ten_of_many(folder, caplog):
+    for number in range(12):
+        (folder / f"cut{number}.png").touch()
+    with caplog.at_level(logging.WARNING):
+        dataset = load_faces(train_data_dir=str(folder), resolution=24, skip_unreadable=True)
+    assert (len(dataset), len(dataset.unreadable)) == (3, 12)
+    assert "12 pictures cannot be read" in caplog.text
+    assert caplog.text.count(".png: ") == 10
+    assert "and 2 more" in caplog.text
 
 
 def test_nothing_readable(tmp_path):

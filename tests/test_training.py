@@ -447,9 +447,11 @@ def test_stream_resumed_with_another_number_of_processes(tmp_path, parquet):
 
 
 def test_nonfinite_steps_are_skipped_counted_and_named(tmp_path):
-    """Two of them, on one of two processes; the weights are those of a run without these steps' gradients."""
+    """Two of them, on one of two processes; after the second, the run has to make room and goes on."""
     run = tmp_path / "run"
-    succeed(run, 2, {"nan": {"from": 32, "to": 48, "rank": 1, "picture": 2}})
+    faults = {"nan": {"from": 32, "to": 48, "rank": 1, "picture": 2}, "in_step": {"at": 40, "signal": "SIGTERM"}}
+    assert "Stopped after 48 of 96 images" in fail(run, 2, faults)
+    succeed(run, 2)
     log = read_log(run)
     assert [entry["skipped_steps"] for entry in log] == [0, 0, 2, 2, 2, 2]
     assert all(np.isfinite(entry["loss"]) for entry in log)
@@ -594,8 +596,9 @@ def test_earlier_run_is_not_overwritten(finished, tmp_path):
 
 
 def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path):
-    output = succeed(tmp_path / "run", dry_run="true")
+    output = succeed(tmp_path / "run", dry_run="true", checkpoint_every_images=0)
     assert "All of it works" in output
+    assert "checkpoints  never" in output
     assert re.search(r"run +96 images in 12 steps of 8", output)
     for line in ("time", "memory", "disk", "checkpoints", "validation", "samples", "data"):
         assert re.search(rf"\n +{line} ", output), output

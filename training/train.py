@@ -197,24 +197,28 @@ def describe(run: TrainingRun, unet: torch.nn.Module) -> None:
 def rehearse(config: TrainingConfig, accelerator: Accelerator) -> None:
     """Try each thing that the run will do (data, a step, validation, a sample, a save), and print the plan."""
     folder = Path(config.output_dir, "dry-run")
-    began = time.perf_counter()
-    run = train(
-        replace(
-            config,
-            output_dir=str(folder),
-            max_train_images=3 * config.train_batch_size,  # the first is slower than all others
-            log_every_images=config.train_batch_size,
-            num_samples=min(config.num_samples, accelerator.num_processes),
-            sample_every_images=0,
-            report_to="none",
-            time_limit_minutes=None,
-            early_stopping_patience=None,
-        ),
-        accelerator,
-    )
     if accelerator.is_main_process:
-        print(plan(config, run, time.perf_counter() - began))
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+    rehearsal = replace(
+        config,
+        output_dir=str(folder),
+        max_train_images=3 * config.train_batch_size,  # the first is slower than all others
+        log_every_images=config.train_batch_size,
+        checkpoint_every_images=3 * config.train_batch_size,
+        num_samples=min(config.num_samples, accelerator.num_processes),
+        sample_every_images=0,
+        report_to="none",
+        time_limit_minutes=None,
+        early_stopping_patience=None,
+    )
+    began = time.perf_counter()
+    try:
+        run = train(rehearsal, accelerator)
+        if accelerator.is_main_process:
+            print(plan(config, run, time.perf_counter() - began))
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def plan(config: TrainingConfig, run: TrainingRun, seconds: float) -> str:
@@ -230,8 +234,8 @@ def plan(config: TrainingConfig, run: TrainingRun, seconds: float) -> str:
     # In float32: weights, gradient, two moments of Adam, and the average with a place for the weights meanwhile.
     state_gb = 4 * num_parameters * (6 if config.use_ema else 4) / 1e9
 
-    def every(images: int) -> str:
-        return f"every {images} images, {last_image // images} times" if images else "only at the end"
+    def every(images: int, otherwise: str = "only at the end") -> str:
+        return f"every {images} images, {last_image // images} times" if images else otherwise
 
     lines = [
         f"All of it works: data, steps, validation, samples, a checkpoint, a pipeline. That took {seconds:.0f} s.",
@@ -240,8 +244,8 @@ def plan(config: TrainingConfig, run: TrainingRun, seconds: float) -> str:
         f"  time         {last_image / speed / 3600:.1f} h at {speed:.0f} images/s, without validation and samples",
         f"  memory       {log[-1]['memory_gb']:.1f} GB in use, {state_gb:.1f} GB of it weights, optimizer and average",
         f"  disk         {kept} checkpoints of {checkpoint_gb:.2f} GB; {free_gb:.0f} GB free in {config.output_dir}",
-        f"  checkpoints  {every(config.checkpoint_every_images)}",
-        f"  validation   {every(config.validate_every_images if run.data.held_out else 0)}",
+        f"  checkpoints  {every(config.checkpoint_every_images, 'never')}",
+        f"  validation   {every(config.validate_every_images) if run.data.held_out else 'none'}",
         f"  samples      {every(config.sample_every_images)}",
     ]
     if (kept + 1) * checkpoint_gb > free_gb:

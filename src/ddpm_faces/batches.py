@@ -125,7 +125,8 @@ def restarting(make_loader: Callable[[], DataLoader], max_deaths: int = 3) -> It
     """
     deaths = 0
     while True:
-        batches = iter(make_loader())
+        loader = make_loader()
+        batches = iter(loader)
         if threading.current_thread() is threading.main_thread():
             # torch would raise the death of a worker wherever the trainer is: in the middle of a step, or of a save.
             # Without its handler, the loader notices when it next waits for a batch.
@@ -135,12 +136,20 @@ def restarting(make_loader: Callable[[], DataLoader], max_deaths: int = 3) -> It
                 yield batch
                 deaths = 0
             return
-        except RuntimeError as error:
+        except (RuntimeError, EOFError, ConnectionError) as error:
             deaths += 1
-            if "DataLoader worker" not in str(error) or deaths == max_deaths:
+            if not _is_death(error, loader) or deaths == max_deaths:
                 raise
-            logger.warning("A data worker died (%s); it is started anew, and no picture is lost.", error)
+            logger.warning("A data worker died (%s); it is started anew, and no picture is lost.", error or "unseen")
         del batches
+
+
+def _is_death(error: Exception, loader: DataLoader) -> bool:
+    """Whether it is about a worker that died, and not an error of its own that the loader passes on."""
+    if loader.num_workers == 0 or str(error).startswith("Caught "):
+        return False
+    # One that dies while it hands a batch over leaves a broken pipe.
+    return "DataLoader worker" in str(error) or isinstance(error, EOFError | ConnectionError)
 
 
 def _leave_signals_to_the_trainer(worker_id: int) -> None:

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,14 @@ PICTURE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", "
 DATA_SUFFIXES = frozenset((".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tar", ".zip"))
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 CROPS = ("center", "random")
-# What PIL raises on a file that is no picture, is cut off, is damaged, or is absurdly large.
+# What PIL raises on a file that is no picture, is cut off, is damaged, or is absurdly large. Too little memory is not
+# the picture's fault.
 UNREADABLE = (
-    *(OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, EOFError),
+    *(OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError, OverflowError, EOFError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 CACHE_VERSION = 1  # of what a cache holds and how it is decoded
-CHUNK = 256  # pictures decoded at a time
-RAGGED = "not_yet_cropped"  # marks a cache of pictures of different shapes
+CHUNK, CHUNK_BYTES = 256, 2**26  # what is decoded at a time, at most
 
 
 # Pictures
@@ -71,14 +72,18 @@ def picture_to_tensor(image: Image.Image, size: tuple[int, int], mode: str = "RG
     """Decode one picture the way [`load_faces`] does.
 
     Args:
-        image (`PIL.Image.Image`): A picture of any mode and size. Transparent parts lie on white, unless `mode` keeps
-            them; 16-bit grey is scaled.
+        image (`PIL.Image.Image`):
+            A picture of any size, the first of an animation. Transparent parts lie on white, unless `mode` keeps them;
+            16 bits are scaled to 8.
         size (`(int, int)`): Height and width in pixels.
         mode (`str`, defaults to `"RGB"`): `"L"`, `"RGB"` or `"RGBA"`.
 
     Returns:
         `torch.Tensor` of shape `(channels, height, width)`, `torch.uint8`: Upright, cropped about its centre to the
         shape of `size`, and resized with an antialiasing filter.
+
+    Raises:
+        ValueError: Pixels whose range is unknown: floating-point numbers, or integers beyond 16 bits.
     """
     image = _upright(image, mode)
     height, width = size
@@ -88,7 +93,17 @@ def picture_to_tensor(image: Image.Image, size: tuple[int, int], mode: str = "RG
 
 
 def resize_to_cover(image: Image.Image, size: tuple[int, int], mode: str = "RGB") -> torch.Tensor:
-    """Like [`picture_to_tensor`], but uncropped: as small as still covers `size`, for [`random_crop`]."""
+    """Decode one picture as [`picture_to_tensor`] does, but uncropped.
+
+    Args:
+        image (`PIL.Image.Image`): A picture.
+        size (`(int, int)`): Height and width in pixels.
+        mode (`str`, defaults to `"RGB"`): `"L"`, `"RGB"` or `"RGBA"`.
+
+    Returns:
+        `torch.Tensor` of shape `(channels, height, width)`, `torch.uint8`: As small as still covers `size`, so that
+        [`random_crop`] can cut that out.
+    """
     image = _upright(image, mode)
     height, width = size
     scale = max(height / image.height, width / image.width)
@@ -105,6 +120,9 @@ def random_crop(pixels: torch.Tensor, size: tuple[int, int], crop: Sequence[floa
         pixels (`torch.Tensor` of shape `(channels, height, width)`): A picture that covers `size`.
         size (`(int, int)`): Height and width in pixels.
         crop (`(float, float)`): Where, in [0, 1), vertically and horizontally: 0 is at the upper left.
+
+    Returns:
+        `torch.Tensor` of shape `(channels, *size)`: A view of `pixels`.
     """
     top, left = (int(part * (have - want + 1)) for part, have, want in zip(crop, pixels.shape[1:], size, strict=True))
     return pixels[:, top : top + size[0], left : left + size[1]]
@@ -113,7 +131,12 @@ def random_crop(pixels: torch.Tensor, size: tuple[int, int], crop: Sequence[floa
 def _upright(image: Image.Image, mode: str) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it instead of scaling
-        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+        pixels = np.asarray(image, dtype=np.float64)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError("integer pixels beyond 16 bits, whose range is unknown")
+        image = Image.fromarray((pixels / 257).round().astype(np.uint8))
+    if image.mode == "F":  # PIL would clip this to 0..255, so that a range of 0 to 1 would become black
+        raise ValueError("floating-point pixels, whose range is unknown")
     if mode != "RGBA" and image.has_transparency_data:
         # What lies under transparent pixels is arbitrary.
         image = image.convert("RGBA")
@@ -138,10 +161,9 @@ class FaceDataset(Dataset):
         size (`(int, int)`, *optional*): Height and width of what [`~FaceDataset.fetch`] gives; by default, theirs.
         labels (`torch.Tensor` of shape `(num_images,)`, `torch.int64`, *optional*): Their classes.
         class_names (`list[str]`, *optional*): Names of the classes.
-        names (`list[str]`, *optional*): What the pictures are called.
         unreadable (`list[str]`): What was left out, and why.
-        fingerprint (`str`, *optional*): Of the content; by default it is computed.
-        statistics (`(list[float], list[float])`, *optional*): Mean and deviation of the channels; likewise.
+        table (`numpy.ndarray` of shape `(num_images,)`, *optional*):
+            What is known of each picture: shape, sums and hash. By default it is computed.
     """
 
     def __init__(
@@ -150,21 +172,17 @@ class FaceDataset(Dataset):
         size: tuple[int, int] | None = None,
         labels: torch.Tensor | None = None,
         class_names: list[str] | None = None,
-        names: list[str] | None = None,
         unreadable: Sequence[str] = (),
-        fingerprint: str | None = None,
-        statistics: tuple[list[float], list[float]] | None = None,
+        table: np.ndarray | None = None,
     ) -> None:
         self._images = images
         self._indices = np.arange(len(images))  # of those that belong to this subset
         self._labels = labels
-        self._names = names
-        self._statistics = statistics or _statistics(images)
+        self._table = np.stack([_describe(image) for image in images]) if table is None else table
         self._cache: Path | None = None
         self.size = size or tuple(images[0].shape[-2:])
         self.class_names = class_names
         self.unreadable = list(unreadable)
-        self.fingerprint = fingerprint or _fingerprint(images, labels)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -189,6 +207,12 @@ class FaceDataset(Dataset):
     def labels(self) -> torch.Tensor | None:
         """Classes, `(num_images,)`, `torch.int64`, where there are any."""
         return None if self._labels is None else self._labels[torch.from_numpy(self._indices)]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of pixels and labels, in hexadecimal digits: the same for the same content, wherever it came from."""
+        labels = [] if self._labels is None else [self.labels.numpy()]
+        return _hash(self._table["digest"][self._indices], *labels)
 
     def fetch(self, indices: np.ndarray, crops: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         """A batch.
@@ -217,14 +241,16 @@ class FaceDataset(Dataset):
     def names(self, indices: Sequence[int]) -> list[str]:
         """The file or row of each picture."""
         indices = self._indices[list(indices)].tolist()
-        return [f"picture {index}" if self._names is None else self._names[index] for index in indices]
+        if self._cache is None:
+            return [f"picture {index}" for index in indices]
+        names = _names(self._cache)
+        return [names[index] for index in indices]
 
     def subset(self, indices: Sequence[int]) -> "FaceDataset":
-        """Some of the pictures, in this order; with the channel statistics of all."""
+        """Some of the pictures, in this order."""
         subset = object.__new__(FaceDataset)
         subset.__dict__ = dict(self.__dict__)
         subset._indices = self._indices[np.asarray(indices)]
-        subset.fingerprint = _hash(self.fingerprint.encode(), np.asarray(indices, dtype=np.int64))
         return subset
 
     def relabelled(self, class_names: list[str]) -> "FaceDataset":
@@ -233,27 +259,35 @@ class FaceDataset(Dataset):
         Raises:
             ValueError: A class that is not among `class_names`.
         """
-        missing = sorted(set(self.class_names) - set(class_names))
+        missing = sorted({self.class_names[label] for label in self.labels.unique()} - set(class_names))
         if missing:
             raise ValueError(f"Classes {', '.join(missing)} are not among those of the training: {class_names}.")
-        numbers = torch.tensor([class_names.index(name) for name in self.class_names])
+        numbers = torch.tensor([class_names.index(name) if name in class_names else -1 for name in self.class_names])
         relabelled = self.subset(np.arange(len(self)))
         relabelled._labels, relabelled.class_names = numbers[self._labels], list(class_names)
         return relabelled
 
     def channel_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation of each channel over all pixels, `(channels,)` each, where pixels are -1 to 1."""
-        mean, deviation = self._statistics
-        return torch.tensor(mean), torch.tensor(deviation)
+        """Mean and standard deviation of each channel over all pixels, as [`to_samples`] scales them.
+
+        Returns:
+            `(torch.Tensor, torch.Tensor)` of shape `(channels,)`, `torch.float32`: From exact sums. Of pictures that
+            are yet to be cropped, all pixels count.
+        """
+        table = self._table[self._indices]
+        count = table["shape"][:, 1:].prod(axis=1).sum()
+        mean, mean_square = table["sums"].sum(axis=0) / count, table["squares"].sum(axis=0) / count
+        deviation = np.sqrt(np.maximum(mean_square - mean**2, 0))
+        return torch.from_numpy(mean / 127.5 - 1).float(), torch.from_numpy(deviation / 127.5).float()
 
     def __getstate__(self) -> dict[str, Any]:
         # To workers, a cache travels as the name of its folder.
-        return self.__dict__ if self._cache is None else {**self.__dict__, "_images": None}
+        return self.__dict__ if self._cache is None else {**self.__dict__, "_images": None, "_table": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state
-        if self._images is None:
-            self._images = _map_images(self._cache)
+        if self._cache is not None:
+            self._images, self._table = _map_images(self._cache, self.size)
 
 
 class _Ragged(Sequence):
@@ -300,14 +334,14 @@ class Source:
         read (`Callable`):
             From an index to the name of a picture and either the picture, or a path or an open file to read it from,
             or None where there is none.
-        labels (`list`, *optional*): Values of the column of classes.
+        labels (`Callable`, *optional*): Gives the values of the column of classes.
         class_names (`list[str]`, *optional*): Where labels are numbers that have names.
     """
 
     identity: Any
     num_images: int
     read: Callable[[int], tuple[str, Image.Image | Path | io.BytesIO | None]]
-    labels: Sequence[Any] | None = None
+    labels: Callable[[], list[Any]] | None = None
     class_names: list[str] | None = None
 
 
@@ -337,8 +371,9 @@ def load_faces(
         split (`str`, defaults to `"train"`): Split of the data set; a folder of pictures has none.
         image_column (`str`, *optional*): Column of the pictures; by default the first that holds any.
         label_column (`str`, *optional*):
-            Column of the classes: class labels, or any values, which are sorted. For a folder of pictures, `"folder"`:
-            the names of its subfolders. For drawn faces, one of their attributes.
+            Column of the classes: class labels; or integers, strings or truth values, of which all that occur are
+            classes, in their order. For a folder of pictures, `"folder"`: the names of its subfolders. For drawn
+            faces, one of their attributes.
         cache_dir (`str`, *optional*):
             Where decoded pictures are kept, and what `datasets` downloads; by default `ddpm-faces` beside the Hub's
             cache. Whatever lies there may be deleted between runs.
@@ -347,7 +382,8 @@ def load_faces(
         crop (`str`, defaults to `"center"`):
             `"center"`: each picture is cropped about its centre to the shape of `resolution`. `"random"`: it is kept
             whole, for [`~FaceDataset.fetch`] to crop.
-        skip_unreadable (`bool`, defaults to `False`): Leave out pictures that cannot be read, and list them.
+        skip_unreadable (`bool`, defaults to `False`):
+            Leave out pictures that cannot be read or have no label, and list them.
 
     Returns:
         [`FaceDataset`]
@@ -380,7 +416,7 @@ def load_faces(
 
     settings = {
         "version": [CACHE_VERSION, PIL.__version__],
-        "source": source.identity,
+        "source": [source.identity, source.num_images],  # of which all count for the classes
         "num_images": num_images,
         "size": size,
         "channels": channels,
@@ -391,11 +427,13 @@ def load_faces(
     root = Path(cache_dir or Path(HF_HOME, "ddpm-faces")).expanduser()
     root.mkdir(parents=True, exist_ok=True)
     cache = root / _hash(json.dumps(settings, sort_keys=True, default=str).encode())
-    with FileLock(f"{cache}.lock"):  # whoever comes first decodes, the others wait
-        dataset = _open_cache(cache)
-        if dataset is None:
-            _build_cache(cache, source, settings)
+    dataset = _open_cache(cache)  # without the lock first: a cache may be shared, and read-only
+    if dataset is None:
+        with FileLock(f"{cache}.lock"):  # whoever comes first decodes, the others wait
             dataset = _open_cache(cache)
+            if dataset is None:
+                _build_cache(cache, source, settings)
+                dataset = _open_cache(cache)
     if dataset.unreadable:
         logger.warning(
             "%d pictures cannot be read and are left out:\n%s", len(dataset.unreadable), _lines(dataset.unreadable)
@@ -444,7 +482,10 @@ def _drawn_source(num_images: int, side: int, label_column: str | None) -> Sourc
             raise ValueError(
                 f"`label_column` {label_column!r} is no attribute of drawn faces. These are: {', '.join(attributes)}."
             )
-        labels = [drawn_faces.face_attributes(index, 0)[label_column] for index in range(num_images)]
+
+        def labels() -> list[str]:
+            return [drawn_faces.face_attributes(index, 0)[label_column] for index in range(num_images)]
+
     # Only what is drawn decides, not how many: a picture depends on its index alone.
     identity = ["drawn", side, _hash(inspect.getsource(drawn_faces).encode())]
     return Source(identity, num_images, lambda i: (f"drawn face {i}", faces[i]["image"]), labels)
@@ -462,15 +503,26 @@ def _folder_source(folder: Path, label_column: str | None) -> Source:
     if label_column is not None:
         if label_column != "folder":
             raise ValueError(f"`label_column` of a folder of pictures must be 'folder' or None, got {label_column!r}.")
-        parts = [path.relative_to(folder).parts for path in paths]
-        if without := [part[0] for part in parts if len(part) == 1]:
-            raise ValueError(
-                f"`label_column` 'folder' needs each picture in a subfolder, but {without[0]} is in none."
-            )
-        labels = [part[0] for part in parts]
-    listing = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+        def labels() -> list[str]:
+            parts = [path.relative_to(folder).parts for path in paths]
+            if stray := [part[0] for part in parts if len(part) == 1]:
+                raise ValueError(
+                    f"`label_column` 'folder' needs each picture in a subfolder, but {stray[0]} is in none."
+                )
+            return [part[0] for part in parts]
+
+    listing = [(str(path.relative_to(folder)), *_size_and_time(path)) for path in paths]
     identity = ["folder", str(folder.resolve()), _hash(json.dumps(listing).encode())]
     return Source(identity, len(paths), lambda index: (str(paths[index]), paths[index]), labels)
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:  # a link to nowhere, which reading it will name
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _dataset_source(
@@ -481,7 +533,7 @@ def _dataset_source(
     label_column: str | None,
     cache_dir: str | None,
 ) -> Source:
-    from datasets import ClassLabel, load_dataset
+    from datasets import ClassLabel, Value, load_dataset
     from datasets import Image as ImageFeature
 
     dataset = load_dataset(name, config_name, split=split, cache_dir=cache_dir)
@@ -496,15 +548,22 @@ def _dataset_source(
         )
     labels, class_names = None, None
     if label_column is not None:
-        if label_column not in dataset.column_names or label_column in image_columns:
-            others = [column for column in dataset.column_names if column not in image_columns]
+        kinds = ("bool", "int", "uint", "string", "large_string")
+        label_columns = {
+            column: feature
+            for column, feature in dataset.features.items()
+            if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and feature.dtype.startswith(kinds))
+        }
+        if label_column not in label_columns:
             raise ValueError(
                 f"`label_column` {label_column!r} of {name!r} holds no classes. Columns that may: "
-                f"{', '.join(others) or 'none'}."
+                f"{', '.join(label_columns) or 'none'}."
             )
-        labels = dataset[label_column][:]
-        feature = dataset.features[label_column]
-        class_names = list(feature.names) if isinstance(feature, ClassLabel) else None
+        class_names = getattr(label_columns[label_column], "names", None)
+
+        def labels() -> list[Any]:
+            return dataset[label_column][:]
+
     # Undecoded, so that a broken picture can be named.
     pictures = dataset.select_columns(image_column).cast_column(image_column, ImageFeature(decode=False))
 
@@ -525,70 +584,67 @@ def _dataset_source(
 def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
     """Decode and resize in threads (PIL lets go of the interpreter), and write what comes of it, or nothing."""
     size, mode, num_images = settings["size"], MODES[settings["channels"]], settings["num_images"]
-    needed = num_images * len(mode) * size[0] * size[1]
-    free = shutil.disk_usage(cache.parent).free
+    picture_bytes = len(mode) * size[0] * size[1]  # at least: what is yet to be cropped takes more
+    needed, free = num_images * picture_bytes, shutil.disk_usage(cache.parent).free
     if needed > free:
         raise ValueError(
-            f"`cache_dir` {str(cache.parent)!r} has {free / 1e9:.1f} GB free, and the decoded pictures take "
-            f"{needed / 1e9:.1f} GB: choose another."
+            f"`cache_dir` {str(cache.parent)!r} has {free:,} bytes free, and the decoded pictures take {needed:,}: "
+            "choose another."
         )
-    values, class_names = _classes(source, num_images)
+    values, class_names = _classes(source)
     resize = picture_to_tensor if settings["crop"] == "center" else resize_to_cover
 
-    def decode(index: int) -> tuple[str, torch.Tensor | None]:
+    def decode(index: int) -> tuple[str, torch.Tensor | None, np.ndarray | None]:
         name, picture = source.read(index)
         if picture is None:
-            return f"{name}: no picture", None
+            return f"{name}: no picture", None, None
         if values is not None and values[index] is None:
-            return f"{name}: no label", None
+            return f"{name}: no label", None, None
         try:
             image = picture if isinstance(picture, Image.Image) else Image.open(picture)
-            return name, resize(image, size, mode)
+            pixels = resize(image, size, mode).contiguous()
         except UNREADABLE as error:
-            return f"{name}: {error or type(error).__name__}", None
+            return f"{name}: {error or type(error).__name__}", None, None
+        return name, pixels, _describe(pixels)
 
     folder = unfinished_path(cache)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        names, labels, shapes, unreadable = [], [], [], []
+        names, labels, table, unreadable = [], [], [], []
+        chunk = min(CHUNK, max(16, CHUNK_BYTES // picture_bytes))
         with (
             ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool,
             (folder / "pixels.bin").open("wb") as file,
             tqdm(total=num_images, desc="Reading pictures", unit="img") as bar,
         ):
-            for first in range(0, num_images, CHUNK):
-                indices = range(first, min(first + CHUNK, num_images))
-                for index, (name, pixels) in zip(indices, pool.map(decode, indices), strict=True):
+            for first in range(0, num_images, chunk):
+                indices = range(first, min(first + chunk, num_images))
+                for index, (name, pixels, description) in zip(indices, pool.map(decode, indices), strict=True):
                     if pixels is None:
                         unreadable.append(name)
                         continue
-                    file.write(pixels.contiguous().numpy())
+                    file.write(pixels.numpy())
                     names.append(name)
-                    shapes.append(pixels.shape)
-                    labels.append(-1 if values is None else values[index])
+                    table.append(description)
+                    labels.append(None if values is None else values[index])
                 bar.update(len(indices))
         if unreadable and (not settings["skip_unreadable"] or not names):
             raise ValueError(
                 f"{len(unreadable)} of {num_images} pictures cannot be read:\n{_lines(unreadable)}\n"
                 "`skip_unreadable` leaves such pictures out."
             )
-        np.save(folder / "shapes.npy", np.array(shapes, dtype=np.int64))
-        if settings["crop"] == "random":
-            (folder / RAGGED).touch()
-        np.save(folder / "labels.npy", np.array(labels if values is not None else [], dtype=np.int64))
+        np.save(folder / "table.npy", np.stack(table))
+        if values is not None:
+            np.save(folder / "labels.npy", np.array(labels, dtype=np.int64))
         (folder / "names.json").write_text(json.dumps(names))
-        images = _map_images(folder)
         info = {
-            "fingerprint": _fingerprint(images, torch.tensor(labels)),
-            "statistics": _statistics(images),
             "class_names": class_names,
             "unreadable": unreadable,
             "settings": settings,
+            "files": {path.name: path.stat().st_size for path in folder.iterdir()},
         }
         (folder / "info.json").write_text(json.dumps(info, default=str))
-        if cache.exists():
-            shutil.rmtree(cache)
         commit(cache)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -598,41 +654,37 @@ def _open_cache(cache: Path) -> FaceDataset | None:
     """What [`_build_cache`] has written, or `None` where there is nothing that is whole."""
     try:
         info = json.loads((cache / "info.json").read_text())
-        images = _map_images(cache)
-        labels = torch.from_numpy(np.load(cache / "labels.npy"))
-        names = json.loads((cache / "names.json").read_text())
-        dataset = FaceDataset(
-            images,
-            tuple(info["settings"]["size"]),
-            labels if len(labels) else None,
-            info["class_names"],
-            names,
-            info["unreadable"],
-            info["fingerprint"],
-            info["statistics"],
-        )
+        if any((cache / name).stat().st_size != size for name, size in info["files"].items()):
+            return None
     except (OSError, ValueError, KeyError):
         return None
+    size = tuple(info["settings"]["size"])
+    images, table = _map_images(cache, size)
+    labels = torch.from_numpy(np.load(cache / "labels.npy")) if "labels.npy" in info["files"] else None
+    dataset = FaceDataset(images, size, labels, info["class_names"], info["unreadable"], table)
     dataset._cache = cache
     return dataset
 
 
-def _map_images(cache: Path) -> torch.Tensor | _Ragged:
-    shapes = np.load(cache / "shapes.npy")
-    if (cache / "pixels.bin").stat().st_size != shapes.prod(axis=1).sum():
-        raise ValueError(f"{cache} is damaged.")
+def _map_images(cache: Path, size: tuple[int, int]) -> tuple[torch.Tensor | _Ragged, np.ndarray]:
+    table = np.load(cache / "table.npy", mmap_mode="r")
     # Copy on write: a tensor must be writable, but the file must not change.
     pixels = torch.from_numpy(np.memmap(cache / "pixels.bin", dtype=np.uint8, mode="c"))
-    if (cache / RAGGED).exists():
-        return _Ragged(pixels, shapes)
-    return pixels.view(len(shapes), *shapes[0].tolist())
+    if (table["shape"][:, 1:] == size).all():
+        return pixels.view(len(table), -1, *size), table
+    return _Ragged(pixels, table["shape"]), table
 
 
-def _classes(source: Source, num_images: int) -> tuple[list[int | None] | None, list[str] | None]:
+@lru_cache(maxsize=2)  # of the pictures that are trained on, and of those that are held out
+def _names(cache: Path) -> list[str]:
+    return json.loads((cache / "names.json").read_text())
+
+
+def _classes(source: Source) -> tuple[list[int | None] | None, list[str] | None]:
     """The class of each picture as a number, or None where it is missing, and the names of the classes."""
     if source.labels is None:
         return None, None
-    values = source.labels[:num_images]
+    values = source.labels()
     if source.class_names is not None:
         return [None if value is None or value < 0 else value for value in values], source.class_names
     classes = sorted({value for value in values if value is not None})
@@ -640,9 +692,14 @@ def _classes(source: Source, num_images: int) -> tuple[list[int | None] | None, 
     return [number_of.get(value) for value in values], [str(value) for value in classes]
 
 
-def _fingerprint(images: torch.Tensor | Sequence[torch.Tensor], labels: torch.Tensor | None) -> str:
-    pictures = (np.ascontiguousarray(image.numpy()) for image in images)
-    return _hash(*pictures, (labels if labels is not None else torch.full((len(images),), -1)).numpy())
+def _describe(image: torch.Tensor) -> np.ndarray:
+    """What statistics and hashes of any subset follow from: a row of [`FaceDataset`]'s table."""
+    pixels = image.contiguous().numpy()
+    kind = [("shape", "<i8", 3), ("sums", "<i8", len(pixels)), ("squares", "<i8", len(pixels)), ("digest", "V16")]
+    sums = pixels.sum(axis=(1, 2), dtype=np.int64)
+    squares = np.square(pixels, dtype=np.uint16).sum(axis=(1, 2), dtype=np.int64)  # 255^2 fits
+    digest = bytes.fromhex(_hash(repr(pixels.shape).encode(), pixels))
+    return np.array((pixels.shape, sums, squares, digest), dtype=kind)
 
 
 def _hash(*parts: bytes | np.ndarray) -> str:
@@ -650,17 +707,6 @@ def _hash(*parts: bytes | np.ndarray) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
-
-
-def _statistics(images: torch.Tensor | Sequence[torch.Tensor]) -> tuple[list[float], list[float]]:
-    """Mean and deviation of the channels, where pixels are -1 to 1, from exact sums."""
-    count, total, squares = 0, 0, 0
-    for image in images:
-        pixels = image.long().flatten(1)
-        count, total, squares = count + pixels.shape[1], total + pixels.sum(1), squares + pixels.square().sum(1)
-    mean = total.double() / count
-    deviation = (squares.double() / count - mean.square()).clamp(min=0).sqrt()
-    return (mean / 127.5 - 1).tolist(), (deviation / 127.5).tolist()
 
 
 def _lines(problems: Sequence[str]) -> str:

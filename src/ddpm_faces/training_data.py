@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -10,14 +10,17 @@ from accelerate import Accelerator
 from .batches import FaceBatches
 from .config import TrainingConfig
 from .data import FaceDataset, hold_out, is_picture_folder, load_faces, resolve_source
-from .streaming import FaceStream, open_stream
+
+
+if TYPE_CHECKING:
+    from .streaming import FaceStream
 
 
 @dataclass
 class TrainingData:
     """Where the pictures of a run come from, and what is known of them."""
 
-    batches: FaceBatches | FaceStream
+    batches: "FaceBatches | FaceStream"
     share: slice  # of each batch, for this process
     held_out: FaceDataset | None
     fingerprint: str
@@ -50,38 +53,63 @@ def load_training_data(config: TrainingConfig, accelerator: Accelerator) -> Trai
         "channels": config.in_channels,
         "skip_unreadable": config.skip_unreadable,
     }
-    load = partial(load_faces, **source, cache_dir=config.cache_dir)
-    is_drawn = config.dataset_name is None and config.train_data_dir is None
-    num_held_out = config.num_validation_images
     held_out = None
-    if config.validation_split is not None and num_held_out:
+    if config.validation_split is not None and config.num_validation_images:
         _, folder = resolve_source(config.dataset_name, config.train_data_dir)
         if folder is not None and is_picture_folder(folder):
             raise ValueError(f"`validation_split` {config.validation_split!r}: a folder of pictures has no splits.")
-        held_out = load(split=config.validation_split, max_images=num_held_out)
-
-    if config.streaming:
-        stream = open_stream(
+        held_out = load_faces(
             **source,
-            split=config.dataset_split,
-            crop=config.crop,
-            batch_size=size,
-            seed=config.seed,
-            block_size=config.shuffle_block_size,
-            num_workers=config.dataloader_num_workers,
-            process_index=accelerator.process_index,
-            num_processes=num_processes,
+            cache_dir=config.cache_dir,
+            split=config.validation_split,
+            max_images=config.num_validation_images,
         )
-        if held_out is not None and config.label_column is not None:
-            feature = (stream.dataset.features or {}).get(config.label_column)
-            numbers = [str(number) for number in range(config.num_class_embeds)]  # a stream is not searched for names
-            held_out = held_out.relabelled(getattr(feature, "names", None) or numbers)
-        identity = [config.dataset_name or config.train_data_dir, config.dataset_config_name, config.dataset_split]
-        fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
-        description = f"a stream of {stream.dataset.num_shards} files"
-        return TrainingData(stream, share, held_out, fingerprint, None, config.num_class_embeds, description)
+    load = _stream if config.streaming else _decoded
+    return load(config, source, held_out, share, accelerator)
 
-    dataset = load(
+
+def _stream(
+    config: TrainingConfig,
+    source: dict[str, Any],
+    held_out: FaceDataset | None,
+    share: slice,
+    accelerator: Accelerator,
+) -> TrainingData:
+    from .streaming import open_stream  # which takes datasets, and its time to import
+
+    stream = open_stream(
+        **source,
+        split=config.dataset_split,
+        crop=config.crop,
+        batch_size=share.stop - share.start,
+        seed=config.seed,
+        block_size=config.shuffle_block_size,
+        num_workers=config.dataloader_num_workers,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    if held_out is not None and config.label_column is not None:
+        feature = (stream.dataset.features or {}).get(config.label_column)
+        numbers = [str(number) for number in range(config.num_class_embeds)]  # a stream is not searched for names
+        held_out = held_out.relabelled(getattr(feature, "names", None) or numbers)
+    identity = [config.dataset_name or config.train_data_dir, config.dataset_config_name, config.dataset_split]
+    fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
+    description = f"a stream of {stream.dataset.num_shards} files"
+    return TrainingData(stream, share, held_out, fingerprint, None, config.num_class_embeds, description)
+
+
+def _decoded(
+    config: TrainingConfig,
+    source: dict[str, Any],
+    held_out: FaceDataset | None,
+    share: slice,
+    accelerator: Accelerator,
+) -> TrainingData:
+    is_drawn = config.dataset_name is None and config.train_data_dir is None
+    num_held_out = config.num_validation_images
+    dataset = load_faces(
+        **source,
+        cache_dir=config.cache_dir,
         split=config.dataset_split,
         crop=config.crop,
         max_images=config.max_train_samples,
@@ -97,7 +125,7 @@ def load_training_data(config: TrainingConfig, accelerator: Accelerator) -> Trai
         held_out = held_out.relabelled(dataset.class_names)
     batches = FaceBatches(dataset, config.train_batch_size, share, config.seed, config.dataloader_num_workers)
     num_classes = config.num_class_embeds
-    if dataset.labels is not None:
+    if dataset.class_names is not None:
         num_labels = len(dataset.class_names)
         if num_classes is not None and num_classes < num_labels:
             raise ValueError(f"`num_class_embeds` is {num_classes}, but there are {num_labels} classes.")

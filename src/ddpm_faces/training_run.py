@@ -135,9 +135,11 @@ class TrainingRun:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             with replacing(self.output_dir / CONFIG_NAME) as path:
                 self.config.save(path)
-            # What an interrupted run wrote after its last checkpoint will be written again.
-            for path in (self.log_path, self.skipped_path):
-                entries = [entry for entry in read_jsonl(path) if entry["images_seen"] <= self._logged_images_seen]
+            # What an interrupted run wrote after its last checkpoint will be written again. Skipped steps are written
+            # before each save, entries of the log where they are due.
+            last_entries = {self.log_path: self._logged_images_seen, self.skipped_path: self.state.images_seen}
+            for path, last in last_entries.items():
+                entries = [entry for entry in read_jsonl(path) if entry["images_seen"] <= last]
                 if path.exists():
                     with replacing(path) as new:
                         new.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
