@@ -36,9 +36,9 @@ from ddpm_faces.training_data import load_training_data
 from ddpm_faces.training_run import TrainingRun, locked, optimizer_settings, read_jsonl
 
 
-# Networks in here are not taken apart before the process ends: with them go torch's gloo groups, which now and then
-# wait for ever for threads that wait for the interpreter.
-LIVING: list[Accelerator] = []
+# Networks in here are not taken apart before the process ends. DistributedDataParallel would, with the interpreter's
+# lock held, wait for a thread of gloo, which now and then waits for that lock: for ever.
+LIVING: list[torch.nn.Module] = []
 
 
 def main(config: TrainingConfig) -> None:
@@ -49,7 +49,6 @@ def main(config: TrainingConfig) -> None:
         log_with=None if config.report_to == "none" or config.dry_run else config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
-    LIVING.append(accelerator)
     if accelerator.device.type == "cpu":
         use_all_cores()
     with locked(config.output_dir, accelerator.is_main_process):
@@ -86,6 +85,7 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> TrainingRun:
     # 3. Optimizer and EMA
     optimizer = torch.optim.AdamW(unet.parameters(), fused=True, **optimizer_settings(config))
     unet, optimizer = accelerator.prepare(unet, optimizer)
+    LIVING.append(unet)
     guard = NonFiniteGuard(accelerator.unwrap_model(unet), optimizer)
     ema = EMAModel(unet.parameters(), update_after_step=-1, foreach=not is_sharded) if config.use_ema else None
 
