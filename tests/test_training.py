@@ -476,6 +476,16 @@ def test_run_that_learns_nothing_stops(finished, tmp_path):
     assert all(value.isfinite().all() for value in load_file(list_checkpoints(run)[0] / "model.safetensors").values())
 
 
+def test_weights_that_are_not_finite_are_neither_saved_nor_published(tmp_path):
+    """An absurd learning rate makes them infinite in a step whose gradient is finite."""
+    run = tmp_path / "run"
+    output = fail(run, 1, learning_rate=1e39, lr_warmup_images=0, max_nonfinite_steps=100)
+    assert f"exit status {EXIT_NONFINITE}" in output
+    assert "Weights are not finite after 48 images. They are not saved" in output
+    assert checkpoint_names(run) == []
+    assert not (run / "model_index.json").exists()
+
+
 # A disk, pictures and workers that fail
 
 

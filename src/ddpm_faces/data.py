@@ -461,6 +461,30 @@ def resolve_source(dataset_name: str | None, train_data_dir: str | None) -> tupl
     return name, None
 
 
+def choose_image_column(wanted: str | None, image_columns: list[str], columns: list[str], source: str) -> str:
+    """The column to take pictures from: `wanted`, by default the first that holds some.
+
+    Args:
+        wanted (`str`, *optional*): What the user asked for.
+        image_columns (`list[str]`): Columns that hold pictures.
+        columns (`list[str]`): All columns, for the message.
+        source (`str`): What they are columns of, for the message.
+
+    Raises:
+        ValueError: No column holds pictures, or the wanted one does not.
+    """
+    if wanted is None and image_columns:
+        return image_columns[0]
+    if wanted not in image_columns:
+        problem = "No column" if wanted is None else f"`image_column` must name a column of pictures: {wanted!r}"
+        verb = "holds pictures" if wanted is None else "is none"
+        raise ValueError(
+            f"{problem} of {source} {verb}. Columns with pictures: {', '.join(image_columns) or 'none'}; all columns: "
+            f"{', '.join(columns)}."
+        )
+    return wanted
+
+
 def is_picture_folder(folder: Path) -> bool:
     """Whether the folder holds pictures alone, and no files of a data set.
 
@@ -538,14 +562,7 @@ def _dataset_source(
 
     dataset = load_dataset(name, config_name, split=split, cache_dir=cache_dir)
     image_columns = [key for key, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
-    if image_column is None and image_columns:
-        image_column = image_columns[0]
-    if image_column not in image_columns:
-        wanted = "No column" if image_column is None else f"`image_column` {image_column!r}"
-        raise ValueError(
-            f"{wanted} of {name!r} holds pictures. Columns with pictures: {', '.join(image_columns) or 'none'}; all "
-            f"columns: {', '.join(dataset.column_names)}."
-        )
+    image_column = choose_image_column(image_column, image_columns, dataset.column_names, repr(name))
     labels, class_names = None, None
     if label_column is not None:
         kinds = ("bool", "int", "uint", "string", "large_string")

@@ -22,6 +22,7 @@ from .batches import make_data_loader, restarting
 from .data import (
     MODES,
     UNREADABLE,
+    choose_image_column,
     is_picture_folder,
     picture_to_tensor,
     random_crop,
@@ -300,14 +301,7 @@ def _undecoded(
     else:
         columns = dataset.features
     image_columns = [name for name, column in columns.items() if _is_picture(column)]
-    if image_column is None and image_columns:
-        image_column = image_columns[0]
-    if image_column not in image_columns:
-        wanted = "No column" if image_column is None else f"`image_column` {image_column!r}"
-        raise ValueError(
-            f"{wanted} of the stream holds pictures. Columns with pictures: {', '.join(image_columns) or 'none'}; all "
-            f"columns: {', '.join(columns)}."
-        )
+    image_column = choose_image_column(image_column, image_columns, list(columns), "the stream")
 
     # 2. Find the column of labels.
     if label_column is not None and not _is_label(columns.get(label_column)):

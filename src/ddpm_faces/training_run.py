@@ -418,7 +418,7 @@ class TrainingRun:
         names = bin_names(self.config.num_train_timesteps)
         self._write({"held_out_loss": loss, "held_out_loss_by_timestep": dict(zip(names, by_bin, strict=True))})
         state = self.state
-        is_best = state.best_loss is None or loss < state.best_loss
+        is_best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
         if is_best:
             state.best_loss, state.best_images_seen, state.validations_since_best = loss, state.images_seen, 0
         else:
@@ -612,13 +612,14 @@ class TrainingRun:
     def finish(self) -> None:
         """Save the pipeline, and beside it a grid of samples in all T steps and the loss curve."""
         self.bar.close()
-        from_best = self.stopped_early and self._best_checkpoint.is_dir()
+        best = self._best_checkpoint
+        from_best = self.stopped_early and best is not None and best.is_dir()
         if from_best:
             self.accelerator.print(
                 f"Stopped early: the held-out loss was best after {self.state.best_images_seen} images, "
                 f"{self.state.best_loss:.4f}. The pipeline has the weights of then."
             )
-            checkpoints.load_weights(self.accelerator, self._best_checkpoint, self.unet)
+            checkpoints.load_weights(self.accelerator, best, self.unet)
             self.ema = None  # the network itself has the averaged weights now
         self._check_finite()
         with self.evaluating():
