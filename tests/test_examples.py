@@ -66,6 +66,7 @@ def test_benchmark(tmp_path):
     assert re.search(r"\| default \| 1\.\d \| 32x32 \| 0\.\d\d \| fp32 \| 1 \|", (tmp_path / "speed.md").read_text())
 
 
+@pytest.mark.slow
 def test_quality(model, tmp_path):
     (tmp_path / "faces").mkdir()
     for i, face in enumerate(DrawnFaces(24, resolution=16)):

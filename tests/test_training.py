@@ -399,6 +399,7 @@ def test_layout_changes_rounding_only(tmp_path, reference, num_processes, device
     assert np.abs(pictures[0] - pictures[1]).mean() < 2
 
 
+@slow
 def test_sharded_over_processes(tmp_path, reference):
     """FSDP: parameters, gradients, moments and averages in shares; saved, resumed, and whole in the pipeline."""
     run = tmp_path / "run"
@@ -416,6 +417,7 @@ ARTICLE = {
 }  # fmt: skip
 
 
+@slow
 def test_batch_norm_sees_the_batch_of_all_processes(tmp_path):
     """The article's network, which a process of half the batch would otherwise train differently."""
     one = succeed(tmp_path / "one", 1, **ARTICLE)
@@ -424,6 +426,7 @@ def test_batch_norm_sees_the_batch_of_all_processes(tmp_path):
     assert "BatchNorm" not in one
 
 
+@slow
 def test_resume_with_another_layout_says_so(finished, tmp_path):
     run = tmp_path / "run"
     fail(run, 1, {"in_step": {"at": 72}})
@@ -544,6 +547,7 @@ def test_article_network_in_bf16_from_a_folder_of_pictures(pictures, tmp_path, m
     assert {entry["learning_rate"] for entry in read_log(tmp_path / "run")} == {1e-3}
 
 
+@slow
 def test_classes_random_crops_of_wide_pictures_and_augmentation(pictures, tmp_path):
     succeed(
         tmp_path / "run", train_data_dir=pictures, label_column="folder", resolution=[16, 24], crop="random",
