@@ -69,6 +69,26 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Where to write what becomes the folder `path`, which must not exist or be empty, once it is whole.
+
+    Raises:
+        ValueError: There is something at `path`.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{str(path)!r} must be a new or an empty folder.")
+    unfinished = unfinished_path(path)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        commit(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def sync(path: str | os.PathLike) -> None:
     """Let a file or a folder reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)

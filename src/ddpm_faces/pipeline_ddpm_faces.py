@@ -4,8 +4,14 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """From noise to faces: predict, step, repeat (Algorithm 2 of DDPM, https://huggingface.co/papers/2006.11239)."""
 
+import importlib
 import inspect
+import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -31,6 +37,15 @@ NOT_FOR_ZERO_SNR = (
 )
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
+# What a saved folder holds, in diffusers' layout of custom components: each class in a file of its own, beside what it
+# loads. These names are in every published model_index.json, and never change.
+CODE_FILES = {
+    "DDPMFacesPipeline": "pipeline_ddpm_faces",
+    "DDPMFacesUNet": "unet_ddpm_faces",
+    "DDPMFacesScheduler": "scheduling_ddpm_faces",
+}
+FORMAT_VERSION = 1  # of a saved folder; a later one says what an earlier version of this file cannot load
+
 
 class DDPMFacesPipeline(DiffusionPipeline):
     """Unconditional (or class-conditional) generation of faces.
@@ -51,6 +66,113 @@ class DDPMFacesPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(weights=weights)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DDPMFacesPipeline":
+        """Load a pipeline from a folder, or from the Hub. No code of the repository is run.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or `"user/name"` on the Hub.
+            kwargs: As those of [`~diffusers.DiffusionPipeline.from_pretrained`].
+
+        Raises:
+            ValueError: `use_safetensors=False` (pickles can run code, and are not loaded), or a folder that holds
+                something other than a pipeline of this class, or one of a later version.
+            OSError: Not found, not allowed, not reached, or no safetensors in it.
+        """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError(
+                f"`use_safetensors` must be True, got {kwargs['use_safetensors']!r}: other weights are pickles, which "
+                "can run code, and are not loaded."
+            )
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except Exception as error:
+            if not type(error).__module__.startswith(("httpx", "requests")):
+                raise
+            # Of the HTTP library, which some requests of the client let through.
+            raise OSError(
+                f"{pretrained_model_name_or_path} could not be loaded, for the connection broke off: {error} Load it "
+                "again: what has arrived whole stays."
+            ) from error
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Save in a form that loads with this package, and by `trust_remote_code=True` also without it.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): A folder; what it holds of an earlier pipeline is overwritten.
+            push_to_hub (`bool`, defaults to `False`): Whether to publish it as well, as [`push_to_hub`] does.
+            kwargs: `variant` and `max_shard_size` of [`~diffusers.DiffusionPipeline.save_pretrained`]; with
+                `push_to_hub`, `repo_id` (by default the name of the folder) and those of [`push_to_hub`].
+
+        Raises:
+            ValueError: `safe_serialization=False`, which would save pickles.
+        """
+        if kwargs.pop("safe_serialization", True) is not True:
+            raise ValueError("`safe_serialization` must be True: other weights are pickles, which can run code.")
+        to_save = {name: kwargs.pop(name) for name in ("variant", "max_shard_size") if name in kwargs}
+        super().save_pretrained(save_directory, **to_save)
+        shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))  # as each component does with its own
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Publish on the Hub, with a card, by [`ddpm_faces.hub.push`], which says what it takes.
+
+        Returns:
+            `str`: Address of the commit.
+        """
+        # By name, for this file travels without the package.
+        return importlib.import_module("ddpm_faces.hub").push(self, repo_id, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The text of `model_index.json`."""
+        index = json.loads(super().to_json_string())
+        for name, part in self.components.items():
+            if type(part).__name__ in CODE_FILES:
+                index[name] = [CODE_FILES[type(part).__name__], type(part).__name__]
+                if name == "unet":
+                    index["auto_map"] = {"AutoModel": ".".join(index[name])}  # diffusers looks for it here
+        index["_class_name"] = [CODE_FILES["DDPMFacesPipeline"], "DDPMFacesPipeline"]
+        index["_format_version"] = FORMAT_VERSION
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """Read `model_index.json`, from a stranger perhaps, such that our own classes count as known.
+
+        diffusers reads it once when it decides what to download, and refuses classes that neither it nor the
+        repository has; for that reading, ours pass as diffusers' own. Where it loads, [`load_config`] says where ours
+        really are.
+        """
+        try:
+            index = super()._dict_from_json_file(json_file)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{json_file} is no JSON: {error}.") from error
+        _check_index(index, cls, json_file)
+        index["_class_name"] = "DDPMFacesPipeline"
+        if _is_installed():
+            for name, (_, class_name) in _parts(index).items():
+                if class_name in CODE_FILES:
+                    index[name] = ["diffusers", class_name]
+        return index
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As [`~diffusers.ConfigMixin.load_config`]; our own classes are those of this package."""
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        if _is_installed():
+            for name, (_, class_name) in _parts(index).items():
+                if class_name in CODE_FILES:
+                    module = importlib.import_module(f".{CODE_FILES[class_name]}", __package__)
+                    index[name] = [module.__name__, class_name]
+        return loaded
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        # `auto_map` is for `AutoModel`, and no argument of ours.
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     def check_inputs(
         self,
@@ -252,3 +374,39 @@ class DDPMFacesPipeline(DiffusionPipeline):
             return images
         images = images.cpu().permute(0, 2, 3, 1).float().numpy()
         return images if output_type == "np" else DiffusionPipeline.numpy_to_pil(images)
+
+
+def _is_installed() -> bool:
+    """Whether this file is that of the package, and not one that came with a repository."""
+    return __name__ == f"ddpm_faces.{CODE_FILES['DDPMFacesPipeline']}"
+
+
+def _parts(index: dict[str, Any]) -> dict[str, list]:
+    """The entries of `model_index.json` that name a component's library and class."""
+    return {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and not k.startswith("_")}
+
+
+def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
+    """Refuse what is no `model_index.json` of this class, before anything that it names is looked for."""
+    if not isinstance(index, dict):
+        raise ValueError(f"{json_file} must hold a JSON object, got {type(index).__name__}.")
+    version = index.get("_format_version", 1)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"{json_file} was saved in format {version!r}, by a later version of ddpm-faces; this one reads up to "
+            f"{FORMAT_VERSION}: pip install --upgrade ddpm-faces."
+        )
+    allowed = {*inspect.signature(cls.__init__).parameters, "auto_map"} - {"self"}
+    unknown = sorted(k for k in index if k not in allowed and not k.startswith("_"))
+    if unknown:
+        raise ValueError(
+            f"{json_file} is of another kind of pipeline: it has {', '.join(unknown)}; a DDPMFacesPipeline has "
+            f"{', '.join(sorted(allowed - {'auto_map'}))}."
+        )
+    for name, value in _parts(index).items():
+        if not all(part is None or (isinstance(part, str) and _is_dotted_name(part)) for part in value):
+            raise ValueError(f"{json_file}: `{name}` must name a library and a class, got {value!r}.")
+
+
+def _is_dotted_name(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("."))

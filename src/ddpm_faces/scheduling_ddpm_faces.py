@@ -15,8 +15,11 @@ Timesteps count from 0 (least noise) to T - 1 (most noise), so t here is t + 1 i
 """
 
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -29,6 +32,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+MAX_TIMESTEPS = 1_000_000  # far beyond use; a configuration from a stranger must not take memory
 
 
 @dataclass
@@ -113,6 +117,8 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
 
         # 1. Check
         _check_integer("num_train_timesteps", num_train_timesteps, 1)
+        if num_train_timesteps > MAX_TIMESTEPS:
+            raise ValueError(f"`num_train_timesteps` must be at most {MAX_TIMESTEPS}, got {num_train_timesteps}.")
         _check_integer("steps_offset", steps_offset, 0)
         _check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
         _check_choice("variance_type", variance_type, VARIANCE_TYPES)
@@ -182,6 +188,13 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         # means that scheduler's 1000 timesteps, not our 300.
         config_dict = {key: value for key, value in config_dict.items() if key != "_use_default_values"}
         return super().extract_init_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """As [`~diffusers.SchedulerMixin.save_pretrained`]; this file is saved beside the configuration."""
+        super().save_pretrained(save_directory)
+        shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import DPMSolverMultistepScheduler, EMAModel
+from diffusers import EMAModel
 from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm.auto import tqdm
@@ -32,6 +32,7 @@ from .pipeline_ddpm_faces import DDPMFacesPipeline
 from .plots import image_grid, loss_curve, side_by_side
 from .preemption import EXIT_NONFINITE, EXIT_PREEMPTED, Preemption
 from .scheduling_ddpm_faces import DDPMFacesScheduler
+from .solvers import fast_solver
 from .training_data import TrainingData
 from .unet_ddpm_faces import DDPMFacesUNet
 from .validation import bin_names, held_out_losses, timestep_bins
@@ -461,11 +462,7 @@ class TrainingRun:
 
     def _sample(self) -> None:
         """Draw the grid on the way: few steps of a fast solver, raw and averaged weights side by side."""
-        scheduler = self.objective.scheduler
-        # By betas, which all solvers know, whatever the schedule is called.
-        solver = DPMSolverMultistepScheduler.from_config(
-            scheduler.config, trained_betas=scheduler.betas.tolist(), rescale_betas_zero_snr=False
-        )
+        solver = fast_solver(self.objective.scheduler)
         steps = self.config.sample_inference_steps
         samples = {}
         with self._paused():

@@ -15,10 +15,15 @@ i + 1 and leaves skips, its mirrored up block goes back and takes them. The mid 
 A new type of block is a pair of classes and a line in `_BLOCKS`.
 """
 
+import inspect
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +33,25 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+
+# What a configuration may ask for at most. No network of this kind comes near; a file from a stranger that does is
+# refused before it takes memory or time.
+LIMITS = {
+    "sample_size": 8192,
+    "in_channels": 1024,
+    "out_channels": 1024,
+    "block_out_channels": 16384,
+    "layers_per_block": 64,
+    "time_proj_dim": 16384,
+    "time_embedding_dim": 16384,
+    "time_embedding_layers": 16,
+    "norm_num_groups": 16384,
+    "attention_head_dim": 16384,
+    "num_class_embeds": 1_000_000,
+    "augment_dim": 16384,
+}
+MAX_LEVELS = 12
 
 
 @dataclass
@@ -73,6 +97,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         ValueError: A value outside what is said above, with the argument and what is allowed.
     """
 
+    _auto_class = "AutoModel"  # which loads it with `trust_remote_code=True` where this package is not installed
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm"]
 
@@ -142,8 +167,75 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
 
         self.gradient_checkpointing = False
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DDPMFacesUNet":
+        """Load from a folder or the Hub, as [`~diffusers.ModelMixin.from_pretrained`], but never a pickle.
+
+        Raises:
+            ValueError: `use_safetensors=False`, or a configuration that this version does not know.
+            OSError: Not found, not allowed, not reached, or no safetensors in it.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors` must be True: other weights are pickles, which can run code.")
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """As [`~diffusers.ModelMixin.save_pretrained`], in safetensors only; this file is saved beside the weights.
+
+        Raises:
+            ValueError: `safe_serialization=False`, which would save a pickle.
+        """
+        if safe_serialization is not True:
+            raise ValueError("`safe_serialization` must be True: other weights are pickles, which can run code.")
+        super().save_pretrained(
+            save_directory, is_main_process, save_function, variant=variant, max_shard_size=max_shard_size
+        )
+        if is_main_process:
+            shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
+            for index in Path(save_directory).glob("*.safetensors.index*.json"):
+                # Of shards that lay here before. Loading would prefer it.
+                if Path(save_directory, index.name.replace(".index", "").removesuffix(".json")).exists():
+                    index.unlink()
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        config = super()._dict_from_json_file(json_file)
+        allowed = {*inspect.signature(cls.__init__).parameters, "auto_map"} - {"self"}
+        unknown = sorted(key for key in config if key not in allowed and not key.startswith("_"))
+        if unknown and Path(json_file).name == cls.config_name:
+            raise ValueError(
+                f"{json_file} has keys that this version of DDPMFacesUNet does not know: {', '.join(unknown)}. It is "
+                "of another network, or of a later version: pip install --upgrade ddpm-faces."
+            )
+        return config
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        # `auto_map` is for `AutoModel`, and no argument of ours.
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
     def _check_config(self) -> None:
         config = self.config
+        for name, limit in LIMITS.items():
+            values = config[name] if isinstance(config[name], (list, tuple)) else [config[name]]
+            if not all(value is None or (type(value) is int and value <= limit) for value in values):
+                raise ValueError(f"`{name}` must be whole numbers of at most {limit}, got {config[name]!r}.")
+        if len(config.block_out_channels) > MAX_LEVELS:
+            raise ValueError(
+                f"`block_out_channels` must be of at most {MAX_LEVELS} levels, got {len(config.block_out_channels)}."
+            )
         positive = ("in_channels", "out_channels", "layers_per_block", "time_embedding_dim", "time_embedding_layers")
         for name in (*positive, "norm_num_groups", "attention_head_dim"):
             if config[name] < 1:

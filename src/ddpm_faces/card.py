@@ -1,0 +1,95 @@
+"""The model card, filled from the template `model_card.md`; what a person wrote into it stays."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+
+_SECTION = re.compile(r"<!-- generated: (\w+)[^>]*-->\n.*?<!-- end: \1 -->", re.DOTALL)
+# Keys of the metadata that publishing writes; all others are a person's.
+GENERATED_KEYS = ("library_name", "pipeline_tag", "model-index", "configs", "size_categories", "task_categories")
+TAGS = ["ddpm", "faces", "diffusers", "unconditional-image-generation"]
+
+
+def template_path() -> Path:
+    """`model_card.md`: in the package where that is installed, at the top of the repository otherwise."""
+    package = Path(__file__).parent
+    return next(path for path in (package / "model_card.md", package.parents[1] / "model_card.md") if path.is_file())
+
+
+def model_card(
+    repo_id: str,
+    values: dict[str, Any],
+    metrics: list[dict[str, Any]] | None = None,
+    license: str | None = None,
+    datasets: list[str] | None = None,
+) -> ModelCard:
+    """Fill the template.
+
+    Args:
+        repo_id (`str`): "user/name".
+        values (`dict`): What the template names.
+        metrics (`list[dict]`, *optional*): Entries of `metrics.json`: `name`, `type`, `value`, and where it is from.
+        license (`str`, *optional*): Identifier of the Hub, such as "cc-by-nc-sa-4.0".
+        datasets (`list[str]`, *optional*): Names of data sets on the Hub.
+    """
+    results = [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=metric.get("reference_type", "image-folder"),
+            dataset_name=str(metric.get("reference", "training pictures")),
+            metric_type=metric["type"],
+            metric_name=metric["name"],
+            metric_value=metric["value"],
+            metric_args={k: v for k, v in metric.items() if k not in ("name", "type", "value")},
+        )
+        for metric in metrics or []
+    ]
+    data = ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=TAGS,
+        datasets=datasets or None,
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=results or None,
+    )
+    return ModelCard.from_template(data, template_path=str(template_path()), repo_id=repo_id, **values)
+
+
+def merge_cards(old: str, new: str) -> str:
+    """What is generated, of the new card; all else, of the old one.
+
+    A generated section that the old card no longer has (somebody took it out with its marks) stays out. A card that
+    has none at all was written by a person or another program: the new one follows after it.
+    """
+    old_sections, new_sections = (dict(_sections(card)) for card in (old, new))
+    old_card, new_card = ModelCard(old, ignore_metadata_errors=True), ModelCard(new)
+    text = old_card.text
+    if old_sections:
+        text = _SECTION.sub(lambda match: new_sections.get(match[1], match[0]), text)
+    else:
+        text = f"{text.rstrip()}\n\n{new_card.text.lstrip()}" if text.strip() else new_card.text
+    old_data, new_data = old_card.data.to_dict(), new_card.data.to_dict()
+    data = {**new_data, **{k: v for k, v in old_data.items() if k not in GENERATED_KEYS}}
+    for key in GENERATED_KEYS:
+        if key not in new_data:
+            data.pop(key, None)
+    data["tags"] = list(dict.fromkeys([*old_data.get("tags", []), *new_data.get("tags", [])]))
+    if "license" in new_data:  # which is asked for at each publishing
+        data["license"] = new_data["license"]
+    if "datasets" in new_data:
+        data["datasets"] = list(dict.fromkeys([*new_data["datasets"], *old_data.get("datasets", [])]))
+    # Through a bare card: ModelCardData would take a person's model-index apart.
+    import yaml
+
+    head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True).strip()
+    return f"---\n{head}\n---\n{text if text.startswith(chr(10)) else chr(10) + text}"
+
+
+def _sections(card: str) -> Iterator[tuple[str, str]]:
+    for match in _SECTION.finditer(card):
+        yield match[1], match[0]

@@ -1,0 +1,135 @@
+"""The command `ddpm-faces`: what can be done without writing Python, each by one function of the package."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+app = typer.Typer(
+    help="DDPM for faces: publish, verify, prepare, convert. To train: accelerate launch training/train.py.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Repo = Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub.")]
+Private = Annotated[
+    bool | None, typer.Option("--private/--public", help="Of a new repository (default: as your account says).")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit (default: the main branch).")]
+Folder = Annotated[Path, typer.Argument(help="A folder.", exists=True, file_okay=False)]
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="What training left.", exists=True, file_okay=False)],
+    repo_id: Repo,
+    private: Private = None,
+    license: Annotated[str | None, typer.Option(help="Of the model, such as cc-by-nc-sa-4.0.")] = None,
+    dataset_license: Annotated[str | None, typer.Option(help="Of the pictures that it learned from.")] = None,
+    variants: Annotated[
+        str, typer.Option(help="Half precisions to add, separated by commas; none: ''.")
+    ] = "bf16,fp16",
+    revision: Annotated[str | None, typer.Option(help="An existing branch (default: the main one).")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Publish a pipeline on the Hub, with its card, after checking it."""
+    from .hub import push
+
+    url = push(
+        folder,
+        repo_id,
+        commit_message=message,
+        private=private,
+        create_pr=create_pr,
+        revision=revision,
+        variants=tuple(name for name in variants.split(",") if name),
+        license=license,
+        dataset_license=dataset_license,
+    )
+    typer.echo(f"Published: {url}")
+
+
+@app.command()
+def verify(
+    repo_id: Repo,
+    revision: Revision = None,
+    dataset: Annotated[bool, typer.Option("--dataset", help="A data set, and no model.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Download once more what differs.")] = False,
+) -> None:
+    """Compare what was downloaded with the checksums that the Hub has published."""
+    from .hub import verify
+
+    repo_type = "dataset" if dataset else "model"
+    differing = verify(repo_id, revision, repo_type, repair=repair)
+    if differing:
+        typer.echo("Not what was published: " + ", ".join(differing), err=True)
+        if not repair:
+            typer.echo("Download them once more: the same command with --repair.", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"All files of {repo_id} in the cache are what was published.")
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help="A folder of pictures or a data set: local, or on the Hub.")],
+    output: Annotated[Path | None, typer.Option(help="Write the data set into this new folder.")] = None,
+    push: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Publish it on the Hub.")] = None,
+    resolution: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 128,
+    channels: Annotated[int, typer.Option(help="1 (grey), 3 (RGB) or 4 (RGBA).")] = 3,
+    split: Annotated[str, typer.Option(help="Split of the source.")] = "train",
+    image_column: Annotated[str | None, typer.Option(help="Default: the first that holds pictures.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Classes; 'folder' for names of subfolders.")] = None,
+    num_test_images: Annotated[int, typer.Option(help="Set so many aside as the split `test`.")] = 0,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave those out, and list them.")
+    ] = False,
+    license: Annotated[str | None, typer.Option(help="Of the pictures, such as cc-by-nc-sa-4.0.")] = None,
+    private: Private = None,
+) -> None:
+    """Crop and resize pictures, take out their metadata, and make a data set of them."""
+    from .prepare import prepare
+
+    where = prepare(
+        source,
+        output,
+        push,
+        resolution=resolution,
+        channels=channels,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        num_test_images=num_test_images,
+        skip_unreadable=skip_unreadable,
+        license=license,
+        private=private,
+    )
+    typer.echo(f"The data set is at {where}")
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A file of torch.save(model.state_dict(), ...).")],
+    output: Annotated[Path, typer.Argument(help="A new folder, for the pipeline.")],
+    sample_size: Annotated[int, typer.Option(help="Side of the pictures that it was trained on.")] = 64,
+) -> None:
+    """Make a pipeline of a checkpoint of the article's own code."""
+    from .convert import convert_checkpoint
+    from .files import new_folder
+
+    pipeline = convert_checkpoint(checkpoint, sample_size)
+    with new_folder(output) as folder:
+        pipeline.save_pretrained(folder)
+    typer.echo(f"The pipeline is in {output}; its outputs are those of the checkpoint.")
+
+
+def main() -> None:
+    """Run a command; what a user can mend is said in one line."""
+    import sys
+
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

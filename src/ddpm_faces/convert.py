@@ -1,0 +1,180 @@
+"""Checkpoints of the article's own code, `torch.save(model.state_dict(), path)`, as pipelines."""
+
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from .pipeline_ddpm_faces import DDPMFacesPipeline
+from .scheduling_ddpm_faces import DDPMFacesScheduler
+from .unet_ddpm_faces import DDPMFacesUNet
+
+
+Module = dict[str, torch.Tensor]
+_ARTICLE = (
+    "the article's network (a 3x3 convolution in, a linear layer for the timestep, blocks of two 3x3 convolutions, "
+    "one of 4x4, two BatchNorms and a linear layer, a 1x1 convolution out)"
+)
+
+
+def convert_checkpoint(path: str | os.PathLike, sample_size: int | tuple[int, int] = 64) -> DDPMFacesPipeline:
+    """Read a state dict of the article's U-Net, whatever its modules are called.
+
+    What a layer is for follows from its shape and from the layers beside it. The result is checked: it must give the
+    outputs that the article's formula gives with the same weights.
+
+    Args:
+        path (`str` or `os.PathLike`): A file of `torch.save`; nothing but tensors is read from it.
+        sample_size (`int` or `(int, int)`, defaults to 64): Height and width that it was trained on.
+
+    Returns:
+        [`DDPMFacesPipeline`]: With the article's schedule: T = 300, linear betas, posterior variance, no clipping.
+
+    Raises:
+        ValueError: A file that holds something else, and what is wrong with it.
+    """
+    blocks, time_layer, conv_in, conv_out = _article_parts(_read(path), str(path))
+    downs = sorted((b for b in blocks if b["conv1"]["weight"].shape[1] < b["width"]), key=lambda b: b["width"])
+    ups = sorted((b for b in blocks if b["conv1"]["weight"].shape[1] > b["width"]), key=lambda b: -b["width"])
+    widths = [conv_in["weight"].shape[0], *(block["width"] for block in downs)]
+    try:
+        unet = DDPMFacesUNet(
+            sample_size=sample_size,
+            in_channels=conv_in["weight"].shape[1],
+            out_channels=conv_out["weight"].shape[0],
+            block_out_channels=tuple(widths),
+            block_types=("conv",) * len(downs),
+            time_proj_dim=time_layer["weight"].shape[1],
+            time_embedding_dim=time_layer["weight"].shape[0],
+        ).eval()
+        state = OrderedDict()
+        for name, module in (("time_embedding.0", time_layer), ("conv_in", conv_in), ("conv_out", conv_out)):
+            state |= {f"{name}.{key}": value for key, value in module.items()}
+        for kind, group in (("down_blocks", downs), ("up_blocks", ups)):
+            for i, block in enumerate(group):
+                for part in ("conv1", "norm1", "time_emb_proj", "conv2", "norm2", "resample"):
+                    state |= {f"{kind}.{i}.block.{part}.{key}": value for key, value in block[part].items()}
+        unet.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is not {_ARTICLE}: {' '.join(str(error).split())}") from error
+    _check_outputs(unet, downs, ups, time_layer, conv_in, conv_out, str(path))
+    return DDPMFacesPipeline(unet, DDPMFacesScheduler(clip_sample=False))
+
+
+def _read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    if not Path(path).is_file():
+        raise ValueError(f"The checkpoint must be a file, got {str(path)!r}.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as tensors alone: {reason} Save `model.state_dict()`, and not the model."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        kind = type(state).__name__
+        held = f" of {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else ""
+        raise ValueError(f"{path} must hold a state dict, names and tensors: got a {kind}{held}.")
+    if not state:
+        raise ValueError(f"{path} holds nothing.")
+    bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:5])}.")
+    return state
+
+
+def _article_parts(state: dict[str, torch.Tensor], path: str) -> tuple[list[dict], Module, Module, Module]:
+    """The blocks, each with its layers by their purpose, the linear layer of the timestep, the first and the last."""
+    modules: dict[str, Module] = {}
+    for name, tensor in state.items():
+        owner, _, parameter = name.rpartition(".")
+        modules.setdefault(owner, {})[parameter] = tensor
+    kinds = {name: _kind(module) for name, module in modules.items()}
+    strange = [name for name, kind in kinds.items() if kind is None]
+    if strange:
+        raise ValueError(f"{path} is not {_ARTICLE}: it has {', '.join(strange[:5])}.")
+
+    # A block is a place in the tree of names below which lies just what a block is made of.
+    wanted = ["3x3", "3x3", "4x4", "linear", "norm", "norm"]
+    places = {name.rsplit(".", depth)[0] for name in modules for depth in range(1, name.count(".") + 1)}
+    inside = {place: [name for name in modules if name.startswith(place + ".")] for place in places}
+    blocks = [names for _, names in sorted(inside.items()) if sorted(kinds[name] for name in names) == wanted]
+    used = {name for names in blocks for name in names}
+    rest = {kinds[name]: modules[name] for name in modules if name not in used}
+    left = sorted(kinds[name] for name in modules if name not in used)
+    if len(blocks) < 2 or len(blocks) % 2 or left != ["1x1", "3x3", "linear"]:
+        others = ", ".join(left) or "nothing"
+        raise ValueError(f"{path} is not {_ARTICLE}: it has {len(blocks)} such blocks and, beside them, {others}.")
+    return [_block({name: modules[name] for name in names}, kinds) for names in blocks], *(
+        rest[kind] for kind in ("linear", "3x3", "1x1")
+    )
+
+
+def _kind(module: Module) -> str | None:
+    if "running_mean" in module:
+        return "norm"
+    weight = module.get("weight")
+    if weight is None or "bias" not in module:
+        return None
+    if weight.ndim == 2:
+        return "linear"
+    return "x".join(map(str, weight.shape[2:])) if weight.ndim == 4 else None
+
+
+def _block(modules: dict[str, Module], kinds: dict[str, str]) -> dict:
+    by_kind: dict[str, list[Module]] = {}
+    for name, module in modules.items():
+        by_kind.setdefault(kinds[name], []).append(module)
+    # The first convolution changes the width, the second does not.
+    convs = sorted(by_kind["3x3"], key=lambda module: module["weight"].shape[0] == module["weight"].shape[1])
+    return {
+        "width": convs[1]["weight"].shape[0],
+        "conv1": convs[0],
+        "norm1": by_kind["norm"][0],
+        "time_emb_proj": by_kind["linear"][0],
+        "conv2": convs[1],
+        "norm2": by_kind["norm"][1],
+        "resample": by_kind["4x4"][0],
+    }
+
+
+@torch.no_grad()
+def _check_outputs(unet: DDPMFacesUNet, downs, ups, time_layer, conv_in, conv_out, path: str) -> None:
+    """Compare with the article's formula, written out on the tensors of the checkpoint."""
+    generator = torch.Generator().manual_seed(0)
+    side = 2 * unet.size_multiple
+    x = torch.randn((2, conv_in["weight"].shape[1], side, side), generator=generator)
+    t = torch.tensor([7, 290])
+
+    half = time_layer["weight"].shape[1] // 2
+    frequencies = torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    angles = t[:, None] * frequencies[None, :]
+    embedding = F.relu(F.linear(torch.cat([angles.sin(), angles.cos()], dim=-1), **_arguments(time_layer)))
+
+    def norm(h: torch.Tensor, module: Module) -> torch.Tensor:
+        return F.batch_norm(h, module["running_mean"], module["running_var"], module["weight"], module["bias"])
+
+    def run(h: torch.Tensor, block: dict, resample) -> torch.Tensor:
+        h = norm(F.relu(F.conv2d(h, **_arguments(block["conv1"]), padding=1)), block["norm1"])
+        h = h + F.relu(F.linear(embedding, **_arguments(block["time_emb_proj"])))[:, :, None, None]
+        h = norm(F.relu(F.conv2d(h, **_arguments(block["conv2"]), padding=1)), block["norm2"])
+        return resample(h, **_arguments(block["resample"]), stride=2, padding=1)
+
+    h, skips = F.conv2d(x, **_arguments(conv_in), padding=1), []
+    for block in downs:
+        h = run(h, block, F.conv2d)
+        skips.append(h)
+    for block in ups:
+        h = run(torch.cat([h, skips.pop()], dim=1), block, F.conv_transpose2d)
+    expected = F.conv2d(h, **_arguments(conv_out))
+    actual = unet(x, t).sample
+    error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+    if not error < 1e-3:
+        raise ValueError(f"{path}: the converted network gives other outputs (by {error:.1e}); it is not converted.")
+
+
+def _arguments(module: Module) -> Module:
+    return {"weight": module["weight"], "bias": module["bias"]}

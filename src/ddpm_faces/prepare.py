@@ -1,0 +1,202 @@
+"""A data set of faces out of whatever pictures there are: cropped, resized, without metadata, in parquet shards."""
+
+import io
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCard, DatasetCardData
+from PIL import Image
+
+from .card import merge_cards
+from .data import FaceDataset, hold_out, load_faces, resolve_source
+from .files import new_folder
+from .hub import check_repo_id, publish
+
+
+DATASET_FILES = ("README.md", "data/*.parquet")
+# So many pictures in a shard at most, and so many shards where there are enough pictures: the processes and workers
+# that stream a data set share its shards out among them.
+_SHARD_IMAGES, _MANY_SHARDS, _MANY_IMAGES = 20_000, 8, 800
+
+_CARD = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+<!-- generated: summary (from here to its end, all is written anew with each publishing; the rest is yours) -->
+{{ count }} of {{ height }}x{{ width }} pixels ({{ mode }}), each cropped about its centre, resized, and stored as PNG
+without the metadata of its file (place, time, camera).
+
+{% for name, number in splits.items() -%}
+- `{{ name }}`: {{ number }}
+{% endfor -%}
+{% if classes %}- Classes: {{ classes }}
+{% endif -%}
+{% if skipped %}- Left out, for they could not be read: {{ skipped }}
+{% endif -%}
+<!-- end: summary -->
+
+## Use
+
+<!-- generated: use -->
+```python
+from datasets import load_dataset
+
+faces = load_dataset("{{ repo_id }}", split="train")                  # or streaming=True
+```
+
+```bash
+accelerate launch training/train.py --dataset_name {{ repo_id }} --resolution {{ height }}{{ validation }}
+```
+<!-- end: use -->
+
+## Whose faces these are
+
+Say here where the pictures come from, whether the people on them agreed, and what they must not be used for.
+"""
+
+
+def prepare(
+    source: str,
+    output: str | os.PathLike | None = None,
+    push: str | None = None,
+    resolution: int | tuple[int, int] = 128,
+    channels: int = 3,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    num_test_images: int = 0,
+    skip_unreadable: bool = False,
+    license: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+) -> str:
+    """Make a data set that `datasets.load_dataset`, also streaming, and training read.
+
+    Args:
+        source (`str`): A folder of pictures, a local data set folder, or the name of a data set on the Hub.
+        output (`str` or `os.PathLike`, *optional*): A new folder to write it into.
+        push (`str`, *optional*): "user/name": a data set repository on the Hub to publish it in.
+        resolution (`int` or `(int, int)`, defaults to 128): Side, or height and width, in pixels.
+        channels (`int`, defaults to 3): 1 (grey), 3 (RGB) or 4 (RGBA).
+        split (`str`, defaults to `"train"`): Of the source.
+        image_column (`str`, *optional*): As that of [`load_faces`].
+        label_column (`str`, *optional*): As that of [`load_faces`]; it becomes the column `label`.
+        num_test_images (`int`, defaults to 0): How many to set aside as the split `test`.
+        skip_unreadable (`bool`, defaults to `False`): As that of [`load_faces`].
+        license (`str`, *optional*): Of the pictures, an identifier of the Hub.
+        private (`bool`, *optional*): As that of [`ddpm_faces.hub.push`].
+        token (`str`, *optional*): As that of [`ddpm_faces.hub.push`].
+        cache_dir (`str`, *optional*): As that of [`load_faces`].
+
+    Returns:
+        `str`: Where it is now: the folder, or the address of the commit.
+
+    Raises:
+        ValueError: Neither `output` nor `push`, or both; a source that cannot be used; an `output` that is not new.
+        HubError: As that of [`ddpm_faces.hub.push`].
+    """
+    if (output is None) == (push is None):
+        raise ValueError("Give either `output` or `push`, for the data set to go somewhere.")
+    if push is not None:
+        check_repo_id(push)
+    name, folder = resolve_source(source, None)
+    faces = load_faces(
+        dataset_name=None if folder is not None else name,
+        train_data_dir=None if folder is None else str(folder),
+        resolution=resolution,
+        channels=channels,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        skip_unreadable=skip_unreadable,
+        cache_dir=cache_dir,
+    )
+    splits = {"train": faces}
+    if num_test_images:
+        if not 0 < num_test_images < len(faces):
+            raise ValueError(f"`num_test_images` must be from 0 to {len(faces) - 1}, got {num_test_images}.")
+        splits["train"], splits["test"] = hold_out(faces, num_test_images)
+    if output is not None:
+        with new_folder(output) as unfinished:
+            _write(unfinished, splits, faces, Path(output).name, license, None)
+        return str(output)
+
+    def write(folder: Path, old_card: str | None) -> None:
+        _write(folder, splits, faces, push, license, old_card)
+
+    return str(publish(write, push, "dataset", DATASET_FILES, f"Publish {len(faces)} faces", private, token))
+
+
+def _write(
+    folder: Path,
+    splits: dict[str, FaceDataset],
+    faces: FaceDataset,
+    repo_id: str,
+    license: str | None,
+    old_card: str | None,
+) -> None:
+    """Shards and card of the splits of `faces`."""
+    import datasets
+
+    features: dict[str, Any] = {"image": datasets.Image()}
+    if faces.labels is not None:
+        features["label"] = datasets.ClassLabel(names=faces.class_names)
+    (folder / "data").mkdir()
+    for name, part in splits.items():
+        count = max(math.ceil(len(part) / _SHARD_IMAGES), _MANY_SHARDS if len(part) >= _MANY_IMAGES else 1)
+        for shard in range(count):
+            indices = range(len(part) * shard // count, len(part) * (shard + 1) // count)
+            rows = datasets.Dataset.from_list(list(_rows(part, indices)), features=datasets.Features(features))
+            rows.to_parquet(folder / "data" / f"{name}-{shard:05d}-of-{count:05d}.parquet")
+    data = DatasetCardData(
+        license=license,
+        pretty_name=repo_id.split("/")[-1],
+        task_categories=["unconditional-image-generation"],
+        size_categories=[_size_category(len(faces))],
+        tags=["faces", "ddpm-faces"],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": name, "path": f"data/{name}-*"} for name in splits],
+            }
+        ],
+    )
+    channels, height, width = faces[0]["images"].shape
+    card = DatasetCard.from_template(
+        data,
+        template_str=_CARD,
+        title=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        count=f"{len(faces):,} faces",
+        height=height,
+        width=width,
+        mode={1: "grey", 3: "RGB", 4: "RGBA"}[channels],
+        splits={name: f"{len(part):,} pictures" for name, part in splits.items()},
+        classes=", ".join(faces.class_names) if faces.labels is not None else None,
+        skipped=len(faces.unreadable),
+        validation=" --validation_split test" if "test" in splits else "",
+    )
+    (folder / "README.md").write_text(str(card) if old_card is None else merge_cards(old_card, str(card)))
+
+
+def _rows(faces: FaceDataset, indices: range) -> Iterator[dict[str, Any]]:
+    for index in indices:
+        face = faces[index]
+        pixels = face["images"].permute(1, 2, 0).squeeze(-1).contiguous().numpy()
+        with io.BytesIO() as file:
+            Image.fromarray(pixels).save(file, "PNG")
+            row = {"image": {"bytes": file.getvalue(), "path": None}}
+        if "labels" in face:
+            row["label"] = int(face["labels"])
+        yield row
+
+
+def _size_category(number: int) -> str:
+    bounds = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
+    return next((name for bound, name in bounds if number < bound), "1M<n<10M")

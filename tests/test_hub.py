@@ -1,0 +1,716 @@
+"""Publishing and loading over HTTP, with the real clients and a Hub of our own."""
+
+import json
+import os
+import re
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import tiny_unet
+from hub_client import HubClient
+from hub_server import OWNER_TOKEN, READER_TOKEN, STRANGER_TOKEN, HubServer
+from PIL import Image
+from safetensors.torch import load, load_file
+
+from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, hub
+
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("hub")  # they share a server, and what was published there
+
+
+@pytest.fixture(scope="session")
+def server():
+    with HubServer() as server:
+        yield server
+        assert server.violations == []
+
+
+@pytest.fixture(autouse=True)
+def healed(request):
+    yield
+    if "server" in request.fixturenames:
+        request.getfixturevalue("server").heal()
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    with HubClient(server) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def bare_client(server):
+    """Without this package."""
+    with HubClient(server, package=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """What training leaves, more or less: a pipeline among much else."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("home") / "my-model"
+    DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=20), weights="ema").save_pretrained(folder)
+    config = {"dataset_name": "user/people", "train_batch_size": 8, "seed": 5, "output_dir": "/home/alice/secret/run"}
+    (folder / "training_config.yaml").write_text(yaml.safe_dump({**config, "cache_dir": "/home/alice/cache"}))
+    summary = {"data": "40 pictures", "images_seen": 96_000, "hours": 1.5, "processes": 2, "device": "NVIDIA H100"}
+    (folder / "training_summary.json").write_text(json.dumps(summary))
+    metrics = {"name": "Frechet distance", "type": "fd", "value": 12.5, "error": 0.4, "n": 512, "seed": 0}
+    metrics |= {"extractor": "efficientnet-lite0", "reference": "user/people, test", "sampler": "DDPM", "steps": 20}
+    verdict = {"verdict": "No copies were found among 512 faces."}
+    (folder / "metrics.json").write_text(json.dumps({"metrics": [metrics], "memorisation": verdict}))
+    for name in ("samples.png", "loss_curve.png"):
+        Image.new("RGB", (8, 8)).save(folder / name)
+    (folder / "checkpoint-0000000096").mkdir()
+    (folder / "checkpoint-0000000096" / "optimizer.bin").write_bytes(b"moments")
+    (folder / "log.jsonl").write_text('{"loss": 1.0}\n')
+    (folder / ".env").write_text(f"HF_TOKEN={OWNER_TOKEN}\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(folder, tmp_path_factory) -> Path:
+    """What is published of it."""
+    exported = tmp_path_factory.mktemp("exported") / "model"
+    exported.mkdir()
+    hub.export(folder, exported, "owner/faces", license="cc-by-nc-sa-4.0", dataset_license="cc-by-4.0")
+    return exported
+
+
+@pytest.fixture(scope="session")
+def published(server, client, folder):
+    """`owner/faces`, by the one call that a user makes; and `owner/secret`, private, and `owner/gated`."""
+    settings = {"license": "cc-by-nc-sa-4.0", "dataset_license": "cc-by-4.0"}
+    outcome = client.run(
+        "result = hub.push(folder, 'owner/faces', **settings)", OWNER_TOKEN, folder=str(folder), settings=settings
+    )
+    assert outcome.error is None, outcome.output
+    repo = server.repos["models", "owner/faces"]
+    repo.tags["v1"] = repo.branches["main"]
+    server.put("models", "owner/secret", repo.files, private=True)
+    server.put("models", "owner/gated", repo.files, gated=True)
+    return outcome
+
+
+PUBLISH = """
+import shutil
+def write(folder, old_card):
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+result = hub.publish(write, repo_id, "model", hub.MODEL_FILES, "Publish", private=private)
+"""
+
+
+@pytest.fixture
+def publish(client, exported):
+    """Send what is exported, as somebody's."""
+
+    def publish(repo_id, token=OWNER_TOKEN, code=PUBLISH, private=None, **settings):
+        return client.run(code, token, source=str(exported), repo_id=repo_id, private=private, **settings)
+
+    return publish
+
+
+# What is published
+
+
+def test_all_that_is_needed_and_nothing_else(server, published, folder):
+    files = server.repos["models", "owner/faces"].files
+    weights = [f"unet/diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".bf16", ".fp16")]
+    assert set(files) == {
+        ".gitattributes", "README.md", "model_index.json", "pipeline_ddpm_faces.py", "scheduler/scheduler_config.json",
+        "scheduler/scheduling_ddpm_faces.py", "unet/config.json", "unet/unet_ddpm_faces.py", *weights, "samples.png",
+        "denoising_strip.png", "loss_curve.png", "training_config.yaml", "training_summary.json", "metrics.json",
+    }  # fmt: skip
+    weights = load(files["unet/diffusion_pytorch_model.safetensors"])
+    expected = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    text = b"".join(content for name, content in files.items() if not name.endswith((".safetensors", ".png")))
+    for secret in (OWNER_TOKEN, "/home/alice", str(folder), str(ROOT)):
+        assert secret.encode() not in text
+    assert (
+        published.value
+        == f"{server.endpoint}/owner/faces/commit/{server.repos['models', 'owner/faces'].branches['main']}"
+    )
+    assert len(server.repos["models", "owner/faces"].commits) == 2  # the first is the Hub's own
+
+
+def test_card(server, published):
+    card = server.repos["models", "owner/faces"].files["README.md"].decode()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["license"] == "cc-by-nc-sa-4.0"
+    assert head["datasets"] == ["user/people"]
+    assert (head["library_name"], head["pipeline_tag"]) == ("diffusers", "unconditional-image-generation")
+    (result,) = head["model-index"][0]["results"]
+    (metric,) = result["metrics"]
+    assert (metric["type"], metric["value"], result["dataset"]["name"]) == ("fd", 12.5, "user/people, test")
+    assert metric["args"]["n"] == 512
+    for text in (
+        "| images seen | 96,000 |", "| time | 1.5 h on 2 x NVIDIA H100 |", "| their licence | cc-by-4.0 |",
+        "| Frechet distance | 12.5 ± 0.4 | n 512, seed 0, extractor efficientnet-lite0", "averaged weights (EMA)",
+        "No copies were found among 512 faces.", "the seeds 5, 6, 7 and so on, all 20 steps", "loss_curve.png",
+        'DDPMFacesPipeline.from_pretrained("owner/faces")', "## Limits and misuse",
+    ):  # fmt: skip
+        assert text in card, text
+    assert "{{" not in card
+    assert "None" not in card
+
+
+def test_code_in_the_card_runs(client, bare_client, published, server):
+    card = server.repos["models", "owner/faces"].files["README.md"].decode()
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == 5
+    with_package, alone, parts, auto, solver = blocks
+    for code in (with_package, parts, f"{alone}\n{solver}"):
+        assert client.run(code).error is None
+    for code in (f"{alone}\n{solver}", auto):
+        assert bare_client.run(code).error is None
+
+
+def test_publishing_again_keeps_what_a_person_wrote(server, client, published, folder, exported):
+    repo_id = "owner/edited"
+    old = (exported / "README.md").read_text()
+    edited = old.replace("## Limits and misuse", "## Thanks\n\nTo my neighbours.\n\n## Limits and misuse")
+    edited = edited.replace("license: cc-by-nc-sa-4.0", "license: cc-by-nc-sa-4.0\nco2_eq_emissions: 12")
+    edited = edited.replace("12.5 ± 0.4", "much better than it is")
+    files = {"README.md": edited.encode(), "notes.txt": b"mine", "unet/old.safetensors": b"old shard"}
+    server.put("models", repo_id, files)
+    code = "result = hub.push(folder, repo_id, license='mit', variants=())"
+    outcome = client.run(code, OWNER_TOKEN, folder=str(folder), repo_id=repo_id)
+    assert outcome.error is None, outcome.output
+    files = server.repos["models", repo_id].files
+    card = files["README.md"].decode()
+    assert "To my neighbours." in card
+    assert "much better" not in card
+    assert "12.5 ± 0.4" in card
+    head = yaml.safe_load(card.split("---")[1])
+    assert (head["license"], head["co2_eq_emissions"]) == ("mit", 12)
+    assert card.count("<!-- generated: ") == 5
+    assert files["notes.txt"] == b"mine"
+    assert "unet/old.safetensors" not in files
+
+
+def test_pipeline_without_a_training(server, client, published):
+    """`pipeline.push_to_hub`, as in diffusers: the card draws its own pictures."""
+    code = """
+pipeline = DDPMFacesPipeline.from_pretrained("owner/faces")
+result = pipeline.push_to_hub("owner/again", commit_message="Once more", private=True)
+"""
+    outcome = client.run(code, OWNER_TOKEN)
+    assert outcome.error is None, outcome.output
+    repo = server.repos["models", "owner/again"]
+    assert repo.private
+    assert repo.commits[repo.branches["main"]].title == "Once more"
+    card = repo.files["README.md"].decode()
+    assert "the seeds 0, 1, 2 and so on, 20 steps of DPM-Solver++" in card
+    assert "Not measured. Assume that they can be." in card
+    assert client.run('pipeline = DDPMFacesPipeline.from_pretrained("owner/again")', OWNER_TOKEN).error is None
+
+
+# Every way in
+
+
+@dataclass
+class Way:
+    """Code that loads `source`, a folder or a repository, as pipeline `p`; LOAD is the loader that is usual."""
+
+    name: str
+    code: str
+    bare: str | None = None  # the same without the package, where it is another; "": there is none
+    token: str | None = None
+    hub_only: bool = False
+
+
+WAYS = [
+    Way("`DDPMFacesPipeline.from_pretrained`", "p = DDPMFacesPipeline.from_pretrained(source)", bare=""),
+    Way("`DiffusionPipeline`, `trust_remote_code=True`", "p = USUAL(source)"),
+    Way(
+        "`DDPMFacesUNet` and `DDPMFacesScheduler`, `subfolder=`",
+        "p = DDPMFacesPipeline(DDPMFacesUNet.from_pretrained(source, subfolder='unet'), "
+        "DDPMFacesScheduler.from_pretrained(source, subfolder='scheduler'))",
+        bare="",
+    ),
+    Way(
+        '`AutoModel`, `subfolder="unet"`, `trust_remote_code=True`',
+        "p = LOAD(source)\np.unet = AutoModel.from_pretrained(source, subfolder='unet', trust_remote_code=True)",
+    ),
+    Way(
+        "components passed in (1)",
+        "u = DDPMFacesUNet.from_pretrained(source, subfolder='unet')\np = LOAD(source, unet=u)\nassert p.unet is u",
+        bare="",
+    ),
+    Way(
+        "another scheduler, by `from_config`",
+        "q = LOAD(source)\nq.scheduler = DDIMScheduler.from_config(q.scheduler.config)\n"
+        "assert len(q.scheduler.betas) == 20\npicture(q)\np = LOAD(source)",
+    ),
+    Way("`device_map`", "p = LOAD(source, device_map='cpu')"),
+    Way("saved again, loaded from there", "LOAD(source).save_pretrained(HOME + '/c')\np = LOAD(HOME + '/c')"),
+    Way('`variant="bf16"`', "p = LOAD(source, variant='bf16', torch_dtype=torch.bfloat16)", hub_only=True),
+    Way('`variant="fp16"`', "p = LOAD(source, variant='fp16', torch_dtype=torch.float16)", hub_only=True),
+    Way("`revision=`, a tag", "p = LOAD(source, revision='v1')", hub_only=True),
+    Way("`cache_dir=`", "p = LOAD(source, cache_dir=HOME + '/elsewhere')", hub_only=True),
+    Way("`snapshot_download`, then the folder", "p = LOAD(snapshot_download(source))", hub_only=True),
+    Way(
+        "`local_files_only=True`, from the cache",
+        "LOAD(source)\np = LOAD(source, local_files_only=True)",
+        hub_only=True,
+    ),
+    Way(
+        "offline, from the cache (2)",
+        "LOAD(source)\nconstants.HF_HUB_OFFLINE = True\np = LOAD(source)",
+        bare="snapshot_download(source)\nconstants.HF_HUB_OFFLINE = True\np = LOAD(snapshot_download(source))",
+        hub_only=True,
+    ),
+    Way("a private repository, logged in", "p = LOAD('owner/secret')", token=OWNER_TOKEN, hub_only=True),
+    Way("a gated repository, logged in", "p = LOAD('owner/gated')", token=OWNER_TOKEN, hub_only=True),
+    Way("the same with `token=` (3)", f"p = LOAD('owner/secret', token={OWNER_TOKEN!r})", bare="", hub_only=True),
+]
+LOADERS = """
+import functools
+USUAL = functools.partial(DiffusionPipeline.from_pretrained, trust_remote_code=True)
+LOAD = DDPMFacesPipeline.from_pretrained if package else USUAL
+HOME = os.path.dirname(constants.HF_HUB_CACHE)
+"""
+COMMAND = "UPDATE_DOCS=1 python -m pytest tests/test_hub.py -k every_way_in"
+
+
+def test_every_way_in(client, bare_client, published, folder):
+    """The same picture by each, with and without the package, from a folder and from the Hub: docs/hub.md's table."""
+    pictures = {}
+    lines = ["| way in | folder | Hub | folder, no package | Hub, no package |", "|---|---|---|---|---|"]
+    problems = []
+    for way in WAYS:
+        cells = [way.name]
+        for runner in (client, bare_client):
+            code = way.code if runner is client or way.bare is None else way.bare
+            for source in (str(folder), "owner/faces"):
+                if not code or (way.hub_only and source == str(folder)):
+                    cells.append("")
+                    continue
+                result = "result = [picture(p).flatten().tolist(), str(p.unet.dtype)]"
+                outcome = runner.run(f"{LOADERS}\n{code}\n{result}", way.token, source=source)
+                cells.append("no" if outcome.error else "yes")
+                if outcome.error:
+                    problems.append(f"{way.name}, {source}, {runner is client}\n{outcome.output[-2000:]}")
+                else:
+                    pixels, dtype = outcome.value
+                    np.testing.assert_array_equal(pixels, pictures.setdefault(dtype, pixels), way.name)
+        lines.append("| " + " | ".join(cells) + " |")
+    assert not problems, "\n\n".join(problems)
+    np.testing.assert_allclose(pictures["torch.bfloat16"], pictures["torch.float32"], atol=0.1)
+    np.testing.assert_allclose(pictures["torch.float16"], pictures["torch.float32"], atol=0.01)
+    update(ROOT / "docs" / "hub.md", f"<!-- written by `{COMMAND}` -->\n", "\n".join(lines), "\n<!-- end -->")
+
+
+def update(page: Path, begin: str, text: str, end: str) -> None:
+    """Hold a page to what was found, or write it there where UPDATE_DOCS says so."""
+    before, _, rest = page.read_text().partition(begin)
+    written, _, after = rest.partition(end)
+    if os.environ.get("UPDATE_DOCS"):
+        page.write_text(before + begin + text + end + after)
+    else:
+        assert written == text, f"{page} says something else"
+
+
+@pytest.mark.parametrize(
+    ("code", "token", "says"),
+    [
+        ("DiffusionPipeline.from_pretrained('owner/faces')", None, "trust_remote_code=True"),
+        ("DDPMFacesPipeline.from_pretrained('owner/secret')", None, "owner/secret"),
+        ("DDPMFacesPipeline.from_pretrained('owner/secret')", STRANGER_TOKEN, "owner/secret"),
+        ("DDPMFacesPipeline.from_pretrained('owner/gated')", STRANGER_TOKEN, "owner/gated"),
+        ("DDPMFacesPipeline.from_pretrained('owner/faces', revision='v2')", None, "v2"),
+        ("DDPMFacesPipeline.from_pretrained('owner/faces', local_files_only=True)", None, "cache"),
+        ("DDPMFacesPipeline.from_pretrained('owner/none')", OWNER_TOKEN, "owner/none"),
+        ("DDPMFacesPipeline.from_pretrained('owner/faces', variant='int8')", None, "int8"),
+        ("DDPMFacesPipeline.from_pretrained('owner/faces', use_safetensors=False)", None, "pickles"),
+        ("DDPMFacesUNet.from_pretrained('owner/faces', subfolder='unet', use_safetensors=False)", None, "pickles"),
+    ],
+)
+def test_no_way_in_says_why(client, published, code, token, says):
+    outcome = client.run(code, token)
+    assert says in outcome.output
+    assert outcome.kind in ("ValueError", "OSError", "LocalEntryNotFoundError", "GatedRepoError"), outcome.output
+    for secret in (OWNER_TOKEN, STRANGER_TOKEN):
+        assert secret not in outcome.output
+
+
+# Publishing where something is wrong
+
+
+def is_whole(server, repo_id: str, exported: Path) -> bool:
+    """Whether all files of the export lie in the repository, and were put there by one commit."""
+    repo = server.repos["models", repo_id]
+    there = {name: content for name, content in repo.files.items() if name != ".gitattributes"}
+    files = {
+        path.relative_to(exported).as_posix(): path.read_bytes() for path in exported.rglob("*") if path.is_file()
+    }
+    return there == files and len(repo.commits) == 2
+
+
+STEPS = {
+    "look": r"GET /api/models/owner/{name}$",
+    "create": r"POST /api/repos/create",
+    "list": r"GET /api/models/owner/{name}/tree/",
+    "yaml": r"POST /api/validate-yaml",
+    "preupload": r"POST /api/models/owner/{name}/preupload/",
+    "batch": r"POST /owner/{name}\.git/info/lfs/objects/batch",
+    "put": r"PUT /[0-9a-f]{{64}}",
+    "verify": r"POST /owner/{name}\.git/info/lfs/verify",
+    "commit": r"POST /api/models/owner/{name}/commit/",
+}
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 503}, {"cut": "fin"}, {"cut": "reset"}], ids=str)
+@pytest.mark.parametrize("step", STEPS)
+def test_out_of_order_once(server, publish, exported, step, fault):
+    server.objects.clear()
+    name = f"once-{step}-{'-'.join(map(str, fault.values()))}"
+    broken = server.fail(STEPS[step].format(name=name), times=1, **fault)
+    outcome = publish(f"owner/{name}")
+    assert broken.hits == 1
+    if step == "yaml" and outcome.error:
+        # The client asks once, and takes any other answer than yes for no.
+        assert "owner/" in outcome.error
+        server.heal()
+        assert publish(f"owner/{name}").error is None
+    else:
+        assert outcome.error is None, outcome.output
+    assert is_whole(server, f"owner/{name}", exported)
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 503}, {"cut": "reset"}], ids=str)
+@pytest.mark.parametrize("step", ["look", "create", "preupload", "put", "commit"])
+def test_out_of_order_for_ever(server, publish, exported, step, fault):
+    """An error that says so, nothing visible; and the same command once more, when all is well again, publishes."""
+    server.objects.clear()
+    name = f"ever-{step}-{'-'.join(map(str, fault.values()))}"
+    server.fail(STEPS[step].format(name=name), **fault)
+    outcome = publish(f"owner/{name}")
+    assert outcome.kind == "HubError"
+    assert re.fullmatch(rf"owner/{name}: .+\. Nothing was published\.", outcome.error), outcome.error
+    assert 0 < sum(outcome.waited) < 200  # of all threads
+    if repo := server.repos.get(("models", f"owner/{name}")):
+        assert list(repo.files) == [".gitattributes"]
+    server.heal()
+    assert publish(f"owner/{name}").error is None
+    assert is_whole(server, f"owner/{name}", exported)
+
+
+def test_server_down(publish):
+    outcome = publish("owner/down", code="constants.ENDPOINT = 'http://127.0.0.1:9'\n" + PUBLISH)
+    assert outcome.kind == "HubError"
+    assert re.fullmatch(r"owner/down: .*refused.* Nothing was published\.", outcome.error)
+
+
+def test_answer_lost(server, publish, exported):
+    """The commit has come, but nobody said so: it is not sent again, and not taken for somebody else's."""
+    server.fail(STEPS["commit"].format(name="lost"), lose_answer=True, times=1)
+    outcome = publish("owner/lost")
+    assert outcome.error is None, outcome.output
+    assert outcome.value.endswith(server.repos["models", "owner/lost"].branches["main"])
+    assert is_whole(server, "owner/lost", exported)
+
+
+def test_too_many_requests(server, publish, exported):
+    server.fail(STEPS["commit"].format(name="busy"), status=429, headers={"Retry-After": "7"}, times=2)
+    outcome = publish("owner/busy")
+    assert outcome.error is None, outcome.output
+    assert outcome.waited.count(7) == 2
+    server.fail(STEPS["commit"].format(name="busier"), status=429, headers={"Retry-After": "7"})
+    outcome = publish("owner/busier")
+    assert "the Hub asks for fewer requests: run this again later [HTTP 429]" in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "says"),
+    [
+        ("hf_wrongWrongWrongWrongWrongWrongWron", "owner/denied", r"no valid token.*\[HTTP 401\]"),
+        (None, "owner/denied", r"no valid token.*\[HTTP 401\]"),
+        (READER_TOKEN, "owner/denied", r"may not do that there.*\[HTTP 403\]"),
+        (READER_TOKEN, "owner/faces", r"may not do that there.*\[HTTP 403\]"),
+        (STRANGER_TOKEN, "owner/denied", r"may not do that there.*\[HTTP 403\]"),
+        (STRANGER_TOKEN, "owner/faces", r"may not do that there.*\[HTTP 403\]"),
+    ],
+)
+def test_not_allowed(server, published, publish, token, repo_id, says):
+    before = server.repos["models", "owner/faces"].branches["main"]
+    outcome = publish(repo_id, token)
+    assert outcome.kind == "HubError"
+    assert re.search(says, outcome.error), outcome.error
+    assert outcome.error.endswith("Nothing was published.")
+    assert ("models", "owner/denied") not in server.repos
+    assert server.repos["models", "owner/faces"].branches["main"] == before
+    assert token is None or token not in outcome.output
+
+
+def test_gone_while_publishing(server, publish):
+    server.fail(STEPS["commit"].format(name="gone"), call=lambda: server.repos.pop(("models", "owner/gone")))
+    outcome = publish("owner/gone")
+    assert "owner/gone: it was not found, or is not yours to see" in outcome.error
+    assert "[HTTP 404]" in outcome.error
+
+
+def test_created_by_somebody_else_meanwhile(server, publish, exported):
+    """Which the Hub answers with 409: then it exists."""
+    server.fail("POST /api/repos/create", call=lambda: server.put("models", "owner/race", {"a.txt": b"a"}), times=1)
+    assert publish("owner/race").error is None
+    assert set(server.repos["models", "owner/race"].files) > {"a.txt", "model_index.json"}
+
+
+def test_two_publishers_at_once(server, publish):
+    """The second does not overwrite what it has not seen."""
+
+    def somebody_else():
+        server.put("models", "owner/two", {"README.md": b"Theirs"})
+
+    server.fail(STEPS["commit"].format(name="two"), call=somebody_else, times=1)
+    outcome = publish("owner/two")
+    assert "it was changed by somebody else meanwhile" in outcome.error
+    assert "[HTTP 412]" in outcome.error
+    assert server.repos["models", "owner/two"].files["README.md"] == b"Theirs"
+    assert "model_index.json" not in server.repos["models", "owner/two"].files
+
+
+@pytest.mark.parametrize("step", ["put", "commit"])
+def test_killed_in_the_middle(server, client, publish, exported, step):
+    server.objects.clear()
+    name = f"killed-{step}"
+    broken = server.fail(STEPS[step].format(name=name), call=lambda: os.kill(client.pid, signal.SIGKILL), times=1)
+    assert publish(f"owner/{name}").killed
+    # A commit that has arrived is done, whoever still lives.
+    is_empty = list(server.repos["models", f"owner/{name}"].files) == [".gitattributes"]
+    assert is_empty or (step == "commit" and is_whole(server, f"owner/{name}", exported))
+    sent = len(server.objects)
+    server.requests.clear()
+    assert broken.hits == 1
+    assert publish(f"owner/{name}").error is None
+    assert is_whole(server, f"owner/{name}", exported)
+    assert len([r for r in server.requests if r.method == "PUT"]) <= len(server.objects) - sent + (step == "put")
+
+
+def test_disk_full_while_exporting(server, client, folder):
+    code = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+hub.push(folder, "owner/full")
+"""
+    outcome = client.run(code, OWNER_TOKEN, folder=str(folder))
+    assert outcome.kind is not None
+    assert re.search("File too large|No space", outcome.error), outcome.error
+    assert ("models", "owner/full") not in server.repos
+
+
+# Private things stay private
+
+
+def test_private_stays_private(server, publish):
+    assert publish("owner/mine", private=True).error is None
+    assert server.repos["models", "owner/mine"].private
+    assert publish("owner/mine", private=False).error is None
+    assert server.repos["models", "owner/mine"].private
+    assert publish("owner/mine").error is None
+    assert server.repos["models", "owner/mine"].private
+
+
+def test_what_is_public_is_not_taken_for_private(server, publish):
+    server.put("models", "owner/open", {"README.md": b"Open"})
+    outcome = publish("owner/open", private=True)
+    assert outcome.kind == "ValueError"
+    assert "owner/open is public already" in outcome.error
+    assert list(server.repos["models", "owner/open"].files) == ["README.md"]
+
+
+def test_tokens_do_not_leave_the_house(server, publish, exported, tmp_path):
+    leaking = tmp_path / "leaking"
+    shutil.copytree(exported, leaking)
+    (leaking / "README.md").write_text(f"My token is {OWNER_TOKEN}.")
+    outcome = publish("owner/leak", code="source = leaking\n" + PUBLISH, leaking=str(leaking))
+    assert "README.md holds a token of the Hub, and is not published." in outcome.error
+    assert OWNER_TOKEN not in outcome.output
+    assert ("models", "owner/leak") not in server.repos
+    assert not any("hf_" in request.path for request in server.requests)
+
+
+@pytest.mark.parametrize("repo_id", ["faces", "a/b/c", "owner/fa ces", "owner/--", ""])
+def test_bad_names(repo_id, folder):
+    with pytest.raises(ValueError, match=re.escape(repr(repo_id)) if repo_id else "(?i)repo"):
+        hub.push(folder, repo_id)
+
+
+def test_only_pipelines_that_work(folder, tmp_path, exported):
+    with pytest.raises(ValueError, match="it has no model_index.json"):
+        hub.export(tmp_path, tmp_path / "out", "owner/faces")
+    with pytest.raises(ValueError, match="`variants` must be of bf16, fp16, got int8"):
+        hub.export(folder, tmp_path / "out", "owner/faces", variants=["int8"])
+    unet = tiny_unet()
+    unet.conv_in.bias.data[0] = 1e30
+    with pytest.raises(ValueError, match="fp16 cannot hold conv_in.bias; leave it out"):
+        hub.export(DDPMFacesPipeline(unet, DDPMFacesScheduler()), tmp_path / "a", "owner/faces")
+    unet.conv_in.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match=r"not finite are not published: conv_in.bias \(1 in all\)"):
+        hub.export(DDPMFacesPipeline(unet, DDPMFacesScheduler()), tmp_path / "b", "owner/faces")
+    shutil.copytree(exported, tmp_path / "broken")
+    (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="does not load in a new process"):
+        hub.check(tmp_path / "broken")
+
+
+# Loading where something is wrong
+
+LOAD = "result = picture(DDPMFacesPipeline.from_pretrained(repo_id)).flatten().tolist()"
+GETS = {
+    "info": r"GET /api/models/owner/faces$",
+    "head": r"HEAD /owner/faces/resolve/[^/]+/unet/diffusion",
+    "get": r"GET /owner/faces/resolve/[^/]+/unet/config.json",
+    "object": r"GET /[0-9a-f]{64}",
+}
+
+
+@pytest.mark.parametrize("fault", [{"status": 503}, {"cut": "fin"}, {"cut": "reset"}], ids=str)
+@pytest.mark.parametrize("step", GETS)
+def test_download_out_of_order_once(server, client, published, step, fault):
+    """It succeeds at once, or says why, and then at the second try."""
+    expected = client.run(LOAD, repo_id="owner/faces").value
+    broken = server.fail(GETS[step], times=1, **fault)
+    home = client.new_home()
+    outcome = client.run(LOAD, repo_id="owner/faces", home=home)
+    assert broken.hits == 1
+    if outcome.error is not None:
+        assert outcome.kind in ("OSError", "LocalEntryNotFoundError", "HfHubHTTPError"), outcome.output
+        outcome = client.run(LOAD, repo_id="owner/faces", home=home)
+    assert outcome.value == expected
+
+
+def test_server_goes_down_after_the_first_download(server, client, published):
+    home = client.new_home()
+    expected = client.run(LOAD, repo_id="owner/faces", home=home)
+    server.fail(".*", status=503)
+    assert client.run(LOAD, repo_id="owner/faces", home=home).value == expected.value
+    outcome = client.run(LOAD, repo_id="owner/faces")
+    assert outcome.kind in ("OSError", "LocalEntryNotFoundError")
+
+
+@pytest.mark.parametrize("fault", ["killed", "disk full"])
+def test_download_interrupted(server, client, published, fault):
+    home, code = client.new_home(), LOAD
+    if fault == "killed":
+        server.fail(GETS["object"], call=lambda: os.kill(client.pid, signal.SIGKILL), times=1)
+    else:
+        code = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        code += "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n" + LOAD
+    outcome = client.run(code, repo_id="owner/faces", home=home)
+    assert outcome.killed or re.search("File too large|No space", outcome.output)
+    outcome = client.run(LOAD, repo_id="owner/faces", home=home)
+    assert outcome.value == client.run(LOAD, repo_id="owner/faces").value
+
+
+def test_corrupted_download_is_found_and_repaired(server, client, published):
+    """Of the right size, which is all that the client looks at."""
+    home = client.new_home()
+    server.fail(GETS["object"], corrupt=True, times=1)
+    wrong = client.run(LOAD, repo_id="owner/faces", home=home)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert client.run("result = hub.verify('owner/faces')", home=home).value == [name]
+    assert client.run("result = hub.verify('owner/faces', repair=True)", home=home).value == []
+    right = client.run(LOAD, repo_id="owner/faces", home=home).value
+    assert right == client.run(LOAD, repo_id="owner/faces").value
+    assert wrong.value != right
+    assert "owner/faces cannot be verified" in client.run("hub.verify('owner/faces')").error
+
+
+# Files from strangers
+
+
+@pytest.fixture
+def strange(server, client, exported):
+    """Publish the export with some of its files exchanged, and try to load it."""
+
+    def strange(changes: dict[str, dict | bytes | None], code: str = LOAD):
+        files = {p.relative_to(exported).as_posix(): p.read_bytes() for p in exported.rglob("*") if p.is_file()}
+        for name, change in changes.items():
+            if change is None:
+                del files[name]
+            elif isinstance(change, dict):
+                files[name] = json.dumps({**json.loads(files[name]), **change}).encode()
+            else:
+                files[name] = change
+        server.repos.pop(("models", "owner/strange"), None)
+        server.put("models", "owner/strange", files)
+        before = "import resource\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\ntry:\n    "
+        after = "\nfinally:\n    print('grown by', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, 'KB')"
+        return client.run(before + code + after, repo_id="owner/strange")
+
+    return strange
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("unet/config.json", {"block_out_channels": [8, 10**9]}, "`block_out_channels` must be whole numbers"),
+        ("unet/config.json", {"block_out_channels": [1] * 40, "block_types": ["conv"] * 39}, "at most 12 levels"),
+        ("unet/config.json", {"layers_per_block": 10**9}, "`layers_per_block` must be"),
+        ("unet/config.json", {"sample_size": 10**9}, "`sample_size` must be"),
+        ("unet/config.json", {"num_class_embeds": 10**12}, "`num_class_embeds` must be"),
+        ("unet/config.json", {"block_out_channels": ["8", "16"]}, "`block_out_channels` must be whole numbers"),
+        ("unet/config.json", {"block_out_channels": [8000, 16000]}, "shape"),
+        ("unet/config.json", {"new_trick": 1}, "does not know: new_trick. It is of another network"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "`num_train_timesteps` must be at most"),
+        ("model_index.json", {"_format_version": 2}, "saved in format 2, by a later version of ddpm-faces"),
+        ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, "of another kind of pipeline: it has vae"),
+        ("model_index.json", {"unet": ["../../evil", "DDPMFacesUNet"]}, "`unet` must name a library and a class"),
+        ("model_index.json", {"unet": ["os", "system"]}, "os"),
+        ("model_index.json", b"[]", "must hold a JSON object"),
+        ("model_index.json", b"{", "JSON"),
+    ],
+    ids=lambda value: None if isinstance(value, bytes) else str(value)[:40],
+)  # fmt: skip
+def test_strange_configurations_take_no_memory(strange, file, change, says):
+    outcome = strange({file: change})
+    assert outcome.kind in ("ValueError", "OSError"), outcome.output
+    assert says in outcome.error, outcome.error
+    assert int(re.search(r"grown by (\d+) KB", outcome.output)[1]) < 100_000
+
+
+def test_weights_elsewhere(strange, tmp_path):
+    """An index of shards that points out of the repository."""
+    index = {"metadata": {"total_size": 1}, "weight_map": {"conv_in.weight": "../../../../../../../etc/passwd"}}
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    outcome = strange({weights: None, f"{weights}.index.json": json.dumps(index).encode()})
+    assert outcome.kind in ("ValueError", "OSError", "FileNotFoundError", "SafetensorError"), outcome.output
+
+
+def test_pickles_are_refused(strange, tmp_path):
+    """No weights but a pickle, that leaves a mark where it is opened."""
+    mark = tmp_path / "mark"
+    pickle = b"cposix\nsystem\n(S'touch " + str(mark).encode() + b"'\ntR."
+    weights = "unet/diffusion_pytorch_model"
+    names = [f"{weights}{kind}.safetensors" for kind in ("", ".bf16", ".fp16")]
+    for code in (LOAD, "DDPMFacesUNet.from_pretrained(repo_id, subfolder='unet')"):
+        outcome = strange({**dict.fromkeys(names), f"{weights}.bin": pickle}, code)
+        assert outcome.kind == "OSError", outcome.output
+        assert not mark.exists()
+
+
+def test_code_runs_only_where_it_is_trusted(strange, tmp_path):
+    mark = tmp_path / "mark"
+    code = f"open({str(mark)!r}, 'w').close()\n".encode()
+    names = ["pipeline_ddpm_faces.py", "unet/unet_ddpm_faces.py", "scheduler/scheduling_ddpm_faces.py"]
+    outcome = strange(dict.fromkeys(names, code))
+    assert outcome.error is None, outcome.output
+    outcome = strange(dict.fromkeys(names, code), "DiffusionPipeline.from_pretrained(repo_id)")
+    assert "trust_remote_code=True" in outcome.error
+    outcome = strange(dict.fromkeys(names, code), "AutoModel.from_pretrained(repo_id, subfolder='unet')")
+    assert outcome.kind == "ValueError"
+    assert not mark.exists()
+    strange(dict.fromkeys(names, code), "DiffusionPipeline.from_pretrained(repo_id, trust_remote_code=True)")
+    assert mark.exists()
