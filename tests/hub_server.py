@@ -654,7 +654,7 @@ class _HubHandler(_Handler):
                     "path": file["path"],
                     "uploadMode": "lfs" if is_large(file["path"], sample, file["size"]) else "regular",
                     "shouldIgnore": False,
-                    "oid": None if old is None else old.oid,
+                    "oid": None if old is None else old.sha256 if old.is_lfs else old.oid,
                 }
             )
         self.send_json({"files": answers})

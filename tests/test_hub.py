@@ -405,6 +405,12 @@ def test_out_of_order_for_ever(server, publish, exported, step, fault):
     assert is_whole(server, f"owner/{name}", exported)
 
 
+def test_publishing_the_same_again_changes_nothing(server, publish, exported):
+    first = publish("owner/same")
+    assert publish("owner/same").value == first.value
+    assert is_whole(server, "owner/same", exported)
+
+
 def test_server_down(publish):
     outcome = publish("owner/down", code="constants.ENDPOINT = 'http://127.0.0.1:9'\n" + PUBLISH)
     assert outcome.kind == "HubError"

@@ -16,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
+from hub_server import OWNER_TOKEN, READER_TOKEN, HubServer
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -616,4 +617,51 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path):
     assert re.search(r"run +96 images in 12 steps of 8", output)
     for line in ("time", "memory", "disk", "checkpoints", "validation", "samples", "data"):
         assert re.search(rf"\n +{line} ", output), output
+    assert not (tmp_path / "run").exists()
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that the runs of a test know, and where they may write."""
+    with HubServer() as server:
+        for name, value in server.environment(tmp_path / "home", OWNER_TOKEN).items():
+            if name.startswith("HF_"):
+                monkeypatch.setenv(name, value)
+        yield server
+        assert server.violations == []
+
+
+def test_finished_run_is_published(hub, tmp_path):
+    """If that fails, the run is whole, and the same command publishes it."""
+    run = tmp_path / "my-faces"
+    settings = {"push_to_hub": "true", "hub_private_repo": "true", "hub_license": "apache-2.0"}
+    hub.fail("POST /api/models/owner/my-faces/commit/", status=403)
+    output = fail(run, **settings)
+    assert "owner/my-faces: this token may not do that there" in output
+    assert f"To publish it later: ddpm-faces push {run} owner/my-faces" in output
+    assert checkpoint_names(run)[-1] == 96
+    hub.heal()
+    assert f"Published: {hub.endpoint}/owner/my-faces/commit/" in succeed(run, **settings)
+    repo = hub.repos["models", "owner/my-faces"]
+    assert repo.private
+    card = repo.files["README.md"].decode()
+    for text in ("license: apache-2.0", "| images seen | 96 |", "40 pictures (6 more held out)", "1 x CPU", "fp32"):
+        assert text in card, text
+    assert "loss_curve.png" in repo.files
+    everything = b"".join(repo.files.values()) + (run / "training_config.yaml").read_bytes()
+    assert OWNER_TOKEN.encode() not in everything
+    assert str(tmp_path).encode() not in b"".join(repo.files.values())
+    assert not any("checkpoint" in name or "optimizer" in name for name in repo.files)
+
+
+def test_dry_run_asks_the_hub(hub, tmp_path, monkeypatch):
+    output = succeed(tmp_path / "run", dry_run="true", push_to_hub="true")
+    assert re.search(r"Hub +owner/run, at the end; this token may write there", output)
+    assert hub.repos == {}
+    monkeypatch.setenv("HF_TOKEN", READER_TOKEN)
+    output = fail(tmp_path / "run", dry_run="true", push_to_hub="true", hub_model_id="owner/other")
+    assert "owner/other: this token of owner may only read: make one that may write." in output
     assert not (tmp_path / "run").exists()

@@ -51,6 +51,11 @@ def main(config: TrainingConfig) -> None:
     )
     if accelerator.device.type == "cpu":
         use_all_cores()
+    if config.push_to_hub and accelerator.is_main_process:
+        from ddpm_faces.hub import check_permission
+
+        name = config.hub_model_id or Path(config.output_dir).resolve().name
+        config = replace(config, hub_model_id=check_permission(name, config.hub_private_repo))
     with locked(config.output_dir, accelerator.is_main_process):
         if config.dry_run:
             rehearse(config, accelerator)
@@ -208,6 +213,11 @@ def rehearse(config: TrainingConfig, accelerator: Accelerator) -> None:
         num_samples=min(config.num_samples, accelerator.num_processes),
         sample_every_images=0,
         report_to="none",
+        push_to_hub=False,
+        hub_model_id=None,
+        hub_private_repo=False,
+        hub_license=None,
+        hub_dataset_license=None,
         time_limit_minutes=None,
         early_stopping_patience=None,
     )
@@ -248,6 +258,8 @@ def plan(config: TrainingConfig, run: TrainingRun, seconds: float) -> str:
         f"  validation   {every(config.validate_every_images) if run.data.held_out else 'none'}",
         f"  samples      {every(config.sample_every_images)}",
     ]
+    if config.push_to_hub:
+        lines.append(f"  Hub          {config.hub_model_id}, at the end; this token may write there")
     if (kept + 1) * checkpoint_gb > free_gb:
         lines.append("  Warning: that does not fit on the disk.")
     return "\n".join(lines)

@@ -22,6 +22,7 @@ GROUPS = {
     "Optimisation": "lengths are in images, so that they mean the same at every batch size and on any hardware",
     "Validation": "what is measured and drawn on the way, without touching the training",
     "Run": "where it goes, how it is saved, how it ends",
+    "Hub": "whether and how it is published when it is finished",
 }
 
 
@@ -196,8 +197,20 @@ class TrainingConfig:
     log_every_images: int = _field(1_000, "Run", "Log loss, learning rate, speed and memory every so many images.")
     report_to: Literal["tensorboard", "trackio", "wandb", "none"] = _field("tensorboard", "Run", "Tracker of the log.")
     dry_run: bool = _field(
-        False, "Run", "Check it all (data, memory, a step, a save, a sample), print the plan, leave nothing behind."
+        False,
+        "Run",
+        "Check it all (data, memory, a step, a save, a sample, the Hub), print the plan, leave nothing behind.",
     )
+
+    push_to_hub: bool = _field(
+        False, "Hub", "Publish the finished pipeline; that the Hub lets you is checked before training."
+    )
+    hub_model_id: str | None = _field(
+        None, "Hub", "Repository, as `user/name` or `name` (default: the name of `output_dir`)."
+    )
+    hub_private_repo: bool = _field(False, "Hub", "Make a new repository private, whatever your account says.")
+    hub_license: str | None = _field(None, "Hub", "Licence of the model, such as cc-by-nc-sa-4.0.")
+    hub_dataset_license: str | None = _field(None, "Hub", "Licence of the pictures, for the card.")
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -243,6 +256,9 @@ class TrainingConfig:
                 f"`sample_inference_steps` ({self.sample_inference_steps}) must not exceed `num_train_timesteps` "
                 f"({self.num_train_timesteps})."
             )
+        for name in ("hub_model_id", "hub_private_repo", "hub_license", "hub_dataset_license"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(f"`{name}` needs `push_to_hub`.")
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             raise ValueError(f"`output_dir` must be a folder, or the name of a new one, got {self.output_dir!r}.")
 

@@ -323,28 +323,35 @@ def _send(
             raise
 
 
-def check_permission(repo_id: str, private: bool | None = None, token: str | bool | None = None) -> str:
-    """Whether this token may publish as `repo_id`, as far as that can be known without trying.
+def check_permission(name: str, private: bool | None = None, token: str | bool | None = None) -> str:
+    """Whether this token may publish under a name, as far as that can be known without trying.
+
+    Args:
+        name (`str`): "user/name", or a name of one's own.
+        private (`bool`, *optional*): As that of [`push`].
+        token (`str`, *optional*): As that of [`push`].
 
     Returns:
-        `str`: A line that says who publishes, and where to.
+        `str`: "user/name".
 
     Raises:
         ValueError, HubError: It may not, and why.
     """
-    check_repo_id(repo_id)
     api = HfApi(token=token)
-    with _explaining(repo_id, ""):
+    if get_token() is None and not isinstance(token, str):
+        raise HubError(f"{name}: there is no token: log in with `hf auth login`, or set HF_TOKEN.")
+    with _explaining(name, ""):
         user = _again(api.whoami)
-        head = _head(api, repo_id, "model", None, private)
-    role = user.get("auth", {}).get("accessToken", {}).get("role")
-    if role == "read":
-        raise HubError(f"{repo_id}: this token of {user['name']} may read only. Make one that may write.")
+    repo_id = name if "/" in name else f"{user['name']}/{name}"
+    check_repo_id(repo_id)
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise HubError(f"{repo_id}: this token of {user['name']} may only read: make one that may write.")
     owners = [user["name"], *(org["name"] for org in user.get("orgs", []))]
-    owner = repo_id.split("/")[0]
-    if owner not in owners:
-        raise HubError(f"{repo_id}: {user['name']} may publish as {', '.join(owners)}, and not as {owner}.")
-    return f"{user['name']} publishes as {repo_id}, which {'will be made' if head is None else 'exists'}"
+    if repo_id.split("/")[0] not in owners:
+        raise HubError(f"{repo_id}: {user['name']} may publish as {', '.join(owners)} only.")
+    with _explaining(repo_id, ""):
+        _head(api, repo_id, "model", None, private)
+    return repo_id
 
 
 # Verify

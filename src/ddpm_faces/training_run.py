@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -23,6 +24,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm.auto import tqdm
 
+from . import __version__
 from . import checkpoint as checkpoints
 from .batches import FaceBatches
 from .config import TrainingConfig
@@ -49,6 +51,7 @@ MEANING = {
     "Optimisation": "holds from here on, so the run is no longer one that had it from the start",
     "Validation": "held-out losses or grids before and after may not compare",
     "Run": "nothing that is learned changes",
+    "Hub": "nothing that is learned changes",
 }
 
 
@@ -64,6 +67,7 @@ class RunState:
     validations_since_best: int = 0
     is_maintained: bool = True  # whether what is due after `images_seen` has been done
     unlogged_steps: list[dict] = field(default_factory=list)
+    seconds: float = 0.0  # that its processes have been at work, up to the last save
 
 
 @contextmanager
@@ -124,6 +128,7 @@ class TrainingRun:
         self.state = RunState()
         self.last_image = config.max_train_steps * config.train_batch_size
         self.preemption = Preemption(config.time_limit_minutes)
+        self._began = time.time()
         self._steps: list[dict] = []  # since the last exchange; tensors are still on the device
 
     # Start
@@ -557,7 +562,7 @@ class TrainingRun:
                     self.accelerator,
                     path,
                     {
-                        "run": asdict(self.state),
+                        "run": {**asdict(self.state), "seconds": self._seconds},
                         "config": asdict(self.config),
                         "fingerprint": self.data.fingerprint,
                         "layout": self._layout(),
@@ -573,6 +578,10 @@ class TrainingRun:
                     raise
                 logger.warning("%s. The run goes on, and tries again with the next checkpoint.", error)
         self.preemption.note_save(time.time() - began)
+
+    @property
+    def _seconds(self) -> float:
+        return self.state.seconds + time.time() - self._began
 
     def _check_finite(self) -> None:
         weights = list(self.accelerator.unwrap_model(self.unet).state_dict().values())
@@ -631,9 +640,54 @@ class TrainingRun:
             checkpoints.save_pipeline(DDPMFacesPipeline(unet, scheduler, weights=kind), self.output_dir)
             grid.save(self.output_dir / "samples.png")
             self._draw_loss_curve()
+            self._summarize(from_best)
             print(f"The pipeline is in {self.output_dir}, pictures from it in {self.output_dir / 'samples.png'}")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        if self.config.push_to_hub and self.accelerator.is_main_process:
+            self._publish()
+
+    def _publish(self) -> None:
+        """Put the finished pipeline on the Hub; what was trained stays whole if that fails."""
+        from .hub import HubError, push
+
+        config, repo_id = self.config, self.config.hub_model_id
+        try:
+            url = push(
+                self.output_dir,
+                repo_id,
+                private=config.hub_private_repo or None,
+                license=config.hub_license,
+                dataset_license=config.hub_dataset_license,
+            )
+        except (HubError, ValueError) as error:
+            command = f"ddpm-faces push {self.output_dir} {repo_id}"
+            print(f"{error}\nThe pipeline is whole. To publish it later: {command}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from error
+        print(f"Published: {url}")
+
+    def _summarize(self, from_best: bool) -> None:
+        """What the card says of the training, and a person may want to know years later."""
+        is_cuda = self.accelerator.device.type == "cuda"
+        threads = f"CPU ({torch.get_num_threads()} threads)"
+        summary = {
+            "data": self.data.description,
+            "fingerprint": self.data.fingerprint,
+            "images_seen": self.state.best_images_seen if from_best else self.state.images_seen,
+            "skipped_steps": self.state.skipped_steps,
+            "held_out_loss": self.state.best_loss if from_best else self._last_held_out_loss(),
+            "hours": self._seconds / 3600,
+            "processes": self.accelerator.num_processes,
+            "device": torch.cuda.get_device_name() if is_cuda else threads,
+            "precision": {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
+            "versions": f"ddpm-faces {__version__}, diffusers {diffusers.__version__}, torch {torch.__version__}",
+        }
+        with replacing(self.output_dir / "training_summary.json") as path:
+            path.write_text(json.dumps(summary, indent=2) + "\n")
+
+    def _last_held_out_loss(self) -> float | None:
+        losses = [entry["held_out_loss"] for entry in read_jsonl(self.log_path) if "held_out_loss" in entry]
+        return losses[-1] if losses else None
 
     def _draw_loss_curve(self) -> None:
         log = read_jsonl(self.log_path)
