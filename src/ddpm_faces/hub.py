@@ -200,7 +200,8 @@ def export(
         "caption": f"From noise to face, after the timesteps {', '.join(map(str, timesteps))}.",
     }
     values |= {"variants": list(variants), "loss_curve": (folder / "loss_curve.png").exists()}
-    datasets = [config["dataset_name"]] if config.get("dataset_name", "").count("/") == 1 else None
+    dataset = config.get("dataset_name") or ""
+    datasets = [dataset] if dataset.count("/") == 1 else None
     card = str(model_card(repo_id, values, metrics.get("metrics"), license, datasets))
     (folder / "README.md").write_text(card if old_card is None else merge_cards(old_card, card))
 
