@@ -70,9 +70,10 @@ def _read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # torch's own message would have the user read it unsafely.
         raise ValueError(
-            f"{path} cannot be read as tensors alone: {reason} Save `model.state_dict()`, and not the model."
+            f"{path} must be a file of torch.save(model.state_dict(), ...): it is none, or holds more than tensors, "
+            "which can run code and is not read."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         kind = type(state).__name__

@@ -1,0 +1,68 @@
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_faces.data import load_faces
+from ddpm_faces.prepare import prepare
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for kind in ("cats", "dogs"):
+        (tmp_path / "pictures" / kind).mkdir(parents=True)
+        for i in range(6):
+            image = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+            exif = Image.Exif()
+            exif[0x010F] = "A camera"
+            image.save(tmp_path / "pictures" / kind / f"{i}.jpg", exif=exif)
+    return tmp_path / "pictures"
+
+
+def test_what_load_dataset_and_training_read_back(pictures, tmp_path):
+    where = prepare(
+        str(pictures), tmp_path / "set", resolution=16, label_column="folder", num_test_images=2, license="mit",
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert where == str(tmp_path / "set")
+    expected = load_faces(
+        train_data_dir=str(pictures), resolution=16, label_column="folder", cache_dir=str(tmp_path / "cache")
+    )
+    loaded = datasets.load_dataset(where, cache_dir=str(tmp_path / "hf"))
+    assert {name: len(part) for name, part in loaded.items()} == {"train": 10, "test": 2}
+    assert loaded["train"].features["label"].names == ["cats", "dogs"]
+    streamed = list(datasets.load_dataset(where, split="train", streaming=True))
+    assert [row["label"] for row in streamed] == loaded["train"]["label"][:]
+    assert all(not row["image"].getexif() for row in streamed)
+    pixels = {np.asarray(row["image"]).tobytes() for part in loaded.values() for row in part}
+    assert pixels == {image.permute(1, 2, 0).numpy().tobytes() for image in expected.images}
+
+    faces = load_faces(where, resolution=16, label_column="label", split="test", cache_dir=str(tmp_path / "cache"))
+    assert len(faces) == 2
+    assert "license: mit" in (tmp_path / "set" / "README.md").read_text()
+    assert "A camera" not in "".join(p.read_bytes().decode("latin1") for p in (tmp_path / "set" / "data").iterdir())
+
+
+def test_many_pictures_make_many_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("ddpm_faces.prepare._MANY_IMAGES", 8)
+    (tmp_path / "p").mkdir()
+    for i in range(9):
+        Image.new("L", (8, 8), i).save(tmp_path / "p" / f"{i}.png")
+    prepare(str(tmp_path / "p"), tmp_path / "set", resolution=8, channels=1, cache_dir=str(tmp_path / "cache"))
+    assert len(list((tmp_path / "set" / "data").glob("train-*-of-00008.parquet"))) == 8
+    loaded = datasets.load_dataset(str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "hf"))
+    assert [row["image"].getpixel((0, 0)) for row in loaded] == list(range(9))
+
+
+def test_bad_input(pictures, tmp_path):
+    with pytest.raises(ValueError, match="either `output` or `push`"):
+        prepare(str(pictures))
+    with pytest.raises(ValueError, match="`num_test_images` must be from 0 to 11, got 12"):
+        prepare(str(pictures), tmp_path / "set", num_test_images=12, cache_dir=str(tmp_path / "cache"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="must be a new or an empty folder"):
+        prepare(str(pictures), tmp_path / "full", cache_dir=str(tmp_path / "cache"))
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    assert not (tmp_path / "set").exists()
