@@ -79,7 +79,7 @@ def test_quality(model, tmp_path):
     assert float(samples[5]) > 100
 
 
-PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {ROOT / "model_card.md"})  # a template, of other folders
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {ROOT / "model_card.md"})  # a template
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
