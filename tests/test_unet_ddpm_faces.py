@@ -316,7 +316,8 @@ def test_other_sizes(unet):
 @torch.no_grad()
 def test_save_and_load(unet, tmp_path):
     unet.save_pretrained(tmp_path)
-    assert {path.name for path in Path(tmp_path).iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    names = {"config.json", "diffusion_pytorch_model.safetensors", "unet_ddpm_faces.py"}
+    assert {path.name for path in Path(tmp_path).iterdir()} == names
     loaded = DDPMFacesUNet.from_pretrained(tmp_path)
     assert not loaded.training
     assert torch.equal(loaded(**make_inputs(unet)).sample, unet(**make_inputs(unet)).sample)
