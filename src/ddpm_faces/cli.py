@@ -18,7 +18,6 @@ Private = Annotated[
     bool | None, typer.Option("--private/--public", help="Of a new repository (default: as your account says).")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit (default: the main branch).")]
-Folder = Annotated[Path, typer.Argument(help="A folder.", exists=True, file_okay=False)]
 
 
 @app.command()
