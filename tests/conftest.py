@@ -5,6 +5,8 @@ import tempfile
 
 import pytest
 import torch
+from hub_client import HubClient
+from hub_server import HubServer
 
 
 # Caches of the tests are their own: they start empty, and leave nothing at home.
@@ -46,3 +48,33 @@ def pipeline() -> DDPMFacesPipeline:
     pipeline = DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=20))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+# The Hub: tests that use it are of one `xdist_group`, for they share these, and what was published there.
+
+
+@pytest.fixture(scope="session")
+def server():
+    with HubServer() as server:
+        yield server
+        assert server.violations == []
+
+
+@pytest.fixture(autouse=True)
+def healed(request):
+    yield
+    if "server" in request.fixturenames:
+        request.getfixturevalue("server").heal()
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    with HubClient(server) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def bare_client(server):
+    """Without this package."""
+    with HubClient(server, package=False) as client:
+        yield client

@@ -42,6 +42,7 @@ def picture(pipeline, steps=3):
     return pipeline(1, num_inference_steps=steps, generator=generator, output_type="pt").images.float()
 
 def run(case, home):
+    constants.HF_HOME = os.environ["HF_HOME"] = home  # for what is imported here, such as datasets
     constants.HF_HUB_CACHE = os.path.join(home, "hub")
     dynamic_modules.HF_MODULES_CACHE = os.path.join(home, "modules")
     constants.HF_TOKEN_PATH = os.path.join(home, "token")

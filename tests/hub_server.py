@@ -639,9 +639,14 @@ class _HubHandler(_Handler):
             raise HttpError(400, message=problem, errors=[{"message": problem}], warnings=[])
         self.send_json({"errors": [], "warnings": []})
 
+    @property
+    def is_proposal(self) -> bool:
+        """Whether it is for a pull request, which is open to all who may read."""
+        return self.query.get("create_pr") == ["1"] and self.writer() is not None
+
     @route("POST", API + f"/preupload/{REV}")
     def preupload(self, kind: str, repo: str, rev: str) -> None:
-        found, payload = self.find(kind, repo, write=True), self.json("files")
+        found, payload = self.find(kind, repo, write=not self.is_proposal), self.json("files")
         commit = self.find_commit(found, rev)
         answers = []
         for file in payload["files"]:
@@ -665,7 +670,8 @@ class _HubHandler(_Handler):
 
     @route("POST", FILES + r"\.git/info/lfs/objects/batch")
     def batch(self, repo: str, prefix: str = "") -> None:
-        self.find("datasets" if prefix else "models", repo, write=True)
+        self.find("datasets" if prefix else "models", repo)
+        self.writer()  # of a pull request, perhaps
         payload = self.json("operation", "objects", "hash_algo")
         if payload["operation"] != "upload" or payload["hash_algo"] != "sha256":
             raise self.violation("no upload by sha256")
@@ -684,7 +690,8 @@ class _HubHandler(_Handler):
 
     @route("POST", FILES + r"\.git/info/lfs/verify")
     def verify(self, repo: str, prefix: str = "") -> None:
-        self.find("datasets" if prefix else "models", repo, write=True)
+        self.find("datasets" if prefix else "models", repo)
+        self.writer()  # of a pull request, perhaps
         payload = self.json("oid", "size")
         if len(self.hub.objects.get(payload["oid"], b"")) != payload["size"]:
             raise HttpError(422, message="The object is not there, or of another size")
@@ -692,7 +699,7 @@ class _HubHandler(_Handler):
 
     @route("POST", API + f"/commit/{REV}")
     def commit(self, kind: str, repo: str, rev: str) -> None:
-        found = self.find(kind, repo, write=True)
+        found = self.find(kind, repo, write=not self.is_proposal)
         if "ndjson" not in self.headers.get("Content-Type", ""):
             raise self.violation("a commit that is no newline-delimited JSON")
         try:
@@ -706,7 +713,11 @@ class _HubHandler(_Handler):
         with self.hub.lock:
             if rev not in found.branches:
                 raise HttpError(404, "RevisionNotFound", f"Invalid rev id: {rev}")
-            head, parent = found.branches[rev], header["value"].get("parentCommit")
+            branch, head, parent = rev, found.branches[rev], header["value"].get("parentCommit")
+            number = 1 + sum(name.startswith("refs/pr/") for name in found.branches)
+            if self.is_proposal:
+                branch, head = f"refs/pr/{number}", parent or head
+                found.branches[branch] = head
             if parent is not None and parent != head:
                 raise HttpError(412, message="A commit has happened since. Please refresh and try again.")
             files = dict(found.commits[head].files)
@@ -714,9 +725,15 @@ class _HubHandler(_Handler):
                 self.apply(operation, files)
             if "README.md" in files and (problem := card_problem(files["README.md"].content)):
                 raise HttpError(400, message=problem)
-            commit = found.add(rev, files, header["value"]["summary"])
-        url = f"{self.hub.endpoint}/{'datasets/' if kind == 'datasets' else ''}{repo}/commit/{commit.oid}"
-        self.send_json({"success": True, "commitOid": commit.oid, "commitUrl": url, "hookOutput": ""})
+            commit = found.add(branch, files, header["value"]["summary"])
+        page = f"{self.hub.endpoint}/{'datasets/' if kind == 'datasets' else ''}{repo}"
+        answer = {
+            "success": True,
+            "commitOid": commit.oid,
+            "commitUrl": f"{page}/commit/{commit.oid}",
+            "hookOutput": "",
+        }
+        self.send_json(answer | ({"pullRequestUrl": f"{page}/discussions/{number}"} if self.is_proposal else {}))
 
     def apply(self, operation: dict, files: dict[str, Blob]) -> None:
         kind, value = operation.get("key"), operation.get("value", {})

@@ -238,6 +238,7 @@ def test_half_life_of_the_average(batch_size):
         ("streaming: true\ndataset_name: a\nmax_train_samples: 9", "`max_train_samples` is not for `streaming`"),
         ("validation_split: test", "`validation_split` 'test' needs a data set"),
         ("num_class_embeds: 3", "needs a `label_column`"),
+        ("push_to_hub: true\nhub_license: Apache 2", "`hub_license` must be an identifier of the Hub"),
         ("early_stopping_patience: 2\nnum_validation_images: 0", "`early_stopping_patience` needs"),
         ("crop: left", "argument --crop.*: invalid choice: 'left'"),
         ("adam_beta2: 1.0", r"`adam_beta2` must lie in \[0, 1\)"),

@@ -13,8 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_unet
-from hub_client import HubClient
-from hub_server import OWNER_TOKEN, READER_TOKEN, STRANGER_TOKEN, HubServer
+from hub_server import OWNER_TOKEN, READER_TOKEN, STRANGER_TOKEN
 from PIL import Image
 from safetensors.torch import load, load_file
 
@@ -23,33 +22,6 @@ from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, hub
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("hub")  # they share a server, and what was published there
-
-
-@pytest.fixture(scope="session")
-def server():
-    with HubServer() as server:
-        yield server
-        assert server.violations == []
-
-
-@pytest.fixture(autouse=True)
-def healed(request):
-    yield
-    if "server" in request.fixturenames:
-        request.getfixturevalue("server").heal()
-
-
-@pytest.fixture(scope="session")
-def client(server):
-    with HubClient(server) as client:
-        yield client
-
-
-@pytest.fixture(scope="session")
-def bare_client(server):
-    """Without this package."""
-    with HubClient(server, package=False) as client:
-        yield client
 
 
 @pytest.fixture(scope="session")
@@ -424,6 +396,61 @@ def test_answer_lost(server, publish, exported):
     assert outcome.error is None, outcome.output
     assert outcome.value.endswith(server.repos["models", "owner/lost"].branches["main"])
     assert is_whole(server, "owner/lost", exported)
+
+
+def test_answer_lost_and_then_the_hub(server, publish, exported):
+    """Nobody can know; so nobody says that nothing was published."""
+    server.fail(STEPS["commit"].format(name="unsure"), lose_answer=True, times=1)
+    server.fail(STEPS["commit"].format(name="unsure"), cut="reset")
+    server.fail(r"GET /api/models/owner/unsure/tree/main", cut="reset")
+    outcome = publish("owner/unsure")
+    url = f"{server.endpoint}/owner/unsure"
+    assert outcome.error.endswith(f"Whether it is published is not known: look at {url}, or run this again.")
+    assert is_whole(server, "owner/unsure", exported)
+    server.heal()
+    assert publish("owner/unsure").error is None
+    assert is_whole(server, "owner/unsure", exported)
+
+
+PROPOSE = PUBLISH.replace("private=private", "create_pr=True").replace("result =", "info =")
+PROPOSE = PROPOSE.replace("ok=True)\n", "ok=True)\n    (folder / 'metrics.json').write_text(proposal)\n")
+PROPOSE += "result = [info.pr_url, info.pr_revision]\n"
+
+
+def test_pull_request(server, published, publish, client):
+    """By somebody who may read only; what is published stays as it is until the owner takes it."""
+    repo = server.repos["models", "owner/faces"]
+    before = dict(repo.branches)
+    outcome = publish("owner/faces", STRANGER_TOKEN, PROPOSE, proposal="{}")
+    assert outcome.error is None, outcome.output
+    assert outcome.value == [f"{server.endpoint}/owner/faces/discussions/1", "refs/pr/1"]
+    assert repo.branches == before | {"refs/pr/1": repo.branches["refs/pr/1"]}
+    code = "picture(DDPMFacesPipeline.from_pretrained('owner/faces', revision='refs/pr/1'))"
+    loaded = client.run(code)
+    assert loaded.error is None, loaded.output
+
+
+def test_pull_request_is_not_opened_twice(server, published, publish):
+    repo = server.repos["models", "owner/faces"]
+    before = len(repo.branches)
+    server.fail(STEPS["commit"].format(name="faces"), lose_answer=True, times=1)
+    outcome = publish("owner/faces", STRANGER_TOKEN, PROPOSE, proposal="[]")
+    url = f"{server.endpoint}/owner/faces/discussions"
+    assert outcome.error.endswith(f"Look at {url}, whether the pull request is there.")
+    assert len(repo.branches) == before + 1
+
+
+def test_branch(server, publish, exported):
+    """To an existing one; the main one stays as it is."""
+    server.put("models", "owner/branched", {"a.txt": b"a"})
+    code = "HfApi().create_branch(repo_id, branch='next')\n" + PUBLISH.replace("private=private", "revision='next'")
+    outcome = publish("owner/branched", code=code)
+    assert outcome.error is None, outcome.output
+    repo = server.repos["models", "owner/branched"]
+    assert set(repo.files) == {"a.txt"}
+    assert "model_index.json" in repo.commits[repo.branches["next"]].files
+    outcome = publish("owner/branched", code=PUBLISH.replace("private=private", "revision='none'"))
+    assert outcome.error == "`revision` 'none' must be a branch of owner/branched."
 
 
 def test_too_many_requests(server, publish, exported):

@@ -641,7 +641,7 @@ def test_finished_run_is_published(hub, tmp_path):
     hub.fail("POST /api/models/owner/my-faces/commit/", status=403)
     output = fail(run, **settings)
     assert "owner/my-faces: this token may not do that there" in output
-    assert f"To publish it later: ddpm-faces push {run} owner/my-faces" in output
+    assert f"To publish it later: ddpm-faces push {run} owner/my-faces --private --license apache-2.0\n" in output
     assert checkpoint_names(run)[-1] == 96
     hub.heal()
     assert f"Published: {hub.endpoint}/owner/my-faces/commit/" in succeed(run, **settings)

@@ -14,6 +14,23 @@ GENERATED_KEYS = ("library_name", "pipeline_tag", "model-index", "configs", "siz
 TAGS = ["ddpm", "faces", "diffusers", "unconditional-image-generation"]
 
 
+def check_license(name: str, license: str | None) -> None:
+    """Refuse what the Hub takes for no licence, before any work is done.
+
+    Args:
+        name (`str`): Of the argument.
+        license (`str`, *optional*): Identifier of the Hub: https://hf.co/docs/hub/repositories-licenses.
+
+    Raises:
+        ValueError: It cannot be an identifier.
+    """
+    if license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
+        raise ValueError(
+            f"`{name}` must be an identifier of the Hub such as 'apache-2.0', 'cc-by-nc-sa-4.0' or 'other', got "
+            f"{license!r}."
+        )
+
+
 def template_path() -> Path:
     """`model_card.md`: in the package where that is installed, at the top of the repository otherwise."""
     package = Path(__file__).parent

@@ -37,7 +37,7 @@ def push(
     """Publish a pipeline on the Hub, with its card, after checking it."""
     from .hub import push
 
-    url = push(
+    commit = push(
         folder,
         repo_id,
         commit_message=message,
@@ -48,7 +48,7 @@ def push(
         license=license,
         dataset_license=dataset_license,
     )
-    typer.echo(f"Published: {url}")
+    typer.echo(f"Proposed: {commit.pr_url}" if commit.pr_url else f"Published: {commit}")
 
 
 @app.command()

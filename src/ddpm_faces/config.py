@@ -13,6 +13,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
+from .card import check_license
+
 
 # The groups of `--help`, in its order, and what stands under their names there.
 GROUPS = {
@@ -259,6 +261,7 @@ class TrainingConfig:
         for name in ("hub_model_id", "hub_private_repo", "hub_license", "hub_dataset_license"):
             if getattr(self, name) and not self.push_to_hub:
                 raise ValueError(f"`{name}` needs `push_to_hub`.")
+        check_license("hub_license", self.hub_license)
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             raise ValueError(f"`output_dir` must be a folder, or the name of a new one, got {self.output_dir!r}.")
 

@@ -27,7 +27,7 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
-from .card import merge_cards, model_card
+from .card import check_license, merge_cards, model_card
 from .pipeline_ddpm_faces import DDPMFacesPipeline
 from .plots import image_grid
 from .solvers import fast_solver
@@ -117,6 +117,7 @@ def push(
         ValueError: What cannot be published, before anything is sent.
         HubError: The Hub could not be reached, or said no. Nothing was published, unless the message says so.
     """
+    check_license("license", license)
 
     def write(folder: Path, old_card: str | None) -> None:
         export(source, folder, repo_id, variants, license, dataset_license, old_card)
@@ -251,6 +252,8 @@ def publish(
         ValueError, HubError: As those of [`push`].
     """
     check_repo_id(repo_id)
+    if create_pr and revision is not None:
+        raise ValueError(f"`revision` must be None with `create_pr`, which proposes to the main branch: {revision!r}.")
     api = HfApi(token=token)
     with _explaining(repo_id, "Nothing was published."):
         head = _head(api, repo_id, repo_type, revision, private)
@@ -299,11 +302,16 @@ def _send(
             create_pr=create_pr,
         )
 
-    def is_there() -> bool:
-        """Whether the commit has come although its answer has not."""
-        result = api.verify_repo_checksums(repo_id, repo_type=repo_type, revision=revision, local_dir=folder)
+    def is_there() -> bool | None:
+        """Whether the commit has come although its answer has not; `None` where the Hub does not say."""
+        where = {"repo_type": repo_type, "revision": revision, "local_dir": folder}
+        try:
+            result = _again(lambda: api.verify_repo_checksums(repo_id, **where))
+        except Exception:
+            return None
         return not result.mismatches and not result.extra_paths
 
+    url = f"{api.endpoint}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
     with _explaining(repo_id, "Nothing was published."):
         # Large files first; these requests the client makes again by itself.
         additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
@@ -311,17 +319,25 @@ def _send(
             repo_id, additions, repo_type=repo_type, revision=revision, create_pr=create_pr, free_memory=False
         )
         try:
-            return _again(commit)
+            # A second commit on `head` is refused where the first has come; a second pull request is not.
+            return commit() if create_pr else _again(commit)
         except Exception as error:
-            is_unsure = _is_transient(error) or _status(error) == 412
-            with contextlib.suppress(Exception):
-                if is_unsure and not create_pr and is_there():
-                    info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
-                    url = f"{api.endpoint}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}/commit/{info.sha}"
-                    return CommitInfo(
-                        commit_url=url, commit_message=commit_message, commit_description="", oid=info.sha
-                    )
-            raise
+            status = _status(error)
+            if create_pr and _is_transient(error) and status is None:
+                outcome = f"Look at {url}/discussions, whether the pull request is there."
+                raise _explanation(repo_id, error, outcome) from error
+            if create_pr or not (_is_transient(error) or status == 412):
+                raise
+            there = is_there()
+            if there is None and status != 412:
+                outcome = f"Whether it is published is not known: look at {url}, or run this again."
+                raise _explanation(repo_id, error, outcome) from error
+            if not there:
+                raise
+    info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+    return CommitInfo(
+        commit_url=f"{url}/commit/{info.sha}", commit_message=commit_message, commit_description="", oid=info.sha
+    )
 
 
 def check_permission(name: str, private: bool | None = None, token: str | bool | None = None) -> str:
@@ -481,23 +497,31 @@ def _explaining(repo_id: str, outcome: str) -> Iterator[None]:
     except (ValueError, HubError):
         raise
     except Exception as error:
-        cause, status = error, _status(error)
-        while status is None and cause.__cause__ is not None:
-            cause = cause.__cause__
-            status = _status(cause)
-        if status is None and not isinstance(error, (OSError, RuntimeError)) and not _is_transient(error):
+        explanation = _explanation(repo_id, error, outcome)
+        if explanation is None:
             raise
-        reasons = {
-            401: "there is no valid token: log in with `hf auth login`, or set HF_TOKEN",
-            403: "this token may not do that there: make one that may, or take a name of your own",
-            404: "it was not found, or is not yours to see: is the name right, and the token its owner's?",
-            409: "it is being changed by somebody else: run this again",
-            412: "it was changed by somebody else meanwhile: look at their change, and run this again",
-            429: "the Hub asks for fewer requests: run this again later",
-        }
-        reason = reasons.get(status) or _reason(error)
-        code = "" if status is None else f" [HTTP {status}]"
-        raise HubError(f"{repo_id}: {reason}{code}. {outcome}".strip()) from error
+        raise explanation from error
+
+
+def _explanation(repo_id: str, error: Exception, outcome: str) -> HubError | None:
+    """`None` where it is no error of the Hub."""
+    cause, status = error, _status(error)
+    while status is None and cause.__cause__ is not None:
+        cause = cause.__cause__
+        status = _status(cause)
+    if status is None and not isinstance(error, (OSError, RuntimeError)) and not _is_transient(error):
+        return None
+    reasons = {
+        401: "there is no valid token: log in with `hf auth login`, or set HF_TOKEN",
+        403: "this token may not do that there: make one that may, or take a name of your own",
+        404: "it was not found, or is not yours to see: is the name right, and the token its owner's?",
+        409: "it is being changed by somebody else: run this again",
+        412: "it was changed by somebody else meanwhile: look at their change, and run this again",
+        429: "the Hub asks for fewer requests: run this again later",
+    }
+    reason = reasons.get(status) or _reason(error)
+    code = "" if status is None else f" [HTTP {status}]"
+    return HubError(f"{repo_id}: {reason}{code}. {outcome}".strip())
 
 
 def _reason(error: BaseException) -> str:
@@ -640,7 +664,7 @@ def _card_values(
         ),
         "call": "class_labels=[0], " if classes else "",
         "solver_arguments": betas,
-        "training": [(name, value) for name, value in training.items() if value not in (None, {}, "")],
+        "training": [(name, _cell(value)) for name, value in training.items() if value not in (None, {}, "")],
         "has_config": bool(config),
         "metrics": [_metric_row(metric) for metric in entries],
         "memorisation": metrics.get("memorisation", {}).get("verdict", "Not measured. Assume that they can be."),
@@ -651,7 +675,13 @@ def _metric_row(metric: dict[str, Any]) -> dict[str, str]:
     error = f" ± {metric['error']:.3g}" if metric.get("error") is not None else ""
     shown = {k: v for k, v in metric.items() if k not in ("name", "type", "value", "error")}
     provenance = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
-    return {"name": metric["name"], "text": f"{metric['value']:.4g}{error}", "provenance": provenance}
+    name, provenance = _cell(metric["name"]), _cell(provenance)
+    return {"name": name, "text": f"{metric['value']:.4g}{error}", "provenance": provenance}
+
+
+def _cell(value: Any) -> str:
+    """In a table of Markdown."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _thousands(number: int | None) -> str | None:

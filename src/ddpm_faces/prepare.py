@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
 
-from .card import merge_cards
+from .card import check_license, merge_cards
 from .data import FaceDataset, hold_out, load_faces, resolve_source
 from .files import new_folder
 from .hub import check_repo_id, publish
@@ -103,6 +103,7 @@ def prepare(
     """
     if (output is None) == (push is None):
         raise ValueError("Give either `output` or `push`, for the data set to go somewhere.")
+    check_license("license", license)
     if push is not None:
         check_repo_id(push)
     name, folder = resolve_source(source, None)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -649,7 +650,7 @@ class TrainingRun:
 
     def _publish(self) -> None:
         """Put the finished pipeline on the Hub; what was trained stays whole if that fails."""
-        from .hub import HubError, push
+        from .hub import push
 
         config, repo_id = self.config, self.config.hub_model_id
         try:
@@ -660,9 +661,16 @@ class TrainingRun:
                 license=config.hub_license,
                 dataset_license=config.hub_dataset_license,
             )
-        except (HubError, ValueError) as error:
-            command = f"ddpm-faces push {self.output_dir} {repo_id}"
-            print(f"{error}\nThe pipeline is whole. To publish it later: {command}", file=sys.stderr, flush=True)
+        except (OSError, ValueError) as error:
+            command = ["ddpm-faces", "push", str(self.output_dir), repo_id]
+            command += ["--private"] if config.hub_private_repo else []
+            command += ["--license", config.hub_license] if config.hub_license else []
+            command += ["--dataset-license", config.hub_dataset_license] if config.hub_dataset_license else []
+            print(
+                f"{error}\nThe pipeline is whole. To publish it later: {shlex.join(command)}",
+                file=sys.stderr,
+                flush=True,
+            )
             raise SystemExit(1) from error
         print(f"Published: {url}")
 
