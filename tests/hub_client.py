@@ -58,7 +58,8 @@ def run(case, home):
         exec(case["code"], names)
         answer["value"] = names.get("result")
     except BaseException as error:
-        traceback.print_exc()
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
         answer |= {"error": str(error), "kind": type(error).__name__}
     return answer | {"waited": [seconds for seconds in waited if seconds >= 0.5]}
 

@@ -700,6 +700,7 @@ def strange(server, client, exported):
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "`num_train_timesteps` must be at most"),
         ("model_index.json", {"_format_version": 2}, "saved in format 2, by a later version of ddpm-faces"),
         ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, "of another kind of pipeline: it has vae"),
+        ("model_index.json", b'{"_class_name": "DDPMPipeline"}', "of another kind of pipeline: it has no unet"),
         ("model_index.json", {"unet": ["../../evil", "DDPMFacesUNet"]}, "`unet` must name a library and a class"),
         ("model_index.json", {"unet": ["os", "system"]}, "os"),
         ("model_index.json", b"[]", "must hold a JSON object"),

@@ -398,10 +398,11 @@ def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
         )
     allowed = {*inspect.signature(cls.__init__).parameters, "auto_map"} - {"self"}
     unknown = sorted(k for k in index if k not in allowed and not k.startswith("_"))
-    if unknown:
+    missing = [name for name in ("unet", "scheduler") if name not in index]
+    if unknown or missing:
         raise ValueError(
-            f"{json_file} is of another kind of pipeline: it has {', '.join(unknown)}; a DDPMFacesPipeline has "
-            f"{', '.join(sorted(allowed - {'auto_map'}))}."
+            f"{json_file} is of another kind of pipeline: it has {', '.join(unknown) or f'no {missing[0]}'}; a "
+            f"DDPMFacesPipeline has {', '.join(sorted(allowed - {'auto_map'}))}."
         )
     for name, value in _parts(index).items():
         if not all(part is None or (isinstance(part, str) and _is_dotted_name(part)) for part in value):

@@ -1,0 +1,166 @@
+"""The command, as a user types it: what it prints, what it leaves, and how it ends."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hub_server import OWNER_TOKEN, READER_TOKEN
+from PIL import Image
+from test_convert import ArticleUNet
+
+from ddpm_faces import DDPMFacesPipeline
+
+
+pytestmark = pytest.mark.xdist_group("hub")
+
+COMMAND = """
+import sys
+from ddpm_faces import cli
+sys.argv = ["ddpm-faces", *map(str, arguments)]
+cli.main()
+"""
+
+
+@pytest.fixture
+def command(client):
+    """Run it in a process that has imported what it takes; returns (code, text)."""
+
+    def command(*arguments, token=OWNER_TOKEN, home=None):
+        outcome = client.run(COMMAND, token, home, arguments=list(map(str, arguments)))
+        assert outcome.kind == "SystemExit", outcome.output
+        is_code = outcome.error.isdigit()
+        # What is not a number, the interpreter prints before it ends with 1.
+        return (int(outcome.error), outcome.output) if is_code else (1, outcome.error)
+
+    return command
+
+
+@pytest.fixture
+def model(pipeline, tmp_path) -> Path:
+    pipeline.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_installed_command():
+    executable = Path(sys.executable).with_name("ddpm-faces")
+    environment = {**os.environ, "COLUMNS": "200"}
+    result = subprocess.run([executable, "--help"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0
+    for name in ("push", "verify", "prepare", "convert", "accelerate launch training/train.py"):
+        assert name in result.stdout
+    result = subprocess.run([executable, "convert", "none.pt", "out"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "error: The checkpoint must be a file, got 'none.pt'.\n"
+
+
+def test_push_and_verify(server, client, command, model):
+    code, text = command("push", model, "owner/typed", "--private", "--license", "mit", "--variants", "bf16")
+    repo = server.repos["models", "owner/typed"]
+    assert code == 0
+    assert f"Published: {server.endpoint}/owner/typed/commit/{repo.branches['main']}\n" in text
+    assert repo.private
+    assert "license: mit" in repo.files["README.md"].decode()
+    weights = {name for name in repo.files if name.endswith(".safetensors")}
+    assert weights == {f"unet/diffusion_pytorch_model{name}.safetensors" for name in ("", ".bf16")}
+
+    home = client.new_home()
+    code, text = command("verify", "owner/typed", home=home)
+    assert code == 1
+    assert text.startswith("error: owner/typed cannot be verified")
+    client.run("DDPMFacesPipeline.from_pretrained('owner/typed')", OWNER_TOKEN, home)
+    assert command("verify", "owner/typed", home=home) == (
+        0,
+        "All files of owner/typed in the cache are what was published.\n",
+    )
+    name = "unet/diffusion_pytorch_model.safetensors"
+    (snapshot,) = home.glob(f"hub/models--owner--typed/snapshots/*/{name}")
+    blob = snapshot.resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"\0")
+    code, text = command("verify", "owner/typed", home=home)
+    assert code == 1
+    assert f"Not what was published: {name}" in text
+    assert "the same command with --repair" in text
+    assert command("verify", "owner/typed", "--repair", home=home)[0] == 0
+
+
+def test_push_proposes(server, command, model):
+    server.put("models", "stranger/theirs", {"README.md": b"Theirs"})
+    code, text = command("push", model, "stranger/theirs", "--create-pr", "--message", "Faces for you")
+    assert code == 0
+    assert f"Proposed: {server.endpoint}/stranger/theirs/discussions/1\n" in text
+    repo = server.repos["models", "stranger/theirs"]
+    assert repo.commits[repo.branches["refs/pr/1"]].title == "Faces for you"
+
+
+def test_prepare(server, client, command, tmp_path):
+    (tmp_path / "people").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((20, 30, 3), i, np.uint8)).save(tmp_path / "people" / f"{i}.png")
+    code, text = command("prepare", tmp_path / "people", "--output", tmp_path / "set", "--resolution", 8)
+    assert code == 0
+    assert text.endswith(f"The data set is at {tmp_path / 'set'}\n")
+    code, text = command("prepare", tmp_path / "set", "--push", "owner/typed-faces", "--resolution", 8, "--public")
+    assert code == 0
+    assert f"The data set is at {server.endpoint}/datasets/owner/typed-faces/commit/" in text
+    assert not server.repos["datasets", "owner/typed-faces"].private
+    code = "import datasets\nresult = len(datasets.load_dataset('owner/typed-faces', split='train'))"
+    home = client.new_home()
+    assert client.run(code, home=home).value == 3
+    assert command("verify", "owner/typed-faces", "--dataset", home=home)[0] == 0
+
+
+def test_convert(command, tmp_path):
+    network = ArticleUNet().eval()
+    torch.save(network.state_dict(), tmp_path / "article.pt")
+    code, text = command("convert", tmp_path / "article.pt", tmp_path / "out", "--sample-size", 32)
+    assert (code, text.splitlines()[-1]) == (
+        0,
+        f"The pipeline is in {tmp_path / 'out'}; its outputs are those of the checkpoint.",
+    )
+    pipeline = DDPMFacesPipeline.from_pretrained(tmp_path / "out")
+    x, t = torch.randn(1, 3, 32, 32), torch.tensor([100])
+    with torch.no_grad():
+        torch.testing.assert_close(pipeline.unet(x, t).sample, network(x, t), atol=1e-5, rtol=1e-4)
+
+
+def test_mistakes_are_told_in_one_line(server, command, model, tmp_path):
+    before = {key: dict(repo.branches) for key, repo in server.repos.items()}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    cases = [
+        (("push", tmp_path / "empty", "owner/x"), "it has no model_index.json"),
+        (("push", tmp_path / "bad", "owner/x"), "of another kind of pipeline: it has no unet"),
+        (("push", model, "x"), "`repo_id` must be a user or an organization and a name"),
+        (("push", model, "owner/x", "--license", "My Own"), "`license` must be an identifier of the Hub"),
+        (("push", model, "owner/x", "--variants", "int8"), "`variants` must be of bf16, fp16, got int8"),
+        (("push", model, "stranger/x"), "this token may not do that there"),
+        (("push", model, "owner/x", "--revision", "next"), "there is no owner/x yet"),
+        (("verify", "owner/none"), "cannot be verified"),
+        (("prepare", tmp_path / "none"), "`output` or `push`"),
+        (("prepare", tmp_path / "none", "--output", tmp_path / "set"), "none"),
+        (("prepare", tmp_path / "empty", "--output", tmp_path / "set"), "empty"),
+        (("prepare", "owner/none", "--output", tmp_path / "set"), "owner/none"),
+        (("convert", tmp_path / "text.pt", tmp_path / "out"), "must be a file of torch.save"),
+        (("convert", tmp_path / "text.pt", model), "must be a file of torch.save"),
+    ]
+    for arguments, says in cases:
+        code, text = command(*arguments)
+        assert code == 1
+        assert text.startswith("error: "), text
+        assert says in text, text
+        assert len(text.splitlines()) <= 3, text
+        assert OWNER_TOKEN not in text
+    code, text = command("push", model, "owner/x", token=READER_TOKEN)
+    assert (code, READER_TOKEN in text) == (1, False)
+    assert {key: dict(repo.branches) for key, repo in server.repos.items()} == before
+    assert not (tmp_path / "set").exists()
+    assert not (tmp_path / "out").exists()
+    for arguments in (("push", tmp_path / "none", "owner/x"), ("push", model), ("fly",)):
+        assert command(*arguments)[0] == 2
