@@ -1,4 +1,3 @@
-import atexit
 import os
 import shutil
 import tempfile
@@ -11,13 +10,16 @@ from hub_server import HubServer
 
 # Caches of the tests are their own: they start empty, and leave nothing at home.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="ddpm-faces-tests-")
-atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet  # noqa: E402
 
 
 # The networks here are so small that threads cost more than they give, above all on a busy machine.
 torch.set_num_threads(1)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +60,7 @@ def server():
     with HubServer() as server:
         yield server
         assert server.violations == []
+        server.check_secrets()
 
 
 @pytest.fixture(autouse=True)

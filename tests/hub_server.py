@@ -215,6 +215,18 @@ class HubServer:
             repo.add("main", {**(repo.commits[head].files if head else {}), **blobs}, "Put")
             return repo
 
+    def check_secrets(self) -> None:
+        """No token in whatever was published, nor in what was asked for."""
+        published = [
+            (repo.id, path, blob.content)
+            for repo in self.repos.values()
+            for commit in repo.commits.values()
+            for path, blob in commit.files.items()
+        ]
+        asked_for = [(request.method, request.path, request.path.encode()) for request in self.requests]
+        for *where, content in published + asked_for:
+            assert not any(token.encode() in content for token in self.users), where
+
     def _fault_for(self, method: str, path: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:

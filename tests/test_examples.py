@@ -86,3 +86,14 @@ PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {ROOT / "model_ca
 def test_links_lead_somewhere(path):
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", path.read_text()) if "://" not in link]
     assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_tests_that_are_named_exist(path):
+    existing = {
+        name for file in (ROOT / "tests").glob("*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    assert (
+        set(re.findall(r"`(test_\w+?)`", path.read_text())) - {file.stem for file in (ROOT / "tests").glob("*.py")}
+        <= existing
+    )

@@ -648,7 +648,7 @@ def test_finished_run_is_published(hub, tmp_path):
     repo = hub.repos["models", "owner/my-faces"]
     assert repo.private
     card = repo.files["README.md"].decode()
-    for text in ("license: apache-2.0", "| images seen | 96 |", "40 pictures (4 more held out)", "1 x CPU", "fp32"):
+    for text in ("license: apache-2.0", "| images seen | 96 |", "40 drawn faces (4 more held out)", "1 x CPU", "fp32"):
         assert text in card, text
     assert "loss_curve.png" in repo.files
     everything = b"".join(repo.files.values()) + (run / "training_config.yaml").read_bytes()

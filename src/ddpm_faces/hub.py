@@ -639,15 +639,17 @@ def _card_values(
     parameters = sum(parameter.numel() for parameter in pipeline.unet.parameters())
     classes = unet.get("num_class_embeds")
     kind = {"ema": ", averaged weights (EMA)", "raw": ", the last weights"}.get(pipeline.config.get("weights"), "")
+    source = config.get("dataset_name") or config.get("train_data_dir")
+    is_drawn = bool(config) and source is None
     training = {
-        "pictures": summary.get("data") or config.get("dataset_name") or config.get("train_data_dir"),
-        "their licence": dataset_license or ("not stated" if config else None),
+        "pictures": ": ".join(filter(None, (source, summary.get("data")))),
+        "their licence": dataset_license or ("not stated" if config and not is_drawn else None),
         "images seen": _thousands(summary.get("images_seen")),
-        "time": summary and f"{summary['hours']:.1f} h on {summary['processes']} x {summary['device']}",
+        "time": summary and f"{_duration(summary['hours'])} on {summary['processes']} x {summary['device']}",
         "precision": summary.get("precision"),
-        "images per step": config.get("train_batch_size"),
+        "batch size": config.get("train_batch_size"),
         "learning rate": config.get("learning_rate"),
-        "held-out loss": summary.get("held_out_loss"),
+        "held-out loss": summary.get("held_out_loss") and f"{summary['held_out_loss']:.4g}",
         "network": f"{type(pipeline.unet).__name__}, {parameters / 1e6:.1f} M parameters{kind}",
         "noise schedule": f"{scheduler.beta_schedule}, T = {scheduler.num_train_timesteps}",
         "predicts": scheduler.prediction_type,
@@ -682,6 +684,10 @@ def _metric_row(metric: dict[str, Any]) -> dict[str, str]:
 def _cell(value: Any) -> str:
     """In a table of Markdown."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
 
 
 def _thousands(number: int | None) -> str | None:

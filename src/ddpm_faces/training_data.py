@@ -130,6 +130,7 @@ def _decoded(
         if num_classes is not None and num_classes < num_labels:
             raise ValueError(f"`num_class_embeds` is {num_classes}, but there are {num_labels} classes.")
         num_classes = num_classes or num_labels
-    description = f"{len(dataset)} pictures ({len(held_out or [])} more held out)"
+    kind = "drawn faces" if is_drawn else "pictures"
+    description = f"{len(dataset)} {kind} ({len(held_out or [])} more held out)"
     statistics = dataset.channel_statistics()
     return TrainingData(batches, share, held_out, dataset.fingerprint, statistics, num_classes, description)
