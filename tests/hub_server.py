@@ -474,6 +474,11 @@ class _HubHandler(_Handler):
             }
         )
 
+    @route("GET", API + "/auth-check(?P<write>/write)?")
+    def auth_check(self, kind: str, repo: str, write: str | None = None) -> None:
+        self.check_gate(self.find(kind, repo, write=write is not None))
+        self.send_json({})
+
     @route("POST", "/api/repos/create")
     def create(self) -> None:
         user, payload = self.writer(), self.json("name")

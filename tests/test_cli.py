@@ -140,7 +140,7 @@ def test_mistakes_are_told_in_one_line(server, command, model, tmp_path):
         (("push", model, "x"), "`repo_id` must be a user or an organization and a name"),
         (("push", model, "owner/x", "--license", "My Own"), "`license` must be an identifier of the Hub"),
         (("push", model, "owner/x", "--variants", "int8"), "`variants` must be of bf16, fp16, got int8"),
-        (("push", model, "stranger/x"), "this token may not do that there"),
+        (("push", model, "stranger/x"), "owner may publish as owner only"),
         (("push", model, "owner/x", "--revision", "next"), "there is no owner/x yet"),
         (("verify", "owner/none"), "cannot be verified"),
         (("prepare", tmp_path / "none"), "`output` or `push`"),

@@ -329,6 +329,7 @@ def is_whole(server, repo_id: str, exported: Path) -> bool:
 
 
 STEPS = {
+    "whoami": r"GET /api/whoami-v2",
     "look": r"GET /api/models/owner/{name}$",
     "create": r"POST /api/repos/create",
     "list": r"GET /api/models/owner/{name}/tree/",
@@ -466,23 +467,35 @@ def test_too_many_requests(server, publish, exported):
 @pytest.mark.parametrize(
     ("token", "repo_id", "says"),
     [
-        ("hf_wrongWrongWrongWrongWrongWrongWron", "owner/denied", r"no valid token.*\[HTTP 401\]"),
-        (None, "owner/denied", r"no valid token.*\[HTTP 401\]"),
-        (READER_TOKEN, "owner/denied", r"may not do that there.*\[HTTP 403\]"),
-        (READER_TOKEN, "owner/faces", r"may not do that there.*\[HTTP 403\]"),
-        (STRANGER_TOKEN, "owner/denied", r"may not do that there.*\[HTTP 403\]"),
-        (STRANGER_TOKEN, "owner/faces", r"may not do that there.*\[HTTP 403\]"),
+        ("hf_wrongWrongWrongWrongWrongWrongWron", "owner/denied", "there is no valid token: .+ [HTTP 401]. Nothing was published."),
+        (None, "owner/denied", "there is no token: log in with `hf auth login`, or set HF_TOKEN."),
+        (READER_TOKEN, "owner/denied", "this token of owner may only read: make one that may write."),
+        (READER_TOKEN, "owner/faces", "this token of owner may only read: make one that may write."),
+        (STRANGER_TOKEN, "owner/denied", "stranger may publish as stranger only."),
+        (STRANGER_TOKEN, "owner/faces", "this token may not do that there: .+ [HTTP 403]. Nothing was published."),
     ],
 )
 def test_not_allowed(server, published, publish, token, repo_id, says):
+    """Which is found before the work is done."""
     before = server.repos["models", "owner/faces"].branches["main"]
-    outcome = publish(repo_id, token)
+    code = PUBLISH.replace("    shutil.copytree", "    print('the work')\n    shutil.copytree")
+    outcome = publish(repo_id, token, code)
     assert outcome.kind == "HubError"
-    assert re.search(says, outcome.error), outcome.error
-    assert outcome.error.endswith("Nothing was published.")
+    assert re.fullmatch(re.escape(f"{repo_id}: {says}").replace(r"\.\+", ".+"), outcome.error), outcome.error
+    assert "the work" not in outcome.output.splitlines()
     assert ("models", "owner/denied") not in server.repos
     assert server.repos["models", "owner/faces"].branches["main"] == before
-    assert token is None or token not in outcome.output
+
+
+@pytest.mark.parametrize("step", ["create", "batch", "commit"])
+def test_not_allowed_after_all(server, publish, step):
+    """As a token that is taken back meanwhile, or one for some repositories only."""
+    server.fail(STEPS[step].format(name="forbidden"), status=403)
+    server.objects.clear()
+    outcome = publish("owner/forbidden")
+    assert re.search(r"may not do that there.*\[HTTP 403\]. Nothing was published\.", outcome.error), outcome.error
+    if repo := server.repos.pop(("models", "owner/forbidden"), None):
+        assert list(repo.files) == [".gitattributes"]
 
 
 def test_gone_while_publishing(server, publish):

@@ -257,6 +257,8 @@ def publish(
     api = HfApi(token=token)
     with _explaining(repo_id, "Nothing was published."):
         head = _head(api, repo_id, repo_type, revision, private)
+        if not create_pr:  # which is open to all
+            _check_writable(api, repo_id, repo_type, head)
         old_card = _card_of(api, repo_id, repo_type, head, token)
     with tempfile.TemporaryDirectory(prefix="ddpm-faces-") as name:
         folder = Path(name)
@@ -355,20 +357,30 @@ def check_permission(name: str, private: bool | None = None, token: str | bool |
         ValueError, HubError: It may not, and why.
     """
     api = HfApi(token=token)
-    if get_token() is None and not isinstance(token, str):
+    repo_id = name if "/" in name else f"{_whoami(api, name)['name']}/{name}"
+    check_repo_id(repo_id)
+    with _explaining(repo_id, ""):
+        _check_writable(api, repo_id, "model", _head(api, repo_id, "model", None, private))
+    return repo_id
+
+
+def _whoami(api: HfApi, name: str) -> dict[str, Any]:
+    if get_token() is None and not isinstance(api.token, str):
         raise HubError(f"{name}: there is no token: log in with `hf auth login`, or set HF_TOKEN.")
     with _explaining(name, ""):
-        user = _again(api.whoami)
-    repo_id = name if "/" in name else f"{user['name']}/{name}"
-    check_repo_id(repo_id)
+        return _again(api.whoami)
+
+
+def _check_writable(api: HfApi, repo_id: str, repo_type: str, head: str | None) -> None:
+    """Ask before the work, which takes longer."""
+    user = _whoami(api, repo_id)
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise HubError(f"{repo_id}: this token of {user['name']} may only read: make one that may write.")
+    if head is not None:
+        return _again(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True))
     owners = [user["name"], *(org["name"] for org in user.get("orgs", []))]
     if repo_id.split("/")[0] not in owners:
         raise HubError(f"{repo_id}: {user['name']} may publish as {', '.join(owners)} only.")
-    with _explaining(repo_id, ""):
-        _head(api, repo_id, "model", None, private)
-    return repo_id
 
 
 # Verify
