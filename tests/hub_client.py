@@ -13,6 +13,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import ddpm_faces
+
 
 _RUNNER = r"""
 import importlib.util, json, os, shutil, signal, sys, tempfile, time, traceback
@@ -107,7 +109,9 @@ class HubClient:
         self._folder = tempfile.TemporaryDirectory(prefix="ddpm-faces-client-")
         environment = server.environment(Path(self._folder.name, "home"))
         command = [sys.executable, "-c", _RUNNER, json.dumps(package)]
-        if not package:
+        if package:  # the very one that is tested
+            environment["PYTHONPATH"] = str(Path(ddpm_faces.__file__).parents[1])
+        else:
             # Without `site`, an editable installation is not found; all others are.
             command.insert(1, "-S")
             environment["PYTHONPATH"] = sysconfig.get_path("purelib")
