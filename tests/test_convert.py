@@ -69,7 +69,11 @@ def other_names(state: dict) -> dict:
     return renamed
 
 
-@pytest.mark.parametrize("rename", [dict, other_names])
+def other_order(state: dict) -> dict:
+    return dict(sorted(state.items(), reverse=True))
+
+
+@pytest.mark.parametrize("rename", [dict, other_names, other_order])
 @torch.no_grad()
 def test_outputs_are_equal(article, tmp_path, rename):
     torch.save(rename(article.state_dict()), tmp_path / "article.pt")

@@ -15,9 +15,10 @@ import yaml
 from conftest import tiny_unet
 from hub_server import OWNER_TOKEN, READER_TOKEN, STRANGER_TOKEN
 from PIL import Image
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, hub
+from ddpm_faces.card import merge_cards
 
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +126,8 @@ def test_card(server, published):
     assert (metric["type"], metric["value"], result["dataset"]["name"]) == ("fd", 12.5, "user/people, test")
     assert metric["args"]["n"] == 512
     for text in (
-        "| pictures | user/people: 40 pictures |", "| images seen | 96,000 |", "| time | 1.5 h on 2 x NVIDIA H100 |", "| their licence | cc-by-4.0 |",
+        "| pictures | user/people: 40 pictures |",
+        "| images seen | 96,000 |", "| time | 1.5 h on 2 x NVIDIA H100 |", "| their licence | cc-by-4.0 |",
         "| Frechet distance | 12.5 ± 0.4 | n 512, seed 0, extractor efficientnet-lite0", "averaged weights (EMA)",
         "No copies were found among 512 faces.", "the seeds 5, 6, 7 and so on, all 20 steps", "loss_curve.png",
         'DDPMFacesPipeline.from_pretrained("owner/faces")', "## Limits and misuse",
@@ -360,6 +362,23 @@ def test_out_of_order_once(server, publish, exported, step, fault):
     assert is_whole(server, f"owner/{name}", exported)
 
 
+def test_card_is_not_lost_where_the_hub_is_busy(server, publish):
+    server.put("models", "owner/carded", {"README.md": b"Mine"})
+    server.fail("HEAD /owner/carded/resolve/[^/]+/README.md", status=503)
+    outcome = publish("owner/carded")
+    assert outcome.kind == "HubError", outcome.output
+    assert "its README.md could not be read" in outcome.error
+    assert server.repos["models", "owner/carded"].files == {"README.md": b"Mine"}
+
+
+def test_published_by_somebody_else_meanwhile(server, publish):
+    """In a repository that was not there when the work began."""
+    server.fail("POST /api/repos/create", call=lambda: server.put("models", "owner/meanwhile", {"README.md": b"T"}))
+    outcome = publish("owner/meanwhile")
+    assert "it was changed by somebody else meanwhile" in outcome.error
+    assert server.repos["models", "owner/meanwhile"].files == {"README.md": b"T"}
+
+
 @pytest.mark.parametrize("fault", [{"status": 500}, {"status": 503}, {"cut": "reset"}], ids=str)
 @pytest.mark.parametrize("step", ["look", "create", "preupload", "put", "commit"])
 def test_out_of_order_for_ever(server, publish, exported, step, fault):
@@ -467,7 +486,11 @@ def test_too_many_requests(server, publish, exported):
 @pytest.mark.parametrize(
     ("token", "repo_id", "says"),
     [
-        ("hf_wrongWrongWrongWrongWrongWrongWron", "owner/denied", "there is no valid token: .+ [HTTP 401]. Nothing was published."),
+        (
+            "hf_wrongWrongWrongWrongWrongWrongWron",
+            "owner/denied",
+            "there is no valid token: .+ [HTTP 401]. Nothing was published.",
+        ),
         (None, "owner/denied", "there is no token: log in with `hf auth login`, or set HF_TOKEN."),
         (READER_TOKEN, "owner/denied", "this token of owner may only read: make one that may write."),
         (READER_TOKEN, "owner/faces", "this token of owner may only read: make one that may write."),
@@ -592,6 +615,37 @@ def test_tokens_do_not_leave_the_house(server, publish, exported, tmp_path):
 def test_bad_names(repo_id, folder):
     with pytest.raises(ValueError, match=re.escape(repr(repo_id)) if repo_id else "(?i)repo"):
         hub.push(folder, repo_id)
+
+
+def test_token_that_is_none_is_not_shown(folder):
+    with pytest.raises(ValueError, match="without spaces") as error:
+        hub.push(folder, "owner/faces", token="secret\n")
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "says"),
+    [
+        ("---\n{{ x\n---\nMine", "cannot be read"),
+        ("---\ntags: [[\n---\nMine", "cannot be read"),
+        ("---\ntags: one\ndatasets: user/people\nmodel-index: [1]\n---\nMine", None),
+        ("---\nlicense: other\nlicense_name: mine\n---\n<!-- generated: use -->\nMine", None),
+    ],
+)
+def test_odd_cards(old, says, exported):
+    new = (exported / "README.md").read_text()
+    if says:
+        with pytest.raises(ValueError, match=says):
+            merge_cards(old, new)
+        return
+    merged = merge_cards(merge_cards(old, new), new)
+    assert "Mine" in merged
+    assert merged.count("<!-- end: summary -->") == 1
+    head = yaml.safe_load(merged.split("---")[1])
+    assert "license_name" not in head
+    if "one" in old:
+        assert head["tags"][0] == "one"
+        assert head["datasets"] == ["user/people"]
 
 
 def test_only_pipelines_that_work(folder, tmp_path, exported):
@@ -735,6 +789,24 @@ def test_weights_elsewhere(strange, tmp_path):
     weights = "unet/diffusion_pytorch_model.safetensors"
     outcome = strange({weights: None, f"{weights}.index.json": json.dumps(index).encode()})
     assert outcome.kind in ("ValueError", "OSError", "FileNotFoundError", "SafetensorError"), outcome.output
+
+
+def test_pickles_among_the_shards_are_refused(strange, exported):
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    names = load_file(exported / weights)
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "w.bin")}
+    changes = {weights: None, f"{weights}.index.json": json.dumps(index).encode(), "unet/w.bin": b"pickle"}
+    outcome = strange(changes, "DDPMFacesUNet.from_pretrained(repo_id, subfolder='unet')")
+    assert "no safetensors, and are not read" in outcome.error, outcome.output
+
+
+def test_weights_that_are_missing_are_no_weights(strange, exported):
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    state = load_file(exported / weights)
+    state["extra"] = state.pop("conv_in.weight")
+    outcome = strange({weights: save(state, {"format": "pt"})})
+    assert outcome.kind == "ValueError", outcome.output
+    assert "1 are missing (conv_in.weight), 1 are unknown (extra)" in outcome.error
 
 
 def test_pickles_are_refused(strange, tmp_path):

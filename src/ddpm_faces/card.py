@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 
-_SECTION = re.compile(r"<!-- generated: (\w+)[^>]*-->\n.*?<!-- end: \1 -->", re.DOTALL)
+_SECTION = re.compile(r"<!-- generated: (\w+)[^>]*-->\n(?:(?!<!-- generated: ).)*?<!-- end: \1 -->", re.DOTALL)
 # Keys of the metadata that publishing writes; all others are a person's.
 GENERATED_KEYS = ("library_name", "pipeline_tag", "model-index", "configs", "size_categories", "task_categories")
 TAGS = ["ddpm", "faces", "diffusers", "unconditional-image-generation"]
@@ -84,7 +84,11 @@ def merge_cards(old: str, new: str) -> str:
     has none at all was written by a person or another program: the new one follows after it.
     """
     old_sections, new_sections = (dict(_sections(card)) for card in (old, new))
-    old_card, new_card = ModelCard(old, ignore_metadata_errors=True), ModelCard(new)
+    try:
+        old_card, new_card = ModelCard(old, ignore_metadata_errors=True), ModelCard(new)
+    except Exception as error:  # whatever its YAML may raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The metadata of the README.md that is there cannot be read: {reason}. Mend it.") from error
     text = old_card.text
     if old_sections:
         text = _SECTION.sub(lambda match: new_sections.get(match[1], match[0]), text)
@@ -93,18 +97,26 @@ def merge_cards(old: str, new: str) -> str:
     old_data, new_data = old_card.data.to_dict(), new_card.data.to_dict()
     data = {**new_data, **{k: v for k, v in old_data.items() if k not in GENERATED_KEYS}}
     for key in GENERATED_KEYS:
-        if key not in new_data:
+        if key not in new_data and old_sections:
             data.pop(key, None)
-    data["tags"] = list(dict.fromkeys([*old_data.get("tags", []), *new_data.get("tags", [])]))
+    data["tags"] = list(dict.fromkeys(map(str, _list(old_data.get("tags")) + _list(new_data.get("tags")))))
     if "license" in new_data:  # which is asked for at each publishing
         data["license"] = new_data["license"]
+        if new_data["license"] != "other":
+            for key in ("license_name", "license_link"):
+                data.pop(key, None)
     if "datasets" in new_data:
-        data["datasets"] = list(dict.fromkeys([*new_data["datasets"], *old_data.get("datasets", [])]))
+        data["datasets"] = list(dict.fromkeys(new_data["datasets"] + _list(old_data.get("datasets"))))
     # Through a bare card: ModelCardData would take a person's model-index apart.
     import yaml
 
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True).strip()
     return f"---\n{head}\n---\n{text if text.startswith(chr(10)) else chr(10) + text}"
+
+
+def _list(value: Any) -> list:
+    """What a person may have written as a single word."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _sections(card: str) -> Iterator[tuple[str, str]]:

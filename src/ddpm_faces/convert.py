@@ -1,7 +1,7 @@
 """Checkpoints of the article's own code, `torch.save(model.state_dict(), path)`, as pipelines."""
 
 import os
-import pickle
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -69,13 +69,15 @@ def _read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise ValueError(f"The checkpoint must be a file, got {str(path)!r}.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of which a file of other bytes raises whatever it likes
         # torch's own message would have the user read it unsafely.
         raise ValueError(
             f"{path} must be a file of torch.save(model.state_dict(), ...): it is none, or holds more than tensors, "
             "which can run code and is not read."
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in state.items()):
         kind = type(state).__name__
         held = f" of {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else ""
         raise ValueError(f"{path} must hold a state dict, names and tensors: got a {kind}{held}.")
@@ -84,7 +86,14 @@ def _read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:5])}.")
-    return state
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor that holds all its numbers, and no promise of more than the file has."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return not value.is_complex() and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
 def _article_parts(state: dict[str, torch.Tensor], path: str) -> tuple[list[dict], Module, Module, Module]:
@@ -127,7 +136,8 @@ def _kind(module: Module) -> str | None:
 
 def _block(modules: dict[str, Module], kinds: dict[str, str]) -> dict:
     by_kind: dict[str, list[Module]] = {}
-    for name, module in modules.items():
+    # The two norms have one shape: the number in their names tells which is first, whatever their order in the file.
+    for name, module in sorted(modules.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])]):
         by_kind.setdefault(kinds[name], []).append(module)
     # The first convolution changes the width, the second does not.
     convs = sorted(by_kind["3x3"], key=lambda module: module["weight"].shape[0] == module["weight"].shape[1])

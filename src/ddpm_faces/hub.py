@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -23,7 +24,12 @@ from huggingface_hub import (
     get_token,
     hf_hub_download,
 )
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
@@ -55,6 +61,14 @@ MODEL_FILES = (
 VARIANTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _ATTEMPTS = 5
+_REASONS = {
+    401: "there is no valid token: log in with `hf auth login`, or set HF_TOKEN",
+    403: "this token may not do that there: make one that may, or take a name of your own",
+    404: "it was not found, or is not yours to see: is the name right, and the token its owner's?",
+    409: "it is being changed by somebody else: run this again",
+    412: "it was changed by somebody else meanwhile: look at their change, and run this again",
+    429: "the Hub asks for fewer requests: run this again later",
+}
 _STRIP_FRAMES, _STRIP_FACES = 10, 2
 _GRID_FACES, _GRID_STEPS = 16, 20
 
@@ -145,8 +159,12 @@ def export(
     if unknown:
         raise ValueError(f"`variants` must be of {', '.join(VARIANTS)}, got {', '.join(sorted(unknown))}.")
     folder, home = Path(folder), None
-    if isinstance(source, DDPMFacesPipeline):
+    if isinstance(source, DiffusionPipeline) and {"unet", "scheduler"} <= source.components.keys():
         pipeline = source
+    elif not isinstance(source, str | os.PathLike):
+        raise ValueError(
+            f"`source` must be a DDPMFacesPipeline or a folder that holds one, got {type(source).__name__}."
+        )
     else:
         home = Path(source)
         if not (home / "model_index.json").is_file():
@@ -175,8 +193,9 @@ def export(
     # 2. What training left
     config, metrics, summary = {}, {}, {}
     if home is not None:
-        config = _portable_config(home / "training_config.yaml", folder / "training_config.yaml")
         metrics, summary = (_json_of(home / name, folder / name) for name in ("metrics.json", "training_summary.json"))
+        is_local = summary.get("is_local_data", False)
+        config = _portable_config(home / "training_config.yaml", folder / "training_config.yaml", is_local)
         for name in ("samples.png", "loss_curve.png"):
             if (home / name).is_file():
                 shutil.copyfile(home / name, folder / name)
@@ -201,10 +220,10 @@ def export(
         "caption": f"From noise to face, after the timesteps {', '.join(map(str, timesteps))}.",
     }
     values |= {"variants": list(variants), "loss_curve": (folder / "loss_curve.png").exists()}
-    dataset = config.get("dataset_name") or ""
+    dataset = config.get("dataset_name") or ""  # without a folder where it is a local one
     datasets = [dataset] if dataset.count("/") == 1 else None
     card = str(model_card(repo_id, values, metrics.get("metrics"), license, datasets))
-    (folder / "README.md").write_text(card if old_card is None else merge_cards(old_card, card))
+    (folder / "README.md").write_text(card if old_card is None else merge_cards(old_card, card), "utf-8")
 
 
 def check(folder: str | os.PathLike) -> None:
@@ -254,16 +273,19 @@ def publish(
     check_repo_id(repo_id)
     if create_pr and revision is not None:
         raise ValueError(f"`revision` must be None with `create_pr`, which proposes to the main branch: {revision!r}.")
-    api = HfApi(token=token)
+    api = _api(token)
     with _explaining(repo_id, "Nothing was published."):
         head = _head(api, repo_id, repo_type, revision, private)
-        if not create_pr:  # which is open to all
-            _check_writable(api, repo_id, repo_type, head)
+        if create_pr and head is None:
+            raise ValueError(
+                f"`create_pr` needs a repository that exists; there is no {repo_id}, or it is not yours to see."
+            )
+        _check_writable(api, repo_id, repo_type, head, create_pr)
         old_card = _card_of(api, repo_id, repo_type, head, token)
     with tempfile.TemporaryDirectory(prefix="ddpm-faces-") as name:
         folder = Path(name)
         write(folder, old_card)
-        _check_export(folder, allowed)
+        _check_export(folder, allowed, token)
         return _send(api, folder, repo_id, repo_type, allowed, head, commit_message, private, create_pr, revision)
 
 
@@ -281,10 +303,13 @@ def _send(
 ) -> CommitInfo:
     """The last part of [`publish`]: a commit that follows `head`, or none at all."""
     with _explaining(repo_id, "Nothing was published."):
-        if head is None:
+        is_new = head is None
+        if is_new:
             _again(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))
             head = _head(api, repo_id, repo_type, revision, private)
         there = _again(lambda: api.list_repo_files(repo_id, repo_type=repo_type, revision=head))
+        if is_new and any(_matches(name, allowed) for name in there):
+            raise HubError(f"{repo_id}: {_REASONS[412]}. Nothing was published.")
     names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     stale = [name for name in there if name not in names and _matches(name, allowed)]
 
@@ -324,22 +349,20 @@ def _send(
             # A second commit on `head` is refused where the first has come; a second pull request is not.
             return commit() if create_pr else _again(commit)
         except Exception as error:
-            status = _status(error)
-            if create_pr and _is_transient(error) and status is None:
+            if create_pr and _is_transient(error):
                 outcome = f"Look at {url}/discussions, whether the pull request is there."
                 raise _explanation(repo_id, error, outcome) from error
-            if create_pr or not (_is_transient(error) or status == 412):
+            if create_pr or not (_is_transient(error) or _status(error) == 412):
                 raise
             there = is_there()
-            if there is None and status != 412:
+            if there is None:
                 outcome = f"Whether it is published is not known: look at {url}, or run this again."
                 raise _explanation(repo_id, error, outcome) from error
             if not there:
                 raise
-    info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
-    return CommitInfo(
-        commit_url=f"{url}/commit/{info.sha}", commit_message=commit_message, commit_description="", oid=info.sha
-    )
+    with _explaining(repo_id, f"It is published: {url}."):
+        oid = _again(lambda: api.repo_info(repo_id, repo_type=repo_type, revision=revision)).sha
+    return CommitInfo(commit_url=f"{url}/commit/{oid}", commit_message=commit_message, commit_description="", oid=oid)
 
 
 def check_permission(name: str, private: bool | None = None, token: str | bool | None = None) -> str:
@@ -356,12 +379,19 @@ def check_permission(name: str, private: bool | None = None, token: str | bool |
     Raises:
         ValueError, HubError: It may not, and why.
     """
-    api = HfApi(token=token)
+    api = _api(token)
     repo_id = name if "/" in name else f"{_whoami(api, name)['name']}/{name}"
     check_repo_id(repo_id)
     with _explaining(repo_id, ""):
         _check_writable(api, repo_id, "model", _head(api, repo_id, "model", None, private))
     return repo_id
+
+
+def _api(token: str | bool | None) -> HfApi:
+    """A client; a token that is none is not shown, as the HTTP library would."""
+    if isinstance(token, str) and not re.fullmatch("[!-~]+", token):
+        raise ValueError("`token` must be a token of the Hub, without spaces or ends of lines; what was given is not.")
+    return HfApi(token=token)
 
 
 def _whoami(api: HfApi, name: str) -> dict[str, Any]:
@@ -371,11 +401,13 @@ def _whoami(api: HfApi, name: str) -> dict[str, Any]:
         return _again(api.whoami)
 
 
-def _check_writable(api: HfApi, repo_id: str, repo_type: str, head: str | None) -> None:
+def _check_writable(api: HfApi, repo_id: str, repo_type: str, head: str | None, create_pr: bool = False) -> None:
     """Ask before the work, which takes longer."""
     user = _whoami(api, repo_id)
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise HubError(f"{repo_id}: this token of {user['name']} may only read: make one that may write.")
+    if create_pr:  # which is open to all
+        return
     if head is not None:
         return _again(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True))
     owners = [user["name"], *(org["name"] for org in user.get("orgs", []))]
@@ -414,7 +446,7 @@ def verify(
         HubError: The Hub could not be asked.
     """
     check_repo_id(repo_id)
-    api = HfApi(token=token)
+    api = _api(token)
 
     where = {"repo_type": repo_type, "revision": revision, "cache_dir": cache_dir}
 
@@ -469,9 +501,13 @@ def _card_of(api: HfApi, repo_id: str, repo_type: str, head: str | None, token: 
     with tempfile.TemporaryDirectory(prefix="ddpm-faces-") as cache:
         where = {"repo_type": repo_type, "revision": head, "token": token, "cache_dir": cache}
         try:
-            return Path(_again(lambda: hf_hub_download(repo_id, "README.md", **where))).read_text()
+            return Path(_again(lambda: hf_hub_download(repo_id, "README.md", **where))).read_text("utf-8-sig")
+        except LocalEntryNotFoundError as error:  # which says that the Hub did not answer, not that there is none
+            raise HubError(f"{repo_id}: its README.md could not be read: {_reason(error)}.") from error
         except EntryNotFoundError:
             return None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"README.md of {repo_id} must be UTF-8: mend it there, and run this again.") from error
 
 
 def _again(call: Callable[[], Any]) -> Any:
@@ -523,15 +559,7 @@ def _explanation(repo_id: str, error: Exception, outcome: str) -> HubError | Non
         status = _status(cause)
     if status is None and not isinstance(error, (OSError, RuntimeError)) and not _is_transient(error):
         return None
-    reasons = {
-        401: "there is no valid token: log in with `hf auth login`, or set HF_TOKEN",
-        403: "this token may not do that there: make one that may, or take a name of your own",
-        404: "it was not found, or is not yours to see: is the name right, and the token its owner's?",
-        409: "it is being changed by somebody else: run this again",
-        412: "it was changed by somebody else meanwhile: look at their change, and run this again",
-        429: "the Hub asks for fewer requests: run this again later",
-    }
-    reason = reasons.get(status) or _reason(error)
+    reason = _REASONS.get(status) or _reason(error)
     code = "" if status is None else f" [HTTP {status}]"
     return HubError(f"{repo_id}: {reason}{code}. {outcome}".strip())
 
@@ -548,8 +576,8 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _check_export(folder: Path, allowed: Sequence[str]) -> None:
-    token = get_token()
+def _check_export(folder: Path, allowed: Sequence[str], token: str | bool | None) -> None:
+    tokens = {value for value in (token, get_token()) if isinstance(value, str)}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_dir():
@@ -558,7 +586,7 @@ def _check_export(folder: Path, allowed: Sequence[str]) -> None:
             raise ValueError(f"{name} is not what is published.")
         if path.suffix in (".md", ".json", ".yaml", ".py"):
             text = path.read_text()
-            if _TOKEN.search(text) or (token and token in text):
+            if _TOKEN.search(text) or any(token in text for token in tokens):
                 raise ValueError(f"{name} holds a token of the Hub, and is not published. Take it out.")
 
 
@@ -566,22 +594,28 @@ def _json_of(source: Path, destination: Path) -> dict[str, Any]:
     if not source.is_file():
         return {}
     shutil.copyfile(source, destination)
-    return json.loads(source.read_text())
+    content = json.loads(source.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} must hold a JSON object, got {type(content).__name__}.")
+    return content
 
 
-def _portable_config(source: Path, destination: Path) -> dict[str, Any]:
+def _portable_config(source: Path, destination: Path, is_local: bool) -> dict[str, Any]:
     """The settings of the training, less what names places on this machine."""
     if not source.is_file():
         return {}
     import yaml
 
     config = yaml.safe_load(source.read_text())
+    if not isinstance(config, dict):
+        raise ValueError(f"{source} must hold settings of a training, got {type(config).__name__}.")
     for name in ("output_dir", "cache_dir"):
         config.pop(name, None)
     for name in ("dataset_name", "train_data_dir"):
         value = config.get(name)
-        if value is not None and (name == "train_data_dir" or Path(value).expanduser().exists()):
-            config[name] = Path(value).expanduser().resolve().name
+        is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(value)) and not Path(str(value)).exists()
+        if value is not None and (name == "train_data_dir" or is_local or not is_name):
+            config[name] = re.split(r"[/\\]", str(value).rstrip("/\\"))[-1]
     destination.write_text(yaml.safe_dump(config, sort_keys=False))
     return config
 

@@ -680,6 +680,7 @@ class TrainingRun:
         threads = f"CPU ({torch.get_num_threads()} threads)"
         summary = {
             "data": self.data.description,
+            "is_local_data": Path(self.config.dataset_name or self.config.train_data_dir or "").expanduser().is_dir(),
             "fingerprint": self.data.fingerprint,
             "images_seen": self.state.best_images_seen if from_best else self.state.images_seen,
             "skipped_steps": self.state.skipped_steps,

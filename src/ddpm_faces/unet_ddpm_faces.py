@@ -179,6 +179,21 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
             raise ValueError("`use_safetensors` must be True: other weights are pickles, which can run code.")
         return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
 
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, files, name, loaded_keys, *args, **kwargs):
+        # diffusers reads a shard by its suffix, and leaves a weight that is missing without a value.
+        pickles = [str(file) for file in files if not str(file).endswith(".safetensors")]
+        if pickles:
+            raise ValueError(f"{name} names weights that are no safetensors, and are not read: {', '.join(pickles)}.")
+        expected, found = set(model.state_dict()), set(loaded_keys)
+        missing, unknown = sorted(expected - found), sorted(found - expected)
+        if missing or unknown:
+            raise ValueError(
+                f"{name} does not hold the weights of its configuration: {len(missing)} are missing "
+                f"({', '.join(missing[:3])}), {len(unknown)} are unknown ({', '.join(unknown[:3])})."
+            )
+        return super()._load_pretrained_model(model, state_dict, files, name, loaded_keys, *args, **kwargs)
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
