@@ -52,6 +52,12 @@ def test_source_never_imports_training(path):
         ("sync_batch_norm", set()),
         ("plots", set()),
         ("checkpoint", {"files"}),
+        ("card", set()),
+        ("solvers", {"scheduling_ddpm_faces"}),
+        ("convert", {"pipeline_ddpm_faces", "scheduling_ddpm_faces", "unet_ddpm_faces"}),
+        ("hub", {"card", "pipeline_ddpm_faces", "plots", "solvers"}),
+        ("prepare", {"card", "data", "files", "hub"}),
+        ("cli", {"convert", "files", "hub", "prepare"}),
     ],
 )
 def test_data_flows_one_way(module, may_import):
