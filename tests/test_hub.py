@@ -1,5 +1,6 @@
 """Publishing and loading over HTTP, with the real clients and a Hub of our own."""
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import yaml
 from conftest import tiny_unet
 from hub_server import OWNER_TOKEN, READER_TOKEN, STRANGER_TOKEN
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load, load_file, save
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, hub
@@ -40,7 +42,9 @@ def folder(tmp_path_factory) -> Path:
     verdict = {"verdict": "No copies were found among 512 faces."}
     (folder / "metrics.json").write_text(json.dumps({"metrics": [metrics], "memorisation": verdict}))
     for name in ("samples.png", "loss_curve.png"):
-        Image.new("RGB", (8, 8)).save(folder / name)
+        notes = PngInfo()
+        notes.add_text("Made by", f"/home/alice with {OWNER_TOKEN}")
+        Image.new("RGB", (8, 8), "red").save(folder / name, pnginfo=notes)
     (folder / "checkpoint-0000000096").mkdir()
     (folder / "checkpoint-0000000096" / "optimizer.bin").write_bytes(b"moments")
     (folder / "log.jsonl").write_text('{"loss": 1.0}\n')
@@ -105,7 +109,8 @@ def test_all_that_is_needed_and_nothing_else(server, published, folder):
     expected = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    text = b"".join(content for name, content in files.items() if not name.endswith((".safetensors", ".png")))
+    text = b"".join(files.values())
+    assert Image.open(io.BytesIO(files["samples.png"])).getpixel((0, 0)) == (255, 0, 0)
     for secret in (OWNER_TOKEN, "/home/alice", str(folder), str(ROOT)):
         assert secret.encode() not in text
     assert (
@@ -407,6 +412,13 @@ def test_server_down(publish):
     outcome = publish("owner/down", code="constants.ENDPOINT = 'http://127.0.0.1:9'\n" + PUBLISH)
     assert outcome.kind == "HubError"
     assert re.fullmatch(r"owner/down: .*refused.* Nothing was published\.", outcome.error)
+
+
+def test_offline(publish):
+    outcome = publish("owner/offline", code="constants.HF_HUB_OFFLINE = True\n" + PUBLISH)
+    assert outcome.kind == "HubError"
+    assert "offline" in outcome.error.lower()
+    assert outcome.waited == []
 
 
 def test_answer_lost(server, publish, exported):

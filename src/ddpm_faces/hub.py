@@ -27,6 +27,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import (
     EntryNotFoundError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -155,6 +156,8 @@ def export(
     Raises:
         ValueError: Weights that are not finite, an unknown variant, a folder without a pipeline.
     """
+    if isinstance(variants, str):
+        raise ValueError(f"`variants` must be a list of names, got {variants!r}.")
     unknown = set(variants) - set(VARIANTS)
     if unknown:
         raise ValueError(f"`variants` must be of {', '.join(VARIANTS)}, got {', '.join(sorted(unknown))}.")
@@ -198,7 +201,7 @@ def export(
         config = _portable_config(home / "training_config.yaml", folder / "training_config.yaml", is_local)
         for name in ("samples.png", "loss_curve.png"):
             if (home / name).is_file():
-                shutil.copyfile(home / name, folder / name)
+                _copy_pixels(home / name, folder / name)
 
     # 3. Pictures
     if (folder / "samples.png").exists():
@@ -533,6 +536,8 @@ def _is_transient(error: Exception) -> bool:
     status = _status(error)
     if status is not None:
         return status == 429 or status >= 500
+    if isinstance(error, OfflineModeIsEnabled):  # which no waiting changes
+        return False
     # No answer at all: of Python, or of whatever HTTP library the client uses.
     return isinstance(error, ConnectionError) or type(error).__module__.startswith(("httpx", "requests"))
 
@@ -598,6 +603,17 @@ def _json_of(source: Path, destination: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{source} must hold a JSON object, got {type(content).__name__}.")
     return content
+
+
+def _copy_pixels(source: Path, destination: Path) -> None:
+    """A picture, without whatever text a program has put beside it."""
+    try:
+        with Image.open(source) as image:
+            pixels = image.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{source} must be a picture: {error}") from error
+    pixels.info.clear()
+    pixels.save(destination)
 
 
 def _portable_config(source: Path, destination: Path, is_local: bool) -> dict[str, Any]:
