@@ -678,6 +678,20 @@ def test_only_pipelines_that_work(folder, tmp_path, exported):
         hub.check(tmp_path / "broken")
 
 
+def test_what_does_not_generate_is_not_published(server, client, folder):
+    """Finite weights, and faces that are not: seen in the new process only."""
+    code = """
+pipeline = DDPMFacesPipeline.from_pretrained(folder)
+for parameter in pipeline.unet.parameters():
+    parameter.data *= 1e20
+hub.push(pipeline, "owner/broken", variants=())
+"""
+    outcome = client.run(code, OWNER_TOKEN, folder=str(folder))
+    assert outcome.kind == "ValueError", outcome.output
+    assert outcome.error.endswith("the picture is not finite")
+    assert ("models", "owner/broken") not in server.repos
+
+
 # Loading where something is wrong
 
 LOAD = "result = picture(DDPMFacesPipeline.from_pretrained(repo_id)).flatten().tolist()"
