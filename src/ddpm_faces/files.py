@@ -69,6 +69,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def check_new(path: str | os.PathLike) -> None:
+    """Raise a `ValueError` where something lies at `path` already, unless it is an empty folder."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{str(path)!r} must be a new or an empty folder.")
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Where to write what becomes the folder `path`, which must not exist or be empty, once it is whole.
@@ -77,8 +84,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         ValueError: There is something at `path`.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{str(path)!r} must be a new or an empty folder.")
+    check_new(path)
     unfinished = unfinished_path(path)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

@@ -368,13 +368,16 @@ def _send(
     return CommitInfo(commit_url=f"{url}/commit/{oid}", commit_message=commit_message, commit_description="", oid=oid)
 
 
-def check_permission(name: str, private: bool | None = None, token: str | bool | None = None) -> str:
+def check_permission(
+    name: str, private: bool | None = None, token: str | bool | None = None, repo_type: str = "model"
+) -> str:
     """Whether this token may publish under a name, as far as that can be known without trying.
 
     Args:
         name (`str`): "user/name", or a name of one's own.
         private (`bool`, *optional*): As that of [`push`].
         token (`str`, *optional*): As that of [`push`].
+        repo_type (`str`, defaults to `"model"`): "model" or "dataset".
 
     Returns:
         `str`: "user/name".
@@ -386,7 +389,7 @@ def check_permission(name: str, private: bool | None = None, token: str | bool |
     repo_id = name if "/" in name else f"{_whoami(api, name)['name']}/{name}"
     check_repo_id(repo_id)
     with _explaining(repo_id, ""):
-        _check_writable(api, repo_id, "model", _head(api, repo_id, "model", None, private))
+        _check_writable(api, repo_id, repo_type, _head(api, repo_id, repo_type, None, private))
     return repo_id
 
 
@@ -590,7 +593,7 @@ def _check_export(folder: Path, allowed: Sequence[str], token: str | bool | None
         if not _matches(name, allowed):
             raise ValueError(f"{name} is not what is published.")
         if path.suffix in (".md", ".json", ".yaml", ".py"):
-            text = path.read_text()
+            text = path.read_text("utf-8")
             if _TOKEN.search(text) or any(token in text for token in tokens):
                 raise ValueError(f"{name} holds a token of the Hub, and is not published. Take it out.")
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from .card import check_license, merge_cards
 from .data import FaceDataset, hold_out, load_faces, resolve_source
-from .files import new_folder
-from .hub import check_repo_id, publish
+from .files import check_new, new_folder
+from .hub import check_permission, check_repo_id, publish
 
 
 DATASET_FILES = ("README.md", "data/*.parquet")
@@ -106,6 +106,9 @@ def prepare(
     check_license("license", license)
     if push is not None:
         check_repo_id(push)
+        check_permission(push, private, token, "dataset")
+    else:
+        check_new(output)
     name, folder = resolve_source(source, None)
     faces = load_faces(
         dataset_name=None if folder is not None else name,
@@ -183,7 +186,7 @@ def _write(
         skipped=len(faces.unreadable),
         validation=" --validation_split test" if "test" in splits else "",
     )
-    (folder / "README.md").write_text(str(card) if old_card is None else merge_cards(old_card, str(card)))
+    (folder / "README.md").write_text(str(card) if old_card is None else merge_cards(old_card, str(card)), "utf-8")
 
 
 def _rows(faces: FaceDataset, indices: range) -> Iterator[dict[str, Any]]:
