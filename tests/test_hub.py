@@ -678,6 +678,21 @@ def test_only_pipelines_that_work(folder, tmp_path, exported):
         hub.check(tmp_path / "broken")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metrics.json", '{"metrics": [{}]}'), ("metrics.json", "{"), ("metrics.json", "[]"),
+        ("training_summary.json", '{"hours": 1}'), ("training_config.yaml", "a: ["), ("training_config.yaml", ""),
+    ],
+)  # fmt: skip
+def test_what_lies_beside_a_pipeline_is_damaged(pipeline, tmp_path, name, text):
+    pipeline.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / name).write_text(text)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=name):
+        hub.export(tmp_path / "model", tmp_path / "out", "owner/faces", variants=())
+
+
 def test_what_does_not_generate_is_not_published(server, client, folder):
     """Finite weights, and faces that are not: seen in the new process only."""
     code = """

@@ -211,7 +211,11 @@ def export(
     timesteps = _draw_strip(full, folder / "denoising_strip.png")
 
     # 4. Card
-    values = _card_values(repo_id, full, config, metrics, summary, dataset_license)
+    try:
+        values = _card_values(repo_id, full, config, metrics, summary, dataset_license)
+    except (AttributeError, KeyError, TypeError) as error:
+        files = "metrics.json, training_summary.json or training_config.yaml"
+        raise ValueError(f"{files} in {str(source)!r} does not have what the card tells: {error!r}.") from error
     values["grid"] = {
         "path": "samples.png",
         "alt": "Faces that this model has made",
@@ -602,7 +606,10 @@ def _json_of(source: Path, destination: Path) -> dict[str, Any]:
     if not source.is_file():
         return {}
     shutil.copyfile(source, destination)
-    content = json.loads(source.read_text())
+    try:
+        content = json.loads(source.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{source} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{source} must hold a JSON object, got {type(content).__name__}.")
     return content
@@ -625,7 +632,10 @@ def _portable_config(source: Path, destination: Path, is_local: bool) -> dict[st
         return {}
     import yaml
 
-    config = yaml.safe_load(source.read_text())
+    try:
+        config = yaml.safe_load(source.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{source} must hold settings of a training, got {type(config).__name__}.")
     for name in ("output_dir", "cache_dir"):

@@ -677,10 +677,11 @@ class TrainingRun:
     def _summarize(self, from_best: bool) -> None:
         """What the card says of the training, and a person may want to know years later."""
         is_cuda = self.accelerator.device.type == "cuda"
+        source = self.config.dataset_name or self.config.train_data_dir
         threads = f"CPU ({torch.get_num_threads()} threads)"
         summary = {
             "data": self.data.description,
-            "is_local_data": Path(self.config.dataset_name or self.config.train_data_dir or "").expanduser().is_dir(),
+            "is_local_data": source is not None and Path(source).expanduser().is_dir(),
             "fingerprint": self.data.fingerprint,
             "images_seen": self.state.best_images_seen if from_best else self.state.images_seen,
             "skipped_steps": self.state.skipped_steps,
