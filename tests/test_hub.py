@@ -19,8 +19,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load, load_file, save
 
-from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, hub
+from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet, hub
 from ddpm_faces.card import merge_cards
+from ddpm_faces.plots import image_grid
+from ddpm_faces.solvers import fast_solver
 
 
 ROOT = Path(__file__).parents[1]
@@ -191,6 +193,84 @@ result = pipeline.push_to_hub("owner/again", commit_message="Once more", private
     assert "the seeds 0, 1, 2 and so on, 20 steps of DPM-Solver++" in card
     assert "Not measured. Assume that they can be." in card
     assert client.run('pipeline = DDPMFacesPipeline.from_pretrained("owner/again")', OWNER_TOKEN).error is None
+
+
+def test_pictures_are_those_of_the_model(tmp_path):
+    """Of its weights in float32, which a user draws again from the seeds that the card names."""
+    torch.manual_seed(1)
+    pipeline = DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=20))
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight.mul_(300)  # such that half precision shows
+    hub.export(pipeline, tmp_path, "owner/faces")
+    published = Image.open(tmp_path / "samples.png")
+    pipeline.scheduler = fast_solver(pipeline.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(16, 20, [torch.Generator().manual_seed(seed) for seed in range(16)]).images
+    assert np.array_equal(np.asarray(published), np.asarray(image_grid(drawn, scale=6)))
+    state = DDPMFacesUNet.from_pretrained(tmp_path, subfolder="unet").state_dict()
+    assert all(torch.equal(weight, state[name]) for name, weight in pipeline.unet.state_dict().items())
+
+
+def test_saved_and_published_under_the_name_of_the_folder(server, client, published, tmp_path):
+    """`save_pretrained(..., push_to_hub=True)`, as in diffusers."""
+    code = """
+pipeline = DDPMFacesPipeline.from_pretrained("owner/faces")
+result = pipeline.save_pretrained(folder, push_to_hub=True, private=True)
+"""
+    outcome = client.run(code, OWNER_TOKEN, folder=str(tmp_path / "named"))
+    assert outcome.error is None, outcome.output
+    assert server.repos["models", "owner/named"].private
+    assert (tmp_path / "named" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "says"),
+    [
+        (
+            "pipeline.save_pretrained(folder, repo_id='owner/x')",
+            "TypeError",
+            "arguments of `push_to_hub=True`: repo_id",
+        ),
+        ("pipeline.save_pretrained(folder, push_to_hub=True, licence='mit')", "TypeError", "licence"),
+        (
+            "pipeline.save_pretrained(folder, push_to_hub=True, repo_id='strange/x')",
+            "HubError",
+            "may publish as owner",
+        ),
+        ("pipeline.unet.save_pretrained(folder, push_to_hub=True)", "NotImplementedError", "A pipeline is published"),
+        (
+            "pipeline.scheduler.save_pretrained(folder, push_to_hub=True)",
+            "NotImplementedError",
+            "A pipeline is publish",
+        ),
+        ("pipeline.unet.push_to_hub('owner/x')", "NotImplementedError", "A pipeline is published, not its network"),
+        ("pipeline.scheduler.push_to_hub('owner/x')", "NotImplementedError", "A pipeline is published, not its sched"),
+        ("pipeline.push_to_hub('owner/x', token=False)", "ValueError", "`token` must be a token of the Hub, or None"),
+        ("pipeline.push_to_hub('owner/faces', revision='')", "ValueError", "`revision` must be a branch of"),
+        ("pipeline.push_to_hub('owner/faces', revision='v1')", "ValueError", "`revision` must be a branch of"),
+        ("pipeline.push_to_hub('owner/faces', revision=sha)", "ValueError", "`revision` must be a branch of"),
+        ("pipeline.push_to_hub('owner/faces', revision='v9')", "ValueError", "'v9' must be a branch of owner/faces"),
+        (
+            "pipeline.scheduler = EDMEulerScheduler()\npipeline.push_to_hub('owner/x')",
+            "ValueError",
+            "not defined by betas",
+        ),
+        (
+            "pipeline.scheduler = PNDMScheduler(3)\npipeline.push_to_hub('owner/x')",
+            "ValueError",
+            "cannot be drawn with PNDM",
+        ),
+    ],
+)
+def test_what_is_not_published_is_not_saved_either(server, client, published, tmp_path, code, kind, says):
+    repo = server.repos["models", "owner/faces"]
+    before = "from diffusers import EDMEulerScheduler, PNDMScheduler\n"
+    before += "pipeline = DDPMFacesPipeline.from_pretrained('owner/faces')\n"
+    folder = tmp_path / "folder"
+    outcome = client.run(before + code, OWNER_TOKEN, folder=str(folder), sha=next(iter(repo.commits)))
+    assert (outcome.kind, says in outcome.error) == (kind, True), outcome.output
+    assert not folder.exists()
+    assert ("models", "owner/x") not in server.repos
 
 
 # Every way in
@@ -393,9 +473,11 @@ def test_out_of_order_for_ever(server, publish, exported, step, fault):
     server.fail(STEPS[step].format(name=name), **fault)
     outcome = publish(f"owner/{name}")
     assert outcome.kind == "HubError"
-    assert re.fullmatch(rf"owner/{name}: .+\. Nothing was published\.", outcome.error), outcome.error
+    repo = server.repos.get(("models", f"owner/{name}"))
+    nothing = "Nothing was published" + ("; the new repository is there, and empty." if repo else ".")
+    assert re.fullmatch(rf"owner/{name}: .+\. {nothing}", outcome.error), outcome.error
     assert 0 < sum(outcome.waited) < 200  # of all threads
-    if repo := server.repos.get(("models", f"owner/{name}")):
+    if repo:
         assert list(repo.files) == [".gitattributes"]
     server.heal()
     assert publish(f"owner/{name}").error is None
@@ -528,7 +610,7 @@ def test_not_allowed_after_all(server, publish, step):
     server.fail(STEPS[step].format(name="forbidden"), status=403)
     server.objects.clear()
     outcome = publish("owner/forbidden")
-    assert re.search(r"may not do that there.*\[HTTP 403\]. Nothing was published\.", outcome.error), outcome.error
+    assert re.search(r"may not do that there.*\[HTTP 403\]. Nothing was published", outcome.error), outcome.error
     if repo := server.repos.pop(("models", "owner/forbidden"), None):
         assert list(repo.files) == [".gitattributes"]
 
@@ -795,15 +877,18 @@ def strange(server, client, exported):
     return strange
 
 
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
 @pytest.mark.parametrize(
     ("file", "change", "says"),
     [
-        ("unet/config.json", {"block_out_channels": [8, 10**9]}, "`block_out_channels` must be whole numbers"),
-        ("unet/config.json", {"block_out_channels": [1] * 40, "block_types": ["conv"] * 39}, "at most 12 levels"),
+        ("unet/config.json", {"block_out_channels": [8, 10**9]}, "`block_out_channels` must be 2 to 12 widths"),
+        ("unet/config.json", {"block_out_channels": [1] * 40, "block_types": ["conv"] * 39}, "must be 2 to 12 widths"),
         ("unet/config.json", {"layers_per_block": 10**9}, "`layers_per_block` must be"),
         ("unet/config.json", {"sample_size": 10**9}, "`sample_size` must be"),
         ("unet/config.json", {"num_class_embeds": 10**12}, "`num_class_embeds` must be"),
-        ("unet/config.json", {"block_out_channels": ["8", "16"]}, "`block_out_channels` must be whole numbers"),
+        ("unet/config.json", {"block_out_channels": ["8", "16"]}, "`block_out_channels` must be 2 to 12 widths"),
         ("unet/config.json", {"block_out_channels": [8000, 16000]}, "shape"),
         ("unet/config.json", {"new_trick": 1}, "does not know: new_trick. It is of another network"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "`num_train_timesteps` must be at most"),
@@ -811,15 +896,53 @@ def strange(server, client, exported):
         ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, "of another kind of pipeline: it has vae"),
         ("model_index.json", b'{"_class_name": "DDPMPipeline"}', "of another kind of pipeline: it has no unet"),
         ("model_index.json", {"unet": ["../../evil", "DDPMFacesUNet"]}, "`unet` must name a library and a class"),
-        ("model_index.json", {"unet": ["os", "system"]}, "os"),
+        ("model_index.json", {"unet": ["os", "system"]}, "`unet` must name a library and a class"),
+        ("model_index.json", {"unet": ["diffusers", "AutoencoderKL"]}, "`unet` must name a library and a class"),
+        ("model_index.json", {"unet": {}}, "`unet` must name a library and a class"),
+        ("model_index.json", {"scheduler": ["diffusers", "DiffusionPipeline"]}, "`scheduler` must name a library"),
+        ("model_index.json", {"scheduler": ["diffusers", ["DDPMScheduler"]]}, "`scheduler` must name a library"),
+        ("model_index.json", {"weights": ["diffusers", "UNet2DModel"]}, "`weights` must be 'ema', 'raw' or nothing"),
         ("model_index.json", b"[]", "must hold a JSON object"),
+        ("unet/config.json", b"[1]", "must hold a JSON object"),
+        ("scheduler/scheduler_config.json", b"[1]", "must hold a JSON object"),
         ("model_index.json", b"{", "JSON"),
+        ("model_index.json", DEEP, "no JSON that can be read"),
+        ("unet/config.json", DEEP, "nested too deeply"),
+        ("scheduler/scheduler_config.json", DEEP, "nested too deeply"),
     ],
     ids=lambda value: None if isinstance(value, bytes) else str(value)[:40],
 )  # fmt: skip
 def test_strange_configurations_take_no_memory(strange, file, change, says):
     outcome = strange({file: change})
     assert outcome.kind in ("ValueError", "OSError"), outcome.output
+    assert says in outcome.error, outcome.error
+    assert int(re.search(r"grown by (\d+) KB", outcome.output)[1]) < 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "config", "says"),
+    [
+        (
+            "scheduler",
+            "DDPMScheduler",
+            {"num_train_timesteps": 10**8},
+            "`num_train_timesteps` must be at most 1000000",
+        ),
+        ("scheduler", "DDIMScheduler", {"trained_betas": [0.5] * 1_000_001}, "`trained_betas` has 1000001 entries"),
+        ("unet", "UNet2DModel", {"layers_per_block": 10**6}, "`layers_per_block` must be at most 64"),
+        ("unet", "UNet2DModel", {"block_out_channels": [32, 10**9]}, "`block_out_channels` must be at most 16384"),
+        ("unet", "UNet2DModel", {"down_block_types": ["DownBlock2D"] * 99}, "`down_block_types` has 99 entries"),
+        ("unet", "UNet2DModel", DEEP, "no JSON that can be read"),
+        ("scheduler", "DDPMScheduler", b"[]", "must hold a JSON object"),
+    ],
+    ids=lambda value: None if isinstance(value, bytes) else str(value)[:40],
+)
+def test_strange_configurations_of_diffusers_classes(strange, name, class_name, config, says):
+    """diffusers itself checks nothing, and takes gigabytes."""
+    file = "unet/config.json" if name == "unet" else "scheduler/scheduler_config.json"
+    config = config if isinstance(config, bytes) else json.dumps(config).encode()
+    outcome = strange({"model_index.json": {name: ["diffusers", class_name]}, file: config})
+    assert outcome.kind == "ValueError", outcome.output
     assert says in outcome.error, outcome.error
     assert int(re.search(r"grown by (\d+) KB", outcome.output)[1]) < 100_000
 

@@ -1,6 +1,7 @@
 """Tests of the scheduler: against diffusers, the article's formulas, and data whose diffusion is known exactly."""
 
 import inspect
+import math
 from types import SimpleNamespace
 
 import diffusers
@@ -456,6 +457,20 @@ def step_with(channels, variance_type="fixed_small", t=0, num_inference_steps=30
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(DDPMFacesScheduler)
+
+
+# What JSON can hold, and a person or a stranger may have written into a scheduler_config.json.
+ODD_VALUES = [None, "x", "0", -1, 2**70, math.inf, math.nan, [], {}, [[1]], [5], [None], ["linear"], ["x"] * 300]
+
+
+@pytest.mark.parametrize("name", list(inspect.signature(DDPMFacesScheduler.__init__).parameters)[1:])
+def test_config_of_wrong_types(name):
+    default = inspect.signature(DDPMFacesScheduler.__init__).parameters[name].default
+    for value in ODD_VALUES:
+        if value is default or (name in ("clip_sample_range", "sample_max_value") and value in (2**70, math.inf)):
+            continue
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            DDPMFacesScheduler(**{name: value})
 
 
 # 6. Half precision and generators

@@ -1,5 +1,6 @@
 """Tests of the network: the article's, the residual one, and what diffusers and torch do with either."""
 
+import inspect
 import json
 import math
 import re
@@ -554,29 +555,61 @@ def test_class_labels_missing_or_needless():
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        ({"block_types": ("conv",)}, r"5 `block_out_channels` need 4, got 1: \('conv',\)"),
+        ({"block_types": ("conv",)}, r"5 `block_out_channels` need 4, got \('conv',\)"),
         ({"block_types": ("conv", "conv", "conv", "dense")}, "`block_types` must be of 'conv', 'resnet'.*'dense'"),
         ({"mid_block_type": "conv"}, "`mid_block_type` must be of None, 'resnet', 'resnet_attn', got 'conv'"),
         ({"out_block_type": "norm"}, "`out_block_type` must be of 'conv', 'norm_conv', got 'norm'"),
         ({"act_fn": "gelu"}, "`act_fn` must be of 'relu', 'silu', got 'gelu'"),
-        ({"block_out_channels": (64,), "block_types": ()}, r"`block_out_channels` must be two or more widths"),
-        ({"block_out_channels": (64, 128, 0, 512, 1024)}, r"`block_out_channels` must be two or more widths"),
+        ({"block_out_channels": (64,), "block_types": ()}, r"`block_out_channels` must be 2 to 12 widths"),
+        ({"block_out_channels": (64, 128, 0, 512, 1024)}, r"`block_out_channels` must be 2 to 12 widths"),
         ({"sample_size": 40}, r"`sample_size` must be .* multiple of 16 .*, got 40"),
         ({"sample_size": (64, 40)}, r"`sample_size` must be .* multiple of 16 .*, got \(64, 40\)"),
         ({"sample_size": (64, 64, 64)}, r"`sample_size` must be a side or \(height, width\)"),
         ({"dropout": 1.0}, r"`dropout` must lie in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, r"`dropout` must lie in \[0, 1\), got -0.1"),
-        ({"in_channels": 0}, "`in_channels` must be at least 1, got 0"),
-        ({"out_channels": 0}, "`out_channels` must be at least 1, got 0"),
-        ({"layers_per_block": 0}, "`layers_per_block` must be at least 1, got 0"),
-        ({"time_proj_dim": 31}, "`time_proj_dim` must be even and at least 4, got 31"),
-        ({"time_proj_dim": 2}, "`time_proj_dim` must be even and at least 4, got 2"),
-        ({"num_class_embeds": 0}, "`num_class_embeds` must be at least 1 or None, got 0"),
+        ({"in_channels": 0}, "`in_channels` must be a whole number from 1 to .*, got 0"),
+        ({"out_channels": 0}, "`out_channels` must be a whole number from 1 to .*, got 0"),
+        ({"layers_per_block": 0}, "`layers_per_block` must be a whole number from 1 to .*, got 0"),
+        ({"time_proj_dim": 31}, "`time_proj_dim` must be even, got 31"),
+        ({"time_proj_dim": 2}, "`time_proj_dim` must be a whole number from 4 to 16384, got 2"),
+        ({"num_class_embeds": 0}, "`num_class_embeds` must be a whole number from 1 to 1000000 or None, got 0"),
     ],
 )
 def test_bad_config(config, match):
     with pytest.raises(ValueError, match=match), torch.device("meta"):
         DDPMFacesUNet(**config)
+
+
+# What JSON can hold, and a person or a stranger may have written into a config.json.
+ODD_VALUES = [
+    None,
+    True,
+    "x",
+    "0",
+    -1,
+    0,
+    0.5,
+    2**70,
+    math.inf,
+    math.nan,
+    [],
+    {},
+    [[1]],
+    [5],
+    [None],
+    ["relu"],
+    ["x"] * 2,
+]
+
+
+@pytest.mark.parametrize("name", list(inspect.signature(DDPMFacesUNet.__init__).parameters)[1:])
+def test_config_of_wrong_types(name):
+    default = inspect.signature(DDPMFacesUNet.__init__).parameters[name].default
+    for value in ODD_VALUES:
+        if value is default or (name == "dropout" and value in (0, 0.5)):
+            continue
+        with pytest.raises(ValueError, match=f"`{name}`"), torch.device("meta"):
+            DDPMFacesUNet(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -734,5 +767,7 @@ def test_bad_augment_labels(augment_unet):
 
 @pytest.mark.parametrize("augment_dim", [0, -1])
 def test_bad_augment_dim(augment_dim):
-    with pytest.raises(ValueError, match=f"`augment_dim` must be at least 1 or None, got {augment_dim}"):
+    with pytest.raises(
+        ValueError, match=f"`augment_dim` must be a whole number from 1 to 16384 or None, got {augment_dim}"
+    ):
         DDPMFacesUNet(augment_dim=augment_dim)

@@ -345,7 +345,7 @@ class TrainingConfig:
         """Write all fields to a YAML file that `--config` takes."""
         import yaml
 
-        Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+        Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False), "utf-8")
 
 
 # Whole numbers are at least 1, but for these, whose 0 means something.
@@ -478,7 +478,7 @@ def _flags_of_yaml(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"`--config` must be an existing file, got {str(path)!r}.")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.safe_load(path.read_text("utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):

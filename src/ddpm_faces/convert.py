@@ -40,6 +40,13 @@ def convert_checkpoint(path: str | os.PathLike, sample_size: int | tuple[int, in
     downs = sorted((b for b in blocks if b["conv1"]["weight"].shape[1] < b["width"]), key=lambda b: b["width"])
     ups = sorted((b for b in blocks if b["conv1"]["weight"].shape[1] > b["width"]), key=lambda b: -b["width"])
     widths = [conv_in["weight"].shape[0], *(block["width"] for block in downs)]
+    multiple = 2 ** len(downs)
+    sides = sample_size if isinstance(sample_size, tuple) else (sample_size,)
+    if not all(isinstance(side, int) and side > 0 and side % multiple == 0 for side in sides):
+        raise ValueError(
+            f"`sample_size` must be a side or (height, width), each a multiple of {multiple} for this network of "
+            f"{len(downs)} levels, got {sample_size!r}."
+        )
     try:
         unet = DDPMFacesUNet(
             sample_size=sample_size,

@@ -138,7 +138,7 @@ def push(
         export(source, folder, repo_id, variants, license, dataset_license, old_card)
         check(folder)
 
-    message = commit_message or f"Publish {repo_id.split('/')[-1]} with ddpm-faces"
+    message = (commit_message or "").strip() or f"Publish {repo_id.split('/')[-1]} with ddpm-faces"
     return publish(write, repo_id, "model", MODEL_FILES, message, private, token, create_pr, revision)
 
 
@@ -173,6 +173,8 @@ def export(
         if not (home / "model_index.json").is_file():
             raise ValueError(f"{str(source)!r} must be a folder that holds a pipeline: it has no model_index.json.")
         pipeline = DDPMFacesPipeline.from_pretrained(home)
+        if torch.accelerator.is_available():
+            pipeline.to(torch.accelerator.current_accelerator())
 
     # 1. Weights, configurations and code
     unet = getattr(pipeline.unet, "_orig_mod", pipeline.unet)  # of torch.compile
@@ -180,9 +182,10 @@ def export(
     bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         raise ValueError(f"Weights that are not finite are not published: {', '.join(bad[:5])} ({len(bad)} in all).")
-    unet = type(unet).from_config(_without_path(unet.config))
-    scheduler = type(pipeline.scheduler).from_config(_without_path(pipeline.scheduler.config))
+    unet = type(unet).from_config(_portable(unet.config))
+    scheduler = type(pipeline.scheduler).from_config(_portable(pipeline.scheduler.config))
     full = DDPMFacesPipeline(unet, scheduler, pipeline.config.get("weights"))
+    _check_drawing(full)
     for variant in (None, *variants):
         dtype = VARIANTS.get(variant, torch.float32)
         cast = {k: v.to("cpu", dtype) if v.is_floating_point() else v.cpu() for k, v in state.items()}
@@ -191,7 +194,7 @@ def export(
             raise ValueError(f"`variants`: {variant} cannot hold {', '.join(lost[:5])}; leave it out.")
         torch.nn.Module.to(unet, dtype).load_state_dict(cast)
         full.save_pretrained(folder, variant=variant)
-    torch.nn.Module.to(unet, torch.float32).load_state_dict(state)  # for the pictures
+    torch.nn.Module.to(unet, pipeline.device, torch.float32).load_state_dict(state)  # for the pictures
 
     # 2. What training left
     config, metrics, summary = {}, {}, {}
@@ -204,11 +207,15 @@ def export(
                 _copy_pixels(home / name, folder / name)
 
     # 3. Pictures
-    if (folder / "samples.png").exists():
-        seed, steps = config.get("seed", 0), f"all {pipeline.scheduler.config.num_train_timesteps} steps"
-    else:
-        seed, steps = 0, _draw_grid(full, folder / "samples.png")
-    timesteps = _draw_strip(full, folder / "denoising_strip.png")
+    try:
+        if (folder / "samples.png").exists():
+            seed, steps = config.get("seed", 0), f"all {scheduler.config.num_train_timesteps} steps"
+        else:
+            seed, steps = 0, _draw_grid(full, folder / "samples.png")
+        timesteps = _draw_strip(full, folder / "denoising_strip.png")
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # of a scheduler that cannot take so many steps
+        name, count = type(scheduler).__name__, scheduler.config.num_train_timesteps
+        raise ValueError(f"Pictures cannot be drawn with {name} in {count} steps: {error}.") from error
 
     # 4. Card
     try:
@@ -278,11 +285,17 @@ def publish(
         ValueError, HubError: As those of [`push`].
     """
     check_repo_id(repo_id)
+    if token is False:
+        raise ValueError("`token` must be a token of the Hub, or None for that of `hf auth login`, got False.")
+    if revision == "":
+        raise ValueError(f"`revision` must be a branch of {repo_id}, or None for the main one, got ''.")
     if create_pr and revision is not None:
         raise ValueError(f"`revision` must be None with `create_pr`, which proposes to the main branch: {revision!r}.")
     api = _api(token)
     with _explaining(repo_id, "Nothing was published."):
         head = _head(api, repo_id, repo_type, revision, private)
+        if revision is not None:
+            _check_branch(api, repo_id, repo_type, revision)
         if create_pr and head is None:
             raise ValueError(
                 f"`create_pr` needs a repository that exists; there is no {repo_id}, or it is not yours to see."
@@ -309,14 +322,17 @@ def _send(
     revision: str | None,
 ) -> CommitInfo:
     """The last part of [`publish`]: a commit that follows `head`, or none at all."""
-    with _explaining(repo_id, "Nothing was published."):
-        is_new = head is None
-        if is_new:
+    nothing, is_new = "Nothing was published.", head is None
+    if is_new:
+        with _explaining(repo_id, nothing):
             _again(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))
+        nothing = "Nothing was published; the new repository is there, and empty."
+    with _explaining(repo_id, nothing):
+        if is_new:
             head = _head(api, repo_id, repo_type, revision, private)
         there = _again(lambda: api.list_repo_files(repo_id, repo_type=repo_type, revision=head))
-        if is_new and any(_matches(name, allowed) for name in there):
-            raise HubError(f"{repo_id}: {_REASONS[412]}. Nothing was published.")
+    if is_new and any(_matches(name, allowed) for name in there):
+        raise HubError(f"{repo_id}: {_REASONS[412]}. Nothing was published.")
     names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     stale = [name for name in there if name not in names and _matches(name, allowed)]
 
@@ -346,7 +362,7 @@ def _send(
         return not result.mismatches and not result.extra_paths
 
     url = f"{api.endpoint}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
-    with _explaining(repo_id, "Nothing was published."):
+    with _explaining(repo_id, nothing):
         # Large files first; these requests the client makes again by itself.
         additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
         api.preupload_lfs_files(
@@ -390,6 +406,8 @@ def check_permission(
         ValueError, HubError: It may not, and why.
     """
     api = _api(token)
+    if token is False:
+        raise ValueError("`token` must be a token of the Hub, or None for that of `hf auth login`, got False.")
     repo_id = name if "/" in name else f"{_whoami(api, name)['name']}/{name}"
     check_repo_id(repo_id)
     with _explaining(repo_id, ""):
@@ -504,6 +522,14 @@ def _head(api: HfApi, repo_id: str, repo_type: str, revision: str | None, privat
     return info.sha
 
 
+def _check_branch(api: HfApi, repo_id: str, repo_type: str, revision: str) -> None:
+    """A commit goes to a branch; tags and older commits are for reading."""
+    refs = _again(lambda: api.list_repo_refs(repo_id, repo_type=repo_type))
+    names = [branch.name for branch in refs.branches]
+    if revision not in names and not revision.startswith("refs/pr/"):
+        raise ValueError(f"`revision` must be a branch of {repo_id}, one of {', '.join(names)}, got {revision!r}.")
+
+
 def _card_of(api: HfApi, repo_id: str, repo_type: str, head: str | None, token: str | bool | None) -> str | None:
     """The README.md of a commit, if there is one."""
     if head is None:
@@ -544,6 +570,8 @@ def _is_transient(error: Exception) -> bool:
     if status is not None:
         return status == 429 or status >= 500
     if isinstance(error, OfflineModeIsEnabled):  # which no waiting changes
+        return False
+    if type(error).__name__ in ("UnsupportedProtocol", "LocalProtocolError"):  # a mistake on this side
         return False
     # No answer at all: of Python, or of whatever HTTP library the client uses.
     return isinstance(error, ConnectionError) or type(error).__module__.startswith(("httpx", "requests"))
@@ -645,13 +673,22 @@ def _portable_config(source: Path, destination: Path, is_local: bool) -> dict[st
         is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(value)) and not Path(str(value)).exists()
         if value is not None and (name == "train_data_dir" or is_local or not is_name):
             config[name] = re.split(r"[/\\]", str(value).rstrip("/\\"))[-1]
-    destination.write_text(yaml.safe_dump(config, sort_keys=False))
+    destination.write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
     return config
 
 
-def _without_path(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Less the place on this machine that diffusers has noted it was loaded from."""
-    return {name: value for name, value in config.items() if name != "_name_or_path"}
+def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Less the place on this machine that diffusers has noted it was loaded from.
+
+    And less its list of defaults, which has arguments that were given by position, and `from_config` drops what it has.
+    """
+    return {name: value for name, value in config.items() if name not in ("_name_or_path", "_use_default_values")}
+
+
+def _check_drawing(pipeline: DDPMFacesPipeline) -> None:
+    """Refuse, before any work, a scheduler that this network cannot be used with."""
+    labels = _labels(pipeline, 1)
+    pipeline.check_inputs(1, pipeline.scheduler.config.num_train_timesteps, None, None, "pil", labels, (), 0.0)
 
 
 def _draw_grid(pipeline: DDPMFacesPipeline, path: Path) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -44,6 +45,10 @@ CODE_FILES = {
     "DDPMFacesUNet": "unet_ddpm_faces",
     "DDPMFacesScheduler": "scheduling_ddpm_faces",
 }
+# What diffusers' own components may be configured with at most, for they check nothing, and a configuration from a
+# stranger must not take memory. (Ours check themselves.)
+MAX_NUMBER = {"unet": 16_384, "scheduler": 1_000_000}
+MAX_LAYERS_PER_BLOCK, MAX_BLOCKS = 64, 12
 FORMAT_VERSION = 1  # of a saved folder; a later one says what an earlier version of this file cannot load
 
 
@@ -96,25 +101,46 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 "again: what has arrived whole stays."
             ) from error
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs,
+    ) -> None:
         """Save in a form that loads with this package, and by `trust_remote_code=True` also without it.
 
         Args:
             save_directory (`str` or `os.PathLike`): A folder; what it holds of an earlier pipeline is overwritten.
+            safe_serialization (`bool`, defaults to `True`): Nothing but safetensors is written.
+            variant (`str`, *optional*): As that of [`~diffusers.DiffusionPipeline.save_pretrained`].
+            max_shard_size (`int` or `str`, *optional*): The same.
             push_to_hub (`bool`, defaults to `False`): Whether to publish it as well, as [`push_to_hub`] does.
-            kwargs: `variant` and `max_shard_size` of [`~diffusers.DiffusionPipeline.save_pretrained`]; with
-                `push_to_hub`, `repo_id` (by default the name of the folder) and those of [`push_to_hub`].
+            repo_id (`str`, *optional*): Where to; by default under the name of the folder, as the token's owner.
+            kwargs: With `push_to_hub`, those of [`push_to_hub`].
 
         Raises:
             ValueError: `safe_serialization=False`, which would save pickles.
+            HubError: As that of [`push_to_hub`].
         """
-        if kwargs.pop("safe_serialization", True) is not True:
+        if safe_serialization is not True:
             raise ValueError("`safe_serialization` must be True: other weights are pickles, which can run code.")
-        to_save = {name: kwargs.pop(name) for name in ("variant", "max_shard_size") if name in kwargs}
-        super().save_pretrained(save_directory, **to_save)
+        # By name, for this file travels without the package. Whatever is wrong with publishing is said before saving.
+        hub = importlib.import_module("ddpm_faces.hub") if push_to_hub else None
+        if hub is not None:
+            name = repo_id or Path(save_directory).resolve().name
+            inspect.signature(hub.push).bind(self, name, **kwargs)
+            repo_id = hub.check_permission(name, kwargs.get("private"), kwargs.get("token"))
+        elif kwargs or repo_id is not None:
+            unexpected = [*kwargs, *(["repo_id"] if repo_id is not None else [])]
+            raise TypeError(f"save_pretrained() got arguments of `push_to_hub=True`: {', '.join(unexpected)}.")
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
         shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))  # as each component does with its own
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        if hub is not None:
+            hub.push(self, repo_id, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """Publish on the Hub, with a card, by [`ddpm_faces.hub.push`], which says what it takes.
@@ -122,7 +148,6 @@ class DDPMFacesPipeline(DiffusionPipeline):
         Returns:
             `str`: Address of the commit.
         """
-        # By name, for this file travels without the package.
         return importlib.import_module("ddpm_faces.hub").push(self, repo_id, **kwargs)
 
     def to_json_string(self) -> str:
@@ -147,8 +172,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
         """
         try:
             index = super()._dict_from_json_file(json_file)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{json_file} is no JSON: {error}.") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{json_file} is no JSON that can be read: {error}.") from error
         _check_index(index, cls, json_file)
         index["_class_name"] = "DDPMFacesPipeline"
         if _is_installed():
@@ -159,9 +184,14 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args, **kwargs):
-        """As [`~diffusers.ConfigMixin.load_config`]; our own classes are those of this package."""
+        """As [`~diffusers.ConfigMixin.load_config`]; our own classes are those of this package.
+
+        diffusers loads the components next, from this folder.
+        """
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
+        if args and os.path.isdir(args[0]):
+            _check_components(index, Path(args[0]))
         if _is_installed():
             for name, (_, class_name) in _parts(index).items():
                 if class_name in CODE_FILES:
@@ -404,10 +434,49 @@ def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
             f"{json_file} is of another kind of pipeline: it has {', '.join(unknown) or f'no {missing[0]}'}; a "
             f"DDPMFacesPipeline has {', '.join(sorted(allowed - {'auto_map'}))}."
         )
-    for name, value in _parts(index).items():
-        if not all(part is None or (isinstance(part, str) and _is_dotted_name(part)) for part in value):
-            raise ValueError(f"{json_file}: `{name}` must name a library and a class, got {value!r}.")
+    for name in ("unet", "scheduler"):
+        if not _is_component(name, index[name]):
+            raise ValueError(
+                f"{json_file}: `{name}` must name a library and a class, one of this package, diffusers' UNet2DModel, "
+                f"or a scheduler of diffusers; got {index[name]!r}."
+            )
+    if not isinstance(index.get("weights"), str | None):
+        raise ValueError(f"{json_file}: `weights` must be 'ema', 'raw' or nothing, got {index['weights']!r}.")
 
 
-def _is_dotted_name(text: str) -> bool:
-    return all(part.isidentifier() for part in text.split("."))
+def _is_component(name: str, value: Any) -> bool:
+    """Whether an entry of `model_index.json` names a class that may be loaded as this component."""
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(part, str | None) for part in value):
+        return False
+    library, class_name = value
+    if (library, class_name) == (None, None):  # saved without; to be passed in
+        return True
+    ours, theirs = ("DDPMFacesUNet", "UNet2DModel") if name == "unet" else ("DDPMFacesScheduler", None)
+    if class_name == ours:
+        return library in ("diffusers", CODE_FILES[ours], f"ddpm_faces.{CODE_FILES[ours]}")
+    if library != "diffusers" or class_name is None:
+        return False
+    found = getattr(diffusers, class_name, None)
+    is_scheduler = isinstance(found, type) and issubclass(found, SchedulerMixin)
+    return class_name == theirs if name == "unet" else is_scheduler
+
+
+def _check_components(index: dict[str, Any], folder: Path) -> None:
+    """Refuse configurations of diffusers' components that would take memory; ours check themselves."""
+    for name, file in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
+        path = folder / name / file
+        if index[name][1] in (None, *CODE_FILES) or not path.is_file():
+            continue
+        try:
+            config = json.loads(path.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no JSON that can be read: {error}.") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}.")
+        for key, value in config.items():
+            values = value if isinstance(value, list) else [value]
+            limit = MAX_LAYERS_PER_BLOCK if key == "layers_per_block" else MAX_NUMBER[name]
+            if len(values) > (MAX_BLOCKS if name == "unet" else limit):
+                raise ValueError(f"{path}: `{key}` has {len(values)} entries, which is more than is loaded.")
+            if any(isinstance(number, int | float) and not abs(number) <= limit for number in values):
+                raise ValueError(f"{path}: `{key}` must be at most {limit}, got {value!r}.")

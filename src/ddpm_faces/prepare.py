@@ -1,5 +1,6 @@
 """A data set of faces out of whatever pictures there are: cropped, resized, without metadata, in parquet shards."""
 
+import contextlib
 import io
 import math
 import os
@@ -9,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
+from tqdm.auto import tqdm
 
 from .card import check_license, merge_cards
 from .data import FaceDataset, hold_out, load_faces, resolve_source
@@ -50,7 +52,7 @@ faces = load_dataset("{{ repo_id }}", split="train")                  # or strea
 ```
 
 ```bash
-accelerate launch training/train.py --dataset_name {{ repo_id }} --resolution {{ height }}{{ validation }}
+accelerate launch training/train.py --dataset_name {{ repo_id }} --resolution {{ resolution }}{{ validation }}
 ```
 <!-- end: use -->
 
@@ -152,12 +154,14 @@ def _write(
     if faces.labels is not None:
         features["label"] = datasets.ClassLabel(names=faces.class_names)
     (folder / "data").mkdir()
-    for name, part in splits.items():
-        count = max(math.ceil(len(part) / _SHARD_IMAGES), _MANY_SHARDS if len(part) >= _MANY_IMAGES else 1)
-        for shard in range(count):
-            indices = range(len(part) * shard // count, len(part) * (shard + 1) // count)
-            rows = datasets.Dataset.from_list(list(_rows(part, indices)), features=datasets.Features(features))
-            rows.to_parquet(folder / "data" / f"{name}-{shard:05d}-of-{count:05d}.parquet")
+    with tqdm(total=len(faces), desc="Writing shards", unit="img") as bar, _no_bars():
+        for name, part in splits.items():
+            count = max(math.ceil(len(part) / _SHARD_IMAGES), _MANY_SHARDS if len(part) >= _MANY_IMAGES else 1)
+            for shard in range(count):
+                indices = range(len(part) * shard // count, len(part) * (shard + 1) // count)
+                rows = datasets.Dataset.from_list(list(_rows(part, indices)), features=datasets.Features(features))
+                rows.to_parquet(folder / "data" / f"{name}-{shard:05d}-of-{count:05d}.parquet")
+                bar.update(len(indices))
     data = DatasetCardData(
         license=license,
         pretty_name=repo_id.split("/")[-1],
@@ -179,6 +183,7 @@ def _write(
         repo_id=repo_id,
         count=f"{len(faces):,} faces",
         height=height,
+        resolution=height if height == width else f"{height} {width}",
         width=width,
         mode={1: "grey", 3: "RGB", 4: "RGBA"}[channels],
         splits={name: f"{len(part):,} pictures" for name, part in splits.items()},
@@ -187,6 +192,21 @@ def _write(
         validation=" --validation_split test" if "test" in splits else "",
     )
     (folder / "README.md").write_text(str(card) if old_card is None else merge_cards(old_card, str(card)), "utf-8")
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """None of datasets' own, of which there is one for each shard."""
+    import datasets
+
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
 def _rows(faces: FaceDataset, indices: range) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -124,6 +125,24 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         _check_choice("variance_type", variance_type, VARIANCE_TYPES)
         _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        numbers = {
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "dynamic_thresholding_ratio": dynamic_thresholding_ratio,
+            "clip_sample_range": clip_sample_range,
+            "sample_max_value": sample_max_value,
+        }
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"`{name}` must be a number, got {value!r}.")
+        switches = {
+            "clip_sample": clip_sample,
+            "thresholding": thresholding,
+            "rescale_betas_zero_snr": rescale_betas_zero_snr,
+        }
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"`{name}` must be True or False, got {value!r}.")
         for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
             if not 0 < value < 1:
                 raise ValueError(f"`{name}` must lie in (0, 1), got {value}.")
@@ -131,9 +150,9 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`beta_start` ({beta_start}) must not exceed `beta_end` ({beta_end}).")
         if not 0 < dynamic_thresholding_ratio <= 1:
             raise ValueError(f"`dynamic_thresholding_ratio` must lie in (0, 1], got {dynamic_thresholding_ratio}.")
-        if clip_sample_range <= 0:
+        if not clip_sample_range > 0:
             raise ValueError(f"`clip_sample_range` must be positive, got {clip_sample_range}.")
-        if sample_max_value < 1:
+        if not sample_max_value >= 1:
             raise ValueError(f"`sample_max_value` must be at least 1, got {sample_max_value}.")
         if rescale_betas_zero_snr and prediction_type == "epsilon":
             raise ValueError(
@@ -145,7 +164,10 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
 
         # 2. Schedule: beta_t
         if trained_betas is not None:
-            betas = torch.as_tensor(trained_betas, dtype=torch.float32)
+            try:
+                betas = torch.as_tensor(trained_betas, dtype=torch.float32)
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise ValueError(f"`trained_betas` must be a list of numbers: {error}.") from error
             if betas.shape != (num_train_timesteps,):
                 raise ValueError(
                     f"`trained_betas` must hold `num_train_timesteps` ({num_train_timesteps}) values, got a shape of "
@@ -191,10 +213,28 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """As [`~diffusers.SchedulerMixin.save_pretrained`]; this file is saved beside the configuration."""
+        if push_to_hub:
+            self.push_to_hub()
+        if kwargs:
+            raise TypeError(f"save_pretrained() got unexpected arguments: {', '.join(kwargs)}.")
         super().save_pretrained(save_directory)
         shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def push_to_hub(self, *args, **kwargs) -> str:
+        """Refuse: a schedule alone, without a card, is not what loads everywhere."""
+        raise NotImplementedError(
+            "A pipeline is published, not its scheduler: DDPMFacesPipeline(unet, scheduler).push_to_hub(repo_id)."
+        )
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        try:
+            config = super()._dict_from_json_file(json_file)
+        except RecursionError as error:
+            raise ValueError(f"{json_file} is nested too deeply.") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{json_file} must hold a JSON object, got {type(config).__name__}.")
+        return config
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

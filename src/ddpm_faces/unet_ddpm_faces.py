@@ -35,23 +35,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-# What a configuration may ask for at most. No network of this kind comes near; a file from a stranger that does is
-# refused before it takes memory or time.
-LIMITS = {
-    "sample_size": 8192,
-    "in_channels": 1024,
-    "out_channels": 1024,
-    "block_out_channels": 16384,
-    "layers_per_block": 64,
-    "time_proj_dim": 16384,
-    "time_embedding_dim": 16384,
-    "time_embedding_layers": 16,
-    "norm_num_groups": 16384,
-    "attention_head_dim": 16384,
-    "num_class_embeds": 1_000_000,
-    "augment_dim": 16384,
+# What a configuration may ask for: whole numbers, from and to. No network of this kind comes near the ends; a file
+# from a stranger that does is refused before it takes memory or time.
+BOUNDS = {
+    "in_channels": (1, 1024),
+    "out_channels": (1, 1024),
+    "layers_per_block": (1, 64),
+    "time_proj_dim": (4, 16384),
+    "time_embedding_dim": (1, 16384),
+    "time_embedding_layers": (1, 16),
+    "norm_num_groups": (1, 16384),
+    "attention_head_dim": (1, 16384),
+    "num_class_embeds": (1, 1_000_000),
+    "augment_dim": (1, 16384),
 }
-MAX_LEVELS = 12
+OPTIONAL = ("num_class_embeds", "augment_dim")
+MAX_LEVELS, MAX_WIDTH, MAX_SIDE = 12, 16384, 8192
 
 
 @dataclass
@@ -210,6 +209,10 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         Raises:
             ValueError: `safe_serialization=False`, which would save a pickle.
         """
+        if push_to_hub:
+            self.push_to_hub()
+        if kwargs:
+            raise TypeError(f"save_pretrained() got unexpected arguments: {', '.join(kwargs)}.")
         if safe_serialization is not True:
             raise ValueError("`safe_serialization` must be True: other weights are pickles, which can run code.")
         super().save_pretrained(
@@ -221,12 +224,21 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
                 # Of shards that lay here before. Loading would prefer it.
                 if Path(save_directory, index.name.replace(".index", "").removesuffix(".json")).exists():
                     index.unlink()
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs) -> str:
+        """Refuse: a network alone, unchecked and without a card, is not what loads everywhere."""
+        raise NotImplementedError(
+            "A pipeline is published, not its network: DDPMFacesPipeline(unet, scheduler).push_to_hub(repo_id)."
+        )
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        config = super()._dict_from_json_file(json_file)
+        try:
+            config = super()._dict_from_json_file(json_file)
+        except RecursionError as error:
+            raise ValueError(f"{json_file} is nested too deeply.") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{json_file} must hold a JSON object, got {type(config).__name__}.")
         allowed = {*inspect.signature(cls.__init__).parameters, "auto_map"} - {"self"}
         unknown = sorted(key for key in config if key not in allowed and not key.startswith("_"))
         if unknown and Path(json_file).name == cls.config_name:
@@ -243,44 +255,40 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
 
     def _check_config(self) -> None:
         config = self.config
-        for name, limit in LIMITS.items():
-            values = config[name] if isinstance(config[name], (list, tuple)) else [config[name]]
-            if not all(value is None or (type(value) is int and value <= limit) for value in values):
-                raise ValueError(f"`{name}` must be whole numbers of at most {limit}, got {config[name]!r}.")
-        if len(config.block_out_channels) > MAX_LEVELS:
+        for name, (minimum, maximum) in BOUNDS.items():
+            if not _is_integer(config[name], minimum, maximum) and not (name in OPTIONAL and config[name] is None):
+                or_none = " or None" if name in OPTIONAL else ""
+                raise ValueError(
+                    f"`{name}` must be a whole number from {minimum} to {maximum}{or_none}, got {config[name]!r}."
+                )
+        if config.time_proj_dim % 2:
+            raise ValueError(f"`time_proj_dim` must be even, got {config.time_proj_dim}.")
+        if type(config.dropout) not in (int, float) or not 0 <= config.dropout < 1:
+            raise ValueError(f"`dropout` must lie in [0, 1), got {config.dropout!r}.")
+        widths, block_types = config.block_out_channels, config.block_types
+        if not _is_list(widths, 2, MAX_LEVELS) or not all(_is_integer(width, 1, MAX_WIDTH) for width in widths):
             raise ValueError(
-                f"`block_out_channels` must be of at most {MAX_LEVELS} levels, got {len(config.block_out_channels)}."
+                f"`block_out_channels` must be 2 to {MAX_LEVELS} widths, whole numbers from 1 to {MAX_WIDTH}, got "
+                f"{widths!r}."
             )
-        positive = ("in_channels", "out_channels", "layers_per_block", "time_embedding_dim", "time_embedding_layers")
-        for name in (*positive, "norm_num_groups", "attention_head_dim"):
-            if config[name] < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {config[name]}.")
-        if config.time_proj_dim < 4 or config.time_proj_dim % 2:
-            raise ValueError(f"`time_proj_dim` must be even and at least 4, got {config.time_proj_dim}.")
-        if not 0 <= config.dropout < 1:
-            raise ValueError(f"`dropout` must lie in [0, 1), got {config.dropout}.")
-        for name in ("num_class_embeds", "augment_dim"):
-            if config[name] is not None and config[name] < 1:
-                raise ValueError(f"`{name}` must be at least 1 or None, got {config[name]}.")
-        if len(config.block_out_channels) < 2 or min(config.block_out_channels) < 1:
-            raise ValueError(f"`block_out_channels` must be two or more widths, got {config.block_out_channels}.")
-        if len(config.block_types) != len(config.block_out_channels) - 1:
+        if not _is_list(block_types, len(widths) - 1, len(widths) - 1):
             raise ValueError(
-                f"`block_types` stand between the levels: {len(config.block_out_channels)} `block_out_channels` need "
-                f"{len(config.block_out_channels) - 1}, got {len(config.block_types)}: {tuple(config.block_types)}."
+                f"`block_types` stand between the levels: {len(widths)} `block_out_channels` need {len(widths) - 1}, "
+                f"got {block_types!r}."
             )
-        choices = [("block_types", block_type, _BLOCKS) for block_type in config.block_types]
+        choices = [("block_types", block_type, tuple(_BLOCKS)) for block_type in block_types]
         choices += [("mid_block_type", config.mid_block_type, (None, *_MID_BLOCKS))]
         choices += [("out_block_type", config.out_block_type, ("conv", "norm_conv"))]
-        choices += [("act_fn", config.act_fn, _ACTIVATIONS)]
+        choices += [("act_fn", config.act_fn, tuple(_ACTIVATIONS))]
         for name, value, allowed in choices:
             if value not in allowed:
                 raise ValueError(f"`{name}` must be of {', '.join(map(repr, allowed))}, got {value!r}.")
-        sides = (config.sample_size,) if isinstance(config.sample_size, int) else tuple(config.sample_size)
-        if len(sides) > 2 or any(side < 1 or side % self.size_multiple for side in sides):
+        size, multiple = config.sample_size, self.size_multiple
+        sides = size if _is_list(size, 2, 2) else [size]
+        if not all(_is_integer(side, 1, MAX_SIDE) and side % multiple == 0 for side in sides):
             raise ValueError(
-                f"`sample_size` must be a side or (height, width), each a multiple of {self.size_multiple} (2 ** "
-                f"(number of levels - 1)), got {config.sample_size}."
+                f"`sample_size` must be a side or (height, width), each a multiple of {multiple} (2 ** (number of "
+                f"levels - 1)) and at most {MAX_SIDE}, got {size!r}."
             )
 
     @property
@@ -599,6 +607,14 @@ class _RunningStatisticsKept:
     def __exit__(self, *exception) -> None:
         for norm, momentum in self.momenta.items():
             norm.momentum = momentum
+
+
+def _is_integer(value: Any, minimum: int, maximum: int) -> bool:
+    return type(value) is int and minimum <= value <= maximum
+
+
+def _is_list(value: Any, shortest: int, longest: int) -> bool:
+    return isinstance(value, (list, tuple)) and shortest <= len(value) <= longest
 
 
 def _group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
