@@ -680,7 +680,7 @@ def _portable_config(source: Path, destination: Path, is_local: bool) -> dict[st
 def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
     """Less the place on this machine that diffusers has noted it was loaded from.
 
-    And less its list of defaults, which has arguments that were given by position, and `from_config` drops what it has.
+    And less its list of defaults, for that has arguments that were given by position, and `from_config` drops those.
     """
     return {name: value for name, value in config.items() if name not in ("_name_or_path", "_use_default_values")}
 
