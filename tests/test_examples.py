@@ -1,12 +1,15 @@
 """Examples and benchmarks run as the README has them and draw what they say; links in the documents lead somewhere."""
 
+import contextlib
+import io
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ddpm_faces import DrawnFaces
@@ -15,12 +18,20 @@ from ddpm_faces import DrawnFaces
 ROOT = Path(__file__).parents[1]
 
 
-def run(script: str, *arguments) -> str:
-    result = subprocess.run(
-        [sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+@pytest.fixture
+def run(monkeypatch):
+    """Run a script as `python SCRIPT ARGUMENTS` does, but for starting Python; returns what it printed."""
+
+    def run(script: str, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.chdir(ROOT)
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            runpy.run_path(script, run_name="__main__")
+        return output.getvalue()
+
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -29,7 +40,7 @@ def model(pipeline, tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def test_generate(model, tmp_path):
+def test_generate(run, model, tmp_path):
     for count in (1, 4):
         assert str(tmp_path / f"{count}.png") in run(
             "examples/generate.py", model, "--num_images", count, "--output", tmp_path / f"{count}.png"
@@ -40,13 +51,13 @@ def test_generate(model, tmp_path):
     assert abs(four[:128, :128] - one).max() <= 1  # face 0 is face 0, however many are drawn with it
 
 
-def test_denoising_strip(model, tmp_path):
+def test_denoising_strip(run, model, tmp_path):
     run("examples/denoising_strip.py", model, "--num_images", 2, "--output", tmp_path / "strip.png")
     width, height = Image.open(tmp_path / "strip.png").size
     assert width > 3 * height
 
 
-def test_forward_process(tmp_path):
+def test_forward_process(run, tmp_path):
     DrawnFaces(1, resolution=48)[0]["image"].save(tmp_path / "face.png")
     run("examples/forward_process.py", "--output", tmp_path / "drawn.png")
     run("examples/forward_process.py", "--image", tmp_path / "face.png", "--output", tmp_path / "given.png")
@@ -58,7 +69,7 @@ def test_forward_process(tmp_path):
         assert abs(np.diff(last, axis=0)).mean() > 2 * abs(np.diff(first, axis=0)).mean()
 
 
-def test_benchmark(tmp_path):
+def test_benchmark(run, tmp_path):
     run(
         *("benchmarks/speed.py", "--networks", "default", "--dtypes", "fp32", "--batch_sizes", "1", "--repeats", "1"),
         *("--output", tmp_path / "speed.md"),
@@ -67,7 +78,7 @@ def test_benchmark(tmp_path):
 
 
 @pytest.mark.slow
-def test_quality(model, tmp_path):
+def test_quality(run, model, tmp_path):
     (tmp_path / "faces").mkdir()
     for i, face in enumerate(DrawnFaces(24, resolution=16)):
         face["image"].save(tmp_path / "faces" / f"{i}.png")

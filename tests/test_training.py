@@ -288,9 +288,10 @@ LINEAGE = [
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its launcher died")
-def test_run_that_meets_each_fault_equals_the_one_that_met_none(finished, tmp_path):
+@pytest.mark.parametrize("faults", [LINEAGE[3:7] + LINEAGE[9:], pytest.param(LINEAGE, marks=slow)], ids=["six", "all"])
+def test_run_that_meets_each_fault_equals_the_one_that_met_none(finished, tmp_path, faults):
     run = tmp_path / "run"
-    for fault, message, newest in LINEAGE:
+    for fault, message, newest in faults:
         limit = {"time_limit_minutes": 60} if "age_minutes" in fault else {}
         output = fail(run, 1, fault, **limit)
         assert message in output, (fault, output)
@@ -309,6 +310,7 @@ def test_run_that_meets_each_fault_equals_the_one_that_met_none(finished, tmp_pa
     assert_same_run(run, finished)
 
 
+@slow
 def test_full_disk_for_a_while_loses_nothing(finished, tmp_path):
     run = tmp_path / "run"
     result = train(run, 1, {"disk_full": {"from": 48, "to": 96, "bytes": 20_000}})
@@ -385,7 +387,9 @@ def reference(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("num_processes", "device_batch_size"), [(1, 2), (2, None), pytest.param(4, 1, marks=slow)], ids=str
+    ("num_processes", "device_batch_size"),
+    [(2, None), pytest.param(1, 2, marks=slow), pytest.param(4, 1, marks=slow)],
+    ids=str,
 )
 def test_layout_changes_rounding_only(tmp_path, reference, num_processes, device_batch_size):
     run = tmp_path / "run"
@@ -594,6 +598,7 @@ def test_batch_that_processes_cannot_share(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@slow
 def test_another_model_in_the_same_folder_is_refused(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     output = fail(tmp_path / "run", block_out_channels=[8, 12], beta_end=0.03)
