@@ -60,6 +60,8 @@ def test_bad_input(pictures, tmp_path):
         prepare(str(pictures))
     with pytest.raises(ValueError, match="`num_test_images` must be from 0 to 11, got 12"):
         prepare(str(pictures), tmp_path / "set", num_test_images=12, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="`num_test_images` must be at least 0, got -1"):
+        prepare("no/such/set", tmp_path / "set", num_test_images=-1)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     with pytest.raises(ValueError, match="must be a new or an empty folder"):

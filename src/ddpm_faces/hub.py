@@ -133,6 +133,7 @@ def push(
         HubError: The Hub could not be reached, or said no. Nothing was published, unless the message says so.
     """
     check_license("license", license)
+    _check_variants(variants)
 
     def write(folder: Path, old_card: str | None) -> None:
         export(source, folder, repo_id, variants, license, dataset_license, old_card)
@@ -156,11 +157,7 @@ def export(
     Raises:
         ValueError: Weights that are not finite, an unknown variant, a folder without a pipeline.
     """
-    if isinstance(variants, str):
-        raise ValueError(f"`variants` must be a list of names, got {variants!r}.")
-    unknown = set(variants) - set(VARIANTS)
-    if unknown:
-        raise ValueError(f"`variants` must be of {', '.join(VARIANTS)}, got {', '.join(sorted(unknown))}.")
+    _check_variants(variants)
     folder, home = Path(folder), None
     if isinstance(source, DiffusionPipeline) and {"unet", "scheduler"} <= source.components.keys():
         pipeline = source
@@ -503,6 +500,14 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(
             f"`repo_id` must be a user or an organization and a name, as in 'user/faces', got {repo_id!r}."
         )
+
+
+def _check_variants(variants: Sequence[str]) -> None:
+    if isinstance(variants, str):
+        raise ValueError(f"`variants` must be a list of names, got {variants!r}.")
+    unknown = set(variants) - set(VARIANTS)
+    if unknown:
+        raise ValueError(f"`variants` must be of {', '.join(VARIANTS)}, got {', '.join(sorted(unknown))}.")
 
 
 def _head(api: HfApi, repo_id: str, repo_type: str, revision: str | None, private: bool | None) -> str | None:

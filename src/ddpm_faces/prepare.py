@@ -106,6 +106,8 @@ def prepare(
     if (output is None) == (push is None):
         raise ValueError("Give either `output` or `push`, for the data set to go somewhere.")
     check_license("license", license)
+    if num_test_images < 0:
+        raise ValueError(f"`num_test_images` must be at least 0, got {num_test_images}.")
     if push is not None:
         check_repo_id(push)
         check_permission(push, private, token, "dataset")
