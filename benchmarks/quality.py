@@ -13,7 +13,8 @@ import torch
 
 from ddpm_faces import DDPMFacesPipeline
 from ddpm_faces.data import load_faces
-from ddpm_faces.metrics import EfficientNetLite0, evaluate_samples
+from ddpm_faces.extractors import EfficientNetLite0
+from ddpm_faces.metrics import evaluate_samples
 
 
 COLUMNS = ("pictures", "steps", "kernel distance x1000", "Fréchet distance", "mean (R, G, B)", "deviation (R, G, B)")

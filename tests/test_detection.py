@@ -1,0 +1,62 @@
+"""Faces are found where they are, as the package that the weights are from finds them."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddpm_faces import DrawnFaces
+from ddpm_faces.detection import MTCNN
+
+
+# Of `facenet_pytorch.MTCNN(keep_all=True).detect` (2.6.0), on the drawn faces of seed 0 at 64x64.
+EXPECTED = [0.99512, 0.98789, 0.86206, 0.99991, 0.0, 0.99639, 0.83047, 0.99797, 0.99272, 0.99989, 0.99916, 0.98687]
+
+
+@pytest.fixture(scope="module")
+def detector() -> MTCNN:
+    return MTCNN()
+
+
+@pytest.fixture(scope="module")
+def faces() -> torch.Tensor:
+    pictures = DrawnFaces(len(EXPECTED), resolution=64, seed=0)
+    return torch.stack([torch.from_numpy(np.array(face["image"])).permute(2, 0, 1) for face in pictures])
+
+
+def test_probabilities_are_those_of_the_package(detector, faces):
+    torch.testing.assert_close(detector(faces), torch.tensor(EXPECTED), atol=1e-4, rtol=0)
+
+
+def test_pictures_of_a_batch_do_not_meddle(detector, faces):
+    one_by_one = torch.cat([detector(face[None]) for face in faces])
+    torch.testing.assert_close(detector(faces), one_by_one, atol=1e-4, rtol=0)
+
+
+def test_finds_a_face_wherever_it_is(detector, faces):
+    """In a larger picture, of another shape, and none beside it."""
+    canvas = torch.full((2, 3, 100, 180), 128, dtype=torch.uint8)
+    canvas[0, :, 30:94, 90:154] = faces[3]
+    found = detector(canvas)
+    assert found[0] > 0.9
+    assert found[1] == 0
+
+
+def test_no_face_where_there_is_none(detector, faces):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (16, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    upside_down = faces.flip(2)
+    scrambled = F.pixel_shuffle(F.pixel_unshuffle(faces.float(), 8)[:, torch.randperm(192, generator=generator)], 8)
+    assert not detector(noise).any()
+    assert (detector(upside_down) > 0).sum() < (detector(faces) > 0).sum() / 2
+    assert not detector(scrambled.byte()).any()
+
+
+def test_pictures_too_small_for_a_face(detector):
+    assert detector(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)).tolist() == [0, 0]
+
+
+def test_missing_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install --no-deps facenet-pytorch"):
+        MTCNN()
