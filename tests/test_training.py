@@ -6,6 +6,7 @@ By `accelerate launch` where that has something to do; a single process runs the
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -541,6 +542,7 @@ def test_dead_worker_is_replaced(finished, tmp_path):
 def test_article_network_in_bf16_from_a_folder_of_pictures(pictures, tmp_path, monkeypatch):
     """Precision comes from `accelerate launch`, and all that the article's preset switches off is off."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as `accelerate launch` sets it where --cpu is not given
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     output = succeed(
         tmp_path / "run", mixed_precision="bf16", config=ROOT / "training/configs/article64.yaml",
         train_data_dir=pictures, block_types=["conv"], random_flip="true", max_train_images=32, dropout=None,
@@ -548,6 +550,8 @@ def test_article_network_in_bf16_from_a_folder_of_pictures(pictures, tmp_path, m
         device_batch_size=4,
     )  # fmt: skip
     assert "precision: bf16" in output
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert "this CPU (AVX2) does not calculate in bf16" in output
     assert "BatchNorm sees the 4 pictures of a pass" in output
     if hasattr(os, "sched_getaffinity"):
         assert f"({len(os.sched_getaffinity(0))} CPU threads each)" in output

@@ -11,6 +11,7 @@ happens when a run is interrupted, and by what, is in docs/training.md.
 import importlib.util
 import math
 import os
+import platform
 import shutil
 import sys
 import time
@@ -36,6 +37,8 @@ from ddpm_faces.training_data import load_training_data
 from ddpm_faces.training_run import TrainingRun, locked, optimizer_settings, read_jsonl
 
 
+X86 = ("x86_64", "AMD64")  # where PyTorch tells what a CPU can do
+
 # Networks in here are not taken apart before the process ends. DistributedDataParallel would, with the interpreter's
 # lock held, wait for a thread of gloo, which now and then waits for that lock: for ever.
 LIVING: list[torch.nn.Module] = []
@@ -51,6 +54,12 @@ def main(config: TrainingConfig) -> None:
     )
     if accelerator.device.type == "cpu":
         use_all_cores()
+        capability = torch.backends.cpu.get_cpu_capability()
+        if accelerator.mixed_precision == "bf16" and platform.machine() in X86 and "AVX512" not in capability:
+            accelerator.print(
+                f"Warning: this CPU ({capability}) does not calculate in bf16, which makes it ten times as slow as "
+                "float32: --mixed_precision no."
+            )
     if config.push_to_hub and accelerator.is_main_process:
         from ddpm_faces.hub import check_permission
 
