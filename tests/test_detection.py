@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ddpm_faces import DrawnFaces
 from ddpm_faces.detection import MTCNN
+from ddpm_faces.extractors import MobileNetV2
 
 
 # Of `facenet_pytorch.MTCNN(keep_all=True).detect` (2.6.0), on the drawn faces of seed 0 at 64x64.
@@ -54,6 +55,13 @@ def test_no_face_where_there_is_none(detector, faces):
 
 def test_pictures_too_small_for_a_face(detector):
     assert detector(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("images", [torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64, dtype=torch.uint8)])
+def test_bad_pictures(detector, images):
+    for network in (detector, MobileNetV2()):
+        with pytest.raises(ValueError, match=r"`images` must be of type uint8 and shape \(batch, 3, height, width\)"):
+            network(images)
 
 
 def test_missing_package_says_what_to_install(monkeypatch):

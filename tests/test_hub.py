@@ -747,6 +747,8 @@ def test_only_pipelines_that_work(folder, tmp_path, exported):
         hub.export(tmp_path, tmp_path / "out", "owner/faces")
     with pytest.raises(ValueError, match="`variants` must be of bf16, fp16, got int8"):
         hub.push(folder, "owner/faces", variants=["int8"])  # before the Hub is asked
+    with pytest.raises(ValueError, match="`variants` must be of bf16, fp16, got 3"):
+        hub.push(folder, "owner/faces", variants=[3])
     unet = tiny_unet()
     unet.conv_in.bias.data[0] = 1e30
     with pytest.raises(ValueError, match="fp16 cannot hold conv_in.bias; leave it out"):

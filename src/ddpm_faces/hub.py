@@ -505,9 +505,9 @@ def check_repo_id(repo_id: str) -> None:
 def _check_variants(variants: Sequence[str]) -> None:
     if isinstance(variants, str):
         raise ValueError(f"`variants` must be a list of names, got {variants!r}.")
-    unknown = set(variants) - set(VARIANTS)
+    unknown = [str(name) for name in variants if name not in VARIANTS]
     if unknown:
-        raise ValueError(f"`variants` must be of {', '.join(VARIANTS)}, got {', '.join(sorted(unknown))}.")
+        raise ValueError(f"`variants` must be of {', '.join(VARIANTS)}, got {', '.join(unknown)}.")
 
 
 def _head(api: HfApi, repo_id: str, repo_type: str, revision: str | None, private: bool | None) -> str | None:

@@ -153,8 +153,8 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, num_neighb
         ValueError: A `num_neighbours` below 1, or features of a wrong type, shape or number, of different `dim`, or
             not finite.
     """
-    if num_neighbours < 1:
-        raise ValueError(f"`num_neighbours` must be at least 1, got {num_neighbours}.")
+    if not isinstance(num_neighbours, int) or num_neighbours < 1:
+        raise ValueError(f"`num_neighbours` must be an integer of at least 1, got {num_neighbours!r}.")
     features, reference = _checked_features(features, reference, min_images=num_neighbours + 1)
 
     def radii(rows: torch.Tensor) -> torch.Tensor:
