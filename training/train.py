@@ -22,7 +22,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    ProjectConfiguration,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+    set_seed,
+)
 from diffusers import EMAModel
 
 from ddpm_faces import DDPMFacesObjective, DDPMFacesScheduler, DDPMFacesUNet
@@ -51,6 +58,7 @@ def main(config: TrainingConfig) -> None:
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" or config.dry_run else config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
+        dynamo_backend="no",  # by which it would wrap the network and rename its weights: `train` compiles in place
     )
     if accelerator.device.type == "cpu":
         use_all_cores()
@@ -98,6 +106,9 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> TrainingRun:
 
     # 3. Optimizer and EMA
     optimizer = torch.optim.AdamW(unet.parameters(), fused=True, **optimizer_settings(config))
+    compilation = TorchDynamoPlugin()  # what `accelerate launch` says
+    if compilation.backend != DynamoBackend.NO:
+        unet.compile(**compilation.to_kwargs())
     unet, optimizer = accelerator.prepare(unet, optimizer)
     LIVING.append(unet)
     guard = NonFiniteGuard(accelerator.unwrap_model(unet), optimizer)

@@ -448,7 +448,9 @@ class TrainingRun:
             self.ema.store(unet.parameters())
             self.ema.copy_to(unet.parameters())
         try:
-            yield unet
+            # A compiled network would be compiled anew for evaluation, and for each size of a batch.
+            with torch.compiler.set_stance("force_eager"):
+                yield unet
         finally:
             for module in unet.modules():
                 if hasattr(module, "reshard"):  # FSDP, after a forward pass without a backward one
