@@ -13,7 +13,8 @@ from hub_server import OWNER_TOKEN, READER_TOKEN
 from PIL import Image
 from test_convert import ArticleUNet
 
-from ddpm_faces import DDPMFacesPipeline
+from ddpm_faces import DDPMFacesPipeline, DrawnFaces
+from ddpm_faces.evaluation import read_metrics
 
 
 pytestmark = pytest.mark.xdist_group("hub")
@@ -51,7 +52,7 @@ def test_installed_command():
     environment = {**os.environ, "COLUMNS": "200"}
     result = subprocess.run([executable, "--help"], capture_output=True, text=True, env=environment)
     assert result.returncode == 0
-    for name in ("push", "verify", "prepare", "convert", "accelerate launch training/train.py"):
+    for name in ("evaluate", "push", "verify", "prepare", "convert", "accelerate launch training/train.py"):
         assert name in result.stdout
     result = subprocess.run([executable, "convert", "none.pt", "out"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
@@ -164,3 +165,32 @@ def test_mistakes_are_told_in_one_line(server, command, model, tmp_path):
     assert not (tmp_path / "out").exists()
     for arguments in (("push", tmp_path / "none", "owner/x"), ("push", model), ("fly",)):
         assert command(*arguments)[0] == 2
+
+
+@pytest.fixture
+def faces(tmp_path) -> Path:
+    (tmp_path / "faces").mkdir()
+    for index, face in enumerate(DrawnFaces(20, resolution=16)):
+        face["image"].save(tmp_path / "faces" / f"{index:02}.png")
+    return tmp_path / "faces"
+
+
+def test_evaluate(command, model, faces, tmp_path):
+    code, text = command("evaluate", model, faces, "--steps", 2, "--num-images", 20)
+    assert code == 0, text
+    assert "| Faces that a detector finds, MTCNN | 0 ± 0 |" in text
+    assert "| Kernel distance x1000, EfficientNet-Lite0 |" in text
+    figures = json.loads((model / "metrics.json").read_text())["metrics"]
+    assert [figure["type"] for figure in figures].count("frechet_distance") == 2
+    assert {(figure["n"], figure["steps"], figure["seeds"]) for figure in figures} == {(20, 2, "0 to 19")}
+
+    # A folder of pictures, beside the model; written where it is told to.
+    output = tmp_path / "others.json"
+    code, text = command("evaluate", faces, faces, "--against", model / "metrics.json", "--output", output)
+    assert code == 0, text
+    assert "| Precision, MobileNetV2 | 1 ± " in text
+    assert read_metrics(output)["metrics"][1]["value"] == pytest.approx(0, abs=1e-6)
+    (faces / "00.png").rename(faces / "21.png")  # another order is another set of real faces
+    assert command("evaluate", faces, faces, "--against", output)[0] == 1
+    code, text = command("evaluate", model, faces, "--num-images", 19)
+    assert (code, text) == (1, "error: `num_images` must be a whole number of at least 20, got 19.")

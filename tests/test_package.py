@@ -56,11 +56,15 @@ def test_source_never_imports_training(path):
         ("extractors", set()),
         ("detection", {"extractors"}),
         ("metrics", {"data", "extractors"}),
+        (
+            "evaluation",
+            {"data", "detection", "extractors", "files", "metrics", "pipeline_ddpm_faces", "solvers"},
+        ),
         ("solvers", {"scheduling_ddpm_faces"}),
         ("convert", {"pipeline_ddpm_faces", "scheduling_ddpm_faces", "unet_ddpm_faces"}),
         ("hub", {"card", "pipeline_ddpm_faces", "plots", "solvers"}),
         ("prepare", {"card", "data", "files", "hub"}),
-        ("cli", {"convert", "files", "hub", "prepare"}),
+        ("cli", {"convert", "evaluation", "files", "hub", "prepare"}),
     ],
 )
 def test_data_flows_one_way(module, may_import):

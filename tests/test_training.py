@@ -363,6 +363,13 @@ def test_exit_codes_without_launcher(tmp_path):
     assert [entry["images_seen"] for entry in read_log(tmp_path / "run", "held_out_loss")] == [32, 64, 96]
 
 
+def test_compiled_run_ends_like_any_other(finished, tmp_path, monkeypatch):
+    # By dynamo without a compiler, which calculates as PyTorch does. Its wrapper would rename all weights.
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    succeed(tmp_path / "run")
+    assert_same_run(tmp_path / "run", finished)
+
+
 def test_two_runs_in_one_folder(finished, tmp_path):
     """The second is refused while the first is alive; here it is a process that holds the lock."""
     run = tmp_path / "run"

@@ -1,5 +1,6 @@
 """The command `ddpm-faces`: what can be done without writing Python, each by one function of the package."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,7 @@ import typer
 
 
 app = typer.Typer(
-    help="DDPM for faces: publish, verify, prepare, convert. To train: accelerate launch training/train.py.",
+    help="DDPM for faces: evaluate, publish, verify, prepare, convert. To train: accelerate launch training/train.py.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -106,6 +107,52 @@ def prepare(
         private=private,
     )
     typer.echo(f"The data set is at {where}")
+
+
+@app.command()
+def evaluate(
+    source: Annotated[str, typer.Argument(help="A pipeline (folder or USER/NAME), or a folder of pictures.")],
+    data: Annotated[
+        str | None, typer.Argument(help="Real faces: a data set or a folder of pictures (default: drawn ones).")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of the data set: faces that were not trained on.")] = "test",
+    baseline_split: Annotated[
+        str, typer.Option(help="Of other real faces, for what a perfect model could reach; none: ''.")
+    ] = "train",
+    num_images: Annotated[
+        int | None, typer.Option(help="On either side (default: as many as there are, up to 1000).")
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="ddpm or dpm-solver++.")] = "ddpm",
+    steps: Annotated[int | None, typer.Option(help="Of sampling (default: all that were trained).")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first face; the next has the next.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 64,
+    inception: Annotated[
+        bool, typer.Option("--inception", help="FID and KID of the literature too; downloads 90 MB.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write (default: metrics.json in the pipeline's folder).")
+    ] = None,
+    against: Annotated[Path | None, typer.Option(help="A metrics.json to set beside it.", exists=True)] = None,
+) -> None:
+    """Measure how far faces are from real ones; the figures go into the card. `accelerate launch` shares it out."""
+    from .evaluation import METRICS_NAME, Networks, check_comparable, evaluate, read_metrics, table, write_metrics
+
+    others = None if against is None else read_metrics(against)["metrics"]
+    if output is None and Path(source, "model_index.json").is_file():
+        output = Path(source, METRICS_NAME)
+    networks = Networks.with_inception() if inception else None
+    results = evaluate(
+        source, data, split, baseline_split or None, num_images, sampler, steps, seed, batch_size, networks
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if output is not None:
+        write_metrics(output, results)
+    if others is not None:
+        check_comparable(results["metrics"], others)
+    typer.echo(table(results["metrics"], others))
+    if output is not None:
+        typer.echo(f"\nThe figures, and how they were measured, are in {output}")
 
 
 @app.command()

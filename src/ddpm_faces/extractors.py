@@ -105,6 +105,38 @@ class MobileNetV2:
         return F.batch_norm(x, *statistics, w[f"{norm}.weight"], w[f"{norm}.bias"])
 
 
+class InceptionV3:
+    """The network of the FID (2048 features), with the weights that publications use, from torch-fidelity.
+
+    They are not in the package: the first use downloads 90 MB.
+
+    Args:
+        device (`str` or `torch.device`, defaults to `"cpu"`): Where to compute.
+        weights_path (`str`, *optional*): A file of the weights, in place of the download.
+
+    Raises:
+        ImportError: The extra `fid` is not installed.
+        OSError: The weights cannot be downloaded.
+    """
+
+    name = "Inception-v3 (torch-fidelity), pooled features"
+    resize = "299x299, bilinear as in TensorFlow 1"
+    is_inception = True
+
+    def __init__(self, device: str | torch.device = "cpu", weights_path: str | None = None) -> None:
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ImportError(f'{error}. To install it: `pip install "ddpm-faces[fid]"`.') from error
+        self.device = device
+        self.network = FeatureExtractorInceptionV3("inception-v3", ["2048"], weights_path).to(device)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        check_images(images)
+        return self.network(images.to(self.device))[0]
+
+
 def check_images(images: torch.Tensor) -> None:
     """Raise a `ValueError` where these are no pictures that a network of this kind looks at."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:

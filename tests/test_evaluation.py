@@ -1,0 +1,267 @@
+"""Figures against those computed by hand, what is written beside them, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet, DrawnFaces
+from ddpm_faces.evaluation import (
+    Networks,
+    check_comparable,
+    evaluate,
+    read_metrics,
+    table,
+    write_metrics,
+)
+from ddpm_faces.metrics import channel_statistics, frechet_distance, kernel_distance, precision_recall
+from ddpm_faces.solvers import fast_solver
+
+
+def pixel_features(images: torch.Tensor) -> torch.Tensor:
+    """A feature network for tests that need none."""
+    return F.adaptive_avg_pool2d(images.float() / 255, 3).flatten(start_dim=1)
+
+
+class BrightPictures:
+    """In place of a face detector."""
+
+    name = "brightness"
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        assert min(images.shape[2:]) >= 64
+        return (images.float().mean(dim=(1, 2, 3)) > 127).float()
+
+
+class Plain(Networks):
+    def __init__(self) -> None:
+        self.extractors = (pixel_features,)
+        self.detector = BrightPictures()
+
+
+def drawn(num_images: int, resolution: int = 16) -> torch.Tensor:
+    faces = DrawnFaces(num_images, resolution=resolution)
+    return torch.stack([torch.from_numpy(np.array(face["image"])).permute(2, 0, 1) for face in faces])
+
+
+def tiny(channels: int = 3, **unet) -> DDPMFacesPipeline:
+    torch.manual_seed(0)
+    config = {"block_out_channels": (8, 8), "block_types": ("resnet",), "norm_num_groups": 4, **unet}
+    network = DDPMFacesUNet(16, channels, channels, **config)
+    for parameter in network.conv_out.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return DDPMFacesPipeline(network.eval(), DDPMFacesScheduler(10))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Forty drawn faces of 16x16, as files."""
+    (tmp_path / "faces").mkdir()
+    for index, image in enumerate(drawn(40)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "faces" / f"{index:02}.png")
+    return tmp_path / "faces"
+
+
+def value(results: dict, kind: str) -> float:
+    return next(metric["value"] for metric in results["metrics"] if metric["type"] == kind)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm-solver++"])
+def test_figures_of_a_pipeline(folder, sampler):
+    pipeline = tiny()
+    results = evaluate(pipeline, str(folder), num_images=24, sampler=sampler, num_inference_steps=5, seed=7,
+                       batch_size=10, networks=Plain())  # fmt: skip
+
+    if sampler != "ddpm":
+        pipeline = DDPMFacesPipeline(pipeline.unet, fast_solver(pipeline.scheduler))
+    faces = [pipeline(1, 5, torch.Generator().manual_seed(7 + i), output_type="np").images[0] for i in range(24)]
+    images = torch.from_numpy((np.stack(faces) * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
+    reference = drawn(24)
+    x, y = pixel_features(images), pixel_features(reference)
+    assert value(results, "frechet_distance") == pytest.approx(frechet_distance(x, y), rel=1e-3)
+    assert value(results, "kernel_distance_x1000") == pytest.approx(1000 * kernel_distance(x, y)[0], rel=1e-3)
+    assert (value(results, "precision"), value(results, "recall")) == precision_recall(x, y)
+    assert value(results, "face_rate") == (images.float().mean(dim=(1, 2, 3)) > 127).double().mean()
+    assert results["channels"]["mean"] == pytest.approx(channel_statistics(images)["mean"], abs=1e-3)
+    assert results["channels"]["deviation"] == pytest.approx(channel_statistics(images)["deviation"], abs=1e-3)
+    assert results["reference_channels"]["deviation"] == pytest.approx(channel_statistics(reference)["deviation"])
+
+    assert json.loads(json.dumps(results)) == results
+    for metric in results["metrics"]:
+        assert (metric["n"], metric["n_reference"], metric["image_size"]) == (24, 24, "16x16")
+        assert (metric["sampler"], metric["steps"], metric["seeds"]) == (sampler, 5, "7 to 30")
+        assert metric["reference"].startswith("faces (")
+        assert metric["error"] >= 0
+    assert results["metrics"][0]["resize"] == "to 64 pixels, bicubic"
+
+
+def test_equal_pictures_are_at_no_distance_and_others_are(folder):
+    same = evaluate(folder, str(folder), networks=Plain())
+    assert value(same, "frechet_distance") == pytest.approx(0, abs=1e-9)
+    assert (value(same, "precision"), value(same, "recall")) == (1, 1)
+    kernel = next(metric for metric in same["metrics"] if metric["type"] == "kernel_distance_x1000")
+    assert abs(kernel["value"]) < 3 * kernel["error"]
+    assert same["metrics"][0]["source"] == "the first 40 pictures of faces"
+    others = evaluate(folder, None, num_images=40, networks=Plain())
+    assert value(others, "frechet_distance") > 0
+    assert others["metrics"][1]["reference"].startswith("drawn faces (")
+    assert others["metrics"][1]["real_faces"] > 0
+
+
+def test_grey_pictures_and_classes(folder):
+    grey = evaluate(tiny(channels=1), str(folder), num_images=20, num_inference_steps=2, networks=Plain())
+    assert len(set(grey["channels"]["mean"])) == 1
+
+    seen = []
+    pipeline = tiny(num_class_embeds=3)
+    pipeline.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["class_labels"].tolist()), with_kwargs=True
+    )
+    evaluate(pipeline, str(folder), num_images=20, num_inference_steps=1, batch_size=8, networks=Plain())
+    assert seen == [[0, 1, 2, 0, 1, 2, 0, 1], [2, 0, 1, 2, 0, 1, 2, 0], [1, 2, 0, 1]]
+
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from test_evaluation import Plain, tiny
+from accelerate import PartialState
+from ddpm_faces.evaluation import evaluate
+results = evaluate(tiny(), {folder!r}, num_images=25, num_inference_steps=3, batch_size=4, networks=Plain())
+if PartialState().is_main_process:
+    print(json.dumps(results))
+"""
+
+
+def test_processes_share_the_work(folder, tmp_path, request):
+    tests = str(request.path.parent)
+    (tmp_path / "script.py").write_text(SCRIPT.format(tests=tests, folder=str(folder)))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    output = subprocess.run([*launch, tmp_path / "script.py"], capture_output=True, text=True, check=True).stdout
+    shared = json.loads(output.splitlines()[-1])
+    alone = evaluate(tiny(), str(folder), num_images=25, num_inference_steps=3, networks=Plain())
+    for a, b in zip(shared["metrics"], alone["metrics"], strict=True):
+        assert {**a, "value": 0, "error": 0} == {**b, "value": 0, "error": 0}
+        assert a["value"] == pytest.approx(b["value"], rel=1e-3, abs=1e-6)
+
+
+def test_data_set_with_splits(tmp_path):
+    from datasets import Dataset
+
+    (tmp_path / "set").mkdir()
+    for split, first in {"train": 0, "test": 20}.items():
+        rows = [{"image": Image.fromarray(drawn(40)[first + i].permute(1, 2, 0).numpy())} for i in range(20)]
+        Dataset.from_list(rows).to_parquet(tmp_path / "set" / f"{split}.parquet")
+    load = {"num_inference_steps": 1, "networks": Plain(), "cache_dir": str(tmp_path / "cache")}
+    results = evaluate(tiny(), str(tmp_path / "set"), **load)
+    x, y = pixel_features(drawn(40)[:20]), pixel_features(drawn(40)[20:])
+    assert results["metrics"][1]["n"] == 20  # as many as there are
+    assert results["metrics"][1]["real_faces"] == pytest.approx(frechet_distance(x, y), abs=1e-3)
+    assert results["metrics"][1]["reference"].startswith("set, test (")
+    alone = evaluate(tiny(), str(tmp_path / "set"), baseline_split=None, **load)
+    assert "real_faces" not in alone["metrics"][1]
+    swapped = evaluate(tiny(), str(tmp_path / "set"), split="train", baseline_split=None, **load)
+    with pytest.raises(ValueError, match=r"not measured alike.*`reference` set, train \(.*\) and set, test \("):
+        check_comparable(swapped["metrics"], alone["metrics"])
+    check_comparable(results["metrics"], alone["metrics"])
+
+
+FIGURE = {
+    "name": "Fréchet distance", "type": "frechet_distance", "value": 12.345, "error": 0.5, "n": 400,
+    "n_reference": 400, "image_size": "64x64", "extractor": "A (b)", "resize": "none", "reference": "x (1)",
+    "sampler": "ddpm", "steps": 300, "seeds": "0 to 399", "real_faces": 10.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n": 500}, "`n` 400 and 500"),
+        ({"n_reference": 500}, "`n_reference` 400 and 500"),
+        ({"image_size": "32x32"}, "`image_size` 64x64 and 32x32"),
+        ({"resize": "other"}, "`resize` none and other"),
+        ({"reference": "x (2)"}, r"`reference` x \(1\) and x \(2\)"),
+        ({"extractor": "C"}, "no type and network in common"),
+    ],
+)
+def test_figures_measured_differently_are_not_compared(change, message):
+    with pytest.raises(ValueError, match=message):
+        check_comparable([FIGURE], [{**FIGURE, **change}])
+
+
+def test_samplers_and_models_are_compared():
+    check_comparable([FIGURE], [{**FIGURE, "sampler": "dpm-solver++", "steps": 10, "seeds": "1 to 400", "value": 1}])
+    lines = table([FIGURE], [{**FIGURE, "value": 20.0}]).splitlines()
+    assert lines[0] == "| | value | other real faces | before |".replace("| |", "|  |")
+    assert lines[2] == "| Fréchet distance, A | 12.35 ± 0.5 | 10 | 20 ± 0.5 |"
+
+
+def test_file_of_figures(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text('{"memorisation": {"verdict": "None."}, "metrics": []}')
+    write_metrics(path, {"metrics": [FIGURE]})
+    assert json.loads(path.read_text()) == {"memorisation": {"verdict": "None."}, "metrics": [FIGURE]}
+    assert read_metrics(path)["metrics"] == [FIGURE]
+    for text in ("{", "[]", '{"metrics": [{}]}', '{"metrics": 3}', "{}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="holds no figures of `ddpm-faces evaluate`"):
+            read_metrics(path)
+    path.write_text("not JSON")
+    with pytest.raises(ValueError, match="is no JSON, and is not overwritten"):
+        write_metrics(path, {"metrics": [FIGURE]})
+    assert path.read_text() == "not JSON"
+
+
+# Bad input
+
+
+class Never(Networks):
+    def __init__(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_images": 19}, "`num_images` must be a whole number of at least 20, got 19"),
+        ({"num_images": True}, "`num_images` must be a whole number of at least 20, got True"),
+        ({"sampler": "euler"}, "`sampler` must be one of 'ddpm', 'dpm-solver\\+\\+', got 'euler'"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be a whole number of at least 1, got 0"),
+        ({"num_inference_steps": 11}, "`num_inference_steps` must be from 1 to 10, .*, got 11"),
+        ({"seed": -1}, "`seed` must be a whole number of at least 0, got -1"),
+        ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, got 0"),
+        ({"num_images": 41}, "`data` must have at least 41 pictures, as many as `num_images`, has 40"),
+    ],
+)
+def test_bad_arguments(folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(tiny(), str(folder), **arguments, networks=Never())
+
+
+def test_bad_pictures(folder, tmp_path):
+    with pytest.raises(ValueError, match="makes pictures of 4 channels; 1 or 3 can be measured"):
+        evaluate(tiny(channels=4), str(folder), networks=Never())
+    for path in sorted(folder.iterdir())[19:]:
+        path.unlink()
+    with pytest.raises(ValueError, match="`source` must have at least 20 pictures, or figures mean nothing, has 19"):
+        evaluate(folder, None, networks=Never())
+    with pytest.raises(ValueError, match="`data` must have at least 20 pictures, or figures mean nothing, has 19"):
+        evaluate(tiny(), str(folder), networks=Never())
+    (folder / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="holds files that are no pictures: notes.txt"):
+        evaluate(folder, None, networks=Never())
+    (folder / "notes.txt").rename(folder / "notes.png")
+    with pytest.raises(ValueError, match="notes.png cannot be read"):
+        evaluate(folder, None, networks=Never())
+    Image.new("RGB", (16, 24)).save(folder / "notes.png")
+    with pytest.raises(ValueError, match="pictures of one size, got 00.png of 16x16, notes.png of 16x24"):
+        evaluate(folder, None, networks=Never())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds neither a pipeline nor pictures"):
+        evaluate(tmp_path / "empty", None, networks=Never())
