@@ -34,7 +34,7 @@ def test_pruning_keeps_the_newest(tmp_path):
 def test_pruning_keeps_the_best(tmp_path):
     for images_seen in (1, 2, 3, 4):
         checkpoint_path(tmp_path, images_seen).mkdir()
-    prune_checkpoints(tmp_path, keep=1, best=checkpoint_path(tmp_path, 2))
+    prune_checkpoints(tmp_path, keep=1, spared=[checkpoint_path(tmp_path, 2)])
     assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, images_seen) for images_seen in (2, 4)]
 
 

@@ -12,6 +12,8 @@ _MODULE_OF = {
     "DDPMFacesScheduler": "scheduling_ddpm_faces",
     "DDPMFacesUNet": "unet_ddpm_faces",
     "DrawnFaces": "drawn_faces",
+    "FastSolver": "solvers",
+    "fast_solver": "solvers",
 }
 __all__ = ["__version__", *sorted(_MODULE_OF)]
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     return sorted(found, key=lambda path: int(_CHECKPOINT.fullmatch(path.name)[1]))
 
 
-def prune_checkpoints(output_dir: str | os.PathLike, keep: int, best: Path | None = None) -> None:
-    """Delete all but the newest `keep` checkpoints and the `best`, and what interrupted runs left unfinished."""
+def prune_checkpoints(output_dir: str | os.PathLike, keep: int, spared: Collection[Path] = ()) -> None:
+    """Delete all but the newest `keep` checkpoints and those `spared`, and what interrupted runs left unfinished."""
     for path in list_checkpoints(output_dir)[:-keep]:
-        if path != best:
+        if path not in spared:
             delete(path)
     delete_unfinished(output_dir)
 

@@ -182,6 +182,19 @@ class TrainingConfig:
         20, "Validation", "Steps of DPM-Solver++ for the grids on the way; the last grid takes all T of DDPM."
     )
 
+    evaluate_every_images: int = _field(
+        0,
+        "Validation",
+        "Measure samples beside the held-out pictures every so many images, as `ddpm-faces evaluate`; 0: never.",
+    )
+    audit_every_images: int = _field(
+        0, "Validation", "Search samples for copies of training pictures every so many images; 0: never."
+    )
+    stop_on_copies: bool = _field(
+        False, "Validation", "End when copies are found, with the weights of the last audit that found none."
+    )
+    num_evaluation_samples: int = _field(200, "Validation", "Samples that are measured and searched.")
+
     output_dir: str = _field("ddpm-faces-model", "Run", "Folder of checkpoints, pictures and the finished pipeline.")
     resume: Literal["auto", "never"] = _field(
         "auto", "Run", "auto: go on from the newest checkpoint in `output_dir`, if any; never: refuse to."
@@ -253,6 +266,7 @@ class TrainingConfig:
                 "`early_stopping_patience` needs `num_validation_images`, `validate_every_images` and "
                 "`checkpoint_every_images` above 0."
             )
+        self._check_assessment()
         if self.sample_inference_steps > self.num_train_timesteps:
             raise ValueError(
                 f"`sample_inference_steps` ({self.sample_inference_steps}) must not exceed `num_train_timesteps` "
@@ -264,6 +278,24 @@ class TrainingConfig:
         check_license("hub_license", self.hub_license)
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             raise ValueError(f"`output_dir` must be a folder, or the name of a new one, got {self.output_dir!r}.")
+
+    def _check_assessment(self) -> None:
+        if self.stop_on_copies and not (self.audit_every_images and self.checkpoint_every_images):
+            raise ValueError("`stop_on_copies` needs `audit_every_images` and `checkpoint_every_images` above 0.")
+        wanted = {"evaluate_every_images": 20, "audit_every_images": 100}  # least pictures
+        for name, least in wanted.items():
+            if not getattr(self, name):
+                continue
+            for number in ("num_evaluation_samples", "num_validation_images"):
+                if getattr(self, number) < least:
+                    raise ValueError(f"`{name}` needs `{number}` of at least {least}, got {getattr(self, number)}.")
+        if self.evaluate_every_images and self.in_channels == 4:
+            raise ValueError("`evaluate_every_images` measures pictures of 1 or 3 `in_channels`, got 4.")
+        if self.audit_every_images and (self.in_channels != 3 or self.streaming or self.crop == "random"):
+            raise ValueError(
+                "`audit_every_images` compares with all training pictures: it needs 3 `in_channels`, `crop` center, no "
+                "`streaming`."
+            )
 
     def _check_data(self) -> None:
         is_drawn = self.dataset_name is None and self.train_data_dir is None
@@ -357,6 +389,8 @@ _MAY_BE_ZERO = (
     "validate_every_images",
     "checkpoint_every_images",
     "sample_every_images",
+    "evaluate_every_images",
+    "audit_every_images",
 )
 
 

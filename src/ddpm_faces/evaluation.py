@@ -173,8 +173,8 @@ def evaluate(
     # 3. Measure
     networks = networks or Networks(state.device)
     measured = measure(pictures.batches, num_images, networks, batch_size, "Faces")
-    reference = measure(_tensors(real), num_images, networks, batch_size, "Real faces")
-    baseline = None if others is None else measure(_tensors(others), num_images, networks, batch_size, "Others")
+    reference = measure(select(real), num_images, networks, batch_size, "Real faces")
+    baseline = None if others is None else measure(select(others), num_images, networks, batch_size, "Others")
     figures = compare(measured, reference, networks)
     provenance = {"reference": f"{name} ({reference.fingerprint})", **pictures.provenance(num_images)}
     if baseline is not None:
@@ -453,7 +453,8 @@ def _real_faces(
         return reference, load_faces(dataset_name=data, split=baseline_split, **load).images, f"{name}, {split}"
 
 
-def _tensors(images: torch.Tensor) -> Callable[[Sequence[int]], torch.Tensor]:
+def select(images: torch.Tensor) -> Callable[[Sequence[int]], torch.Tensor]:
+    """For [`measure`], of pictures that are there."""
     return lambda indices: images[list(indices)]
 
 

@@ -19,7 +19,7 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import EMAModel
 from filelock import FileLock, Timeout
 from PIL import Image
@@ -29,6 +29,7 @@ from . import __version__
 from . import checkpoint as checkpoints
 from .batches import FaceBatches
 from .config import TrainingConfig
+from .evaluation import METRICS_NAME, write_metrics
 from .files import replacing
 from .objective import DDPMFacesObjective
 from .pipeline_ddpm_faces import DDPMFacesPipeline
@@ -66,6 +67,9 @@ class RunState:
     best_loss: float | None = None
     best_images_seen: int | None = None
     validations_since_best: int = 0
+    copies_found: bool = False
+    clean_images_seen: int | None = None  # of the last audit that found no copies
+    verdict: str | None = None  # of the last audit; of the last without copies, where that is what the run ends with
     is_maintained: bool = True  # whether what is due after `images_seen` has been done
     unlogged_steps: list[dict] = field(default_factory=list)
     seconds: float = 0.0  # that its processes have been at work, up to the last save
@@ -130,6 +134,7 @@ class TrainingRun:
         self.last_image = config.max_train_steps * config.train_batch_size
         self.preemption = Preemption(config.time_limit_minutes)
         self._began = time.time()
+        self._reference: tuple | None = None  # what samples are measured with and beside
         self._steps: list[dict] = []  # since the last exchange; tensors are still on the device
 
     # Start
@@ -150,7 +155,7 @@ class TrainingRun:
                 if path.exists():
                     with replacing(path) as new:
                         new.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-            checkpoints.prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit, self._best_checkpoint)
+            checkpoints.prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit, self._spared)
         hyperparameters = {k: v if isinstance(v, (int, float)) else str(v) for k, v in asdict(self.config).items()}
         self.accelerator.init_trackers("training", config=hyperparameters, init_kwargs=self._tracker_settings())
         self.bar = tqdm(
@@ -181,10 +186,11 @@ class TrainingRun:
         return self.state.images_seen - (0 if self.state.is_maintained else 1)
 
     @property
-    def _best_checkpoint(self) -> Path | None:
-        if self.state.best_images_seen is None:
-            return None
-        return checkpoints.checkpoint_path(self.output_dir, self.state.best_images_seen)
+    def _spared(self) -> list[Path]:
+        """Checkpoints that the run may end with."""
+        state, config = self.state, self.config
+        of_images = {state.best_images_seen} | ({state.clean_images_seen} if config.stop_on_copies else set())
+        return [checkpoints.checkpoint_path(self.output_dir, seen) for seen in of_images - {None}]
 
     def _load(self, checkpoint: Path) -> None:
         saved = checkpoints.read_state(checkpoint)
@@ -244,8 +250,12 @@ class TrainingRun:
         return patience is not None and self.state.validations_since_best >= patience
 
     @property
+    def stopped_on_copies(self) -> bool:
+        return self.config.stop_on_copies and self.state.copies_found
+
+    @property
     def is_finished(self) -> bool:
-        return self.stopped_early or self.state.images_seen >= self.last_image
+        return self.stopped_early or self.stopped_on_copies or self.state.images_seen >= self.last_image
 
     def next_batch(self) -> dict[str, Any]:
         """The pictures of this process for the next step, on their way to the device."""
@@ -300,8 +310,10 @@ class TrainingRun:
             is_best = self._validate()
         if self._is_due(config.sample_every_images) and not is_last:  # `finish` draws the last
             self._sample()
+        is_clean = self._assess(is_last)
         self.state.is_maintained = True
-        if config.checkpoint_every_images and (self._is_due(config.checkpoint_every_images) or is_last or is_best):
+        is_wanted = is_last or is_best or (is_clean and config.stop_on_copies)
+        if config.checkpoint_every_images and (self._is_due(config.checkpoint_every_images) or is_wanted):
             self._save(required=is_last)
 
     def _is_due(self, every_images: int) -> bool:
@@ -432,6 +444,56 @@ class TrainingRun:
             state.validations_since_best += 1
         return is_best
 
+    def _assess(self, is_last: bool) -> bool:
+        """Measure samples and search them for copies, where either is due; whether they were searched in vain."""
+        every = self.config.evaluate_every_images, self.config.audit_every_images
+        evaluates, audits = (images > 0 and (self._is_due(images) or is_last) for images in every)
+        if not (evaluates or audits):
+            return False
+        with self._paused():
+            solver, steps = fast_solver(self.objective.scheduler), self.config.sample_inference_steps
+            drawn = self._draw_samples(solver, steps, averaged=True, num_samples=self.config.num_evaluation_samples)
+            samples = ((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            if evaluates:
+                self._evaluate(samples.expand(-1, 3, -1, -1))
+            return audits and self._audit(samples)
+
+    def _evaluate(self, samples: torch.Tensor) -> None:
+        from .evaluation import Networks, compare, measure, select
+        from .extractors import MobileNetV2
+
+        if self._reference is None:
+            networks = Networks(self.accelerator.device, [MobileNetV2(self.accelerator.device)])
+            held_out = self.data.held_out.images.expand(-1, 3, -1, -1)
+            self._reference = networks, measure(select(held_out), len(held_out), networks, self.images_per_pass)
+        networks, reference = self._reference
+        measured = measure(select(samples), len(samples), networks, self.images_per_pass)
+        self._write(
+            {"evaluation": {figure["type"]: figure["value"] for figure in compare(measured, reference, networks)}}
+        )
+
+    def _audit(self, samples: torch.Tensor) -> bool:
+        from .audit import audit, closest_pairs_picture
+
+        outcome: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            train, held_out = self.data.batches.dataset.images, self.data.held_out.images
+            report = audit(samples, train, held_out)
+            (pixels,) = report.spaces
+            outcome = [(report.found_copies, report.verdict, pixels.copy_rate, pixels.held_out_copy_rate)]
+            folder = self.output_dir / "audits"
+            folder.mkdir(exist_ok=True)
+            with replacing(folder / f"{self.state.images_seen:010d}.png") as path:
+                closest_pairs_picture(report, samples, train, held_out).save(path, "PNG")
+        found, verdict, copy_rate, held_out_copy_rate = broadcast_object_list(outcome)[0]
+        self._write({"copy_rate": copy_rate, "held_out_copy_rate": held_out_copy_rate, "copies_found": float(found)})
+        self.state.copies_found = found
+        if not found:
+            self.state.clean_images_seen = self.state.images_seen
+        if not (self.stopped_on_copies and self.state.clean_images_seen):  # or the run ends with those weights
+            self.state.verdict = verdict
+        return not found
+
     @property
     def images_per_pass(self) -> int:
         """Pictures of a forward pass in training, which memory suffices for."""
@@ -494,11 +556,14 @@ class TrainingRun:
             self._log_picture(picture)
         return list(grids.values())[-1]
 
-    def _draw_samples(self, scheduler: Any, num_inference_steps: int | None, averaged: bool) -> torch.Tensor:
+    def _draw_samples(
+        self, scheduler: Any, num_inference_steps: int | None, averaged: bool, num_samples: int | None = None
+    ) -> torch.Tensor:
         """x_0, `(num_samples, channels, height, width)`, on the CPU of each process."""
         config, num_processes = self.config, self.accelerator.num_processes
-        per_process = -(-config.num_samples // num_processes)
-        mine = [(k * num_processes + self.accelerator.process_index) % config.num_samples for k in range(per_process)]
+        num_samples = num_samples or config.num_samples
+        per_process = -(-num_samples // num_processes)
+        mine = [(k * num_processes + self.accelerator.process_index) % num_samples for k in range(per_process)]
         samples = []
         with self.evaluating(averaged) as unet:
             pipeline = DDPMFacesPipeline(unet, scheduler)
@@ -520,7 +585,7 @@ class TrainingRun:
                 )
         gathered = self.accelerator.gather(torch.cat(samples).contiguous())
         gathered = gathered.view(num_processes, per_process, *gathered.shape[1:]).transpose(0, 1)
-        return gathered.flatten(0, 1)[: config.num_samples].cpu()
+        return gathered.flatten(0, 1)[:num_samples].cpu()
 
     def _color_drift(self, samples: torch.Tensor) -> dict[str, dict[str, float]]:
         """Mean and deviation of each channel, in [-1, 1], beside those of the training pictures."""
@@ -575,7 +640,7 @@ class TrainingRun:
                 )
                 if self.accelerator.is_main_process:
                     keep = self.config.checkpoints_total_limit
-                    checkpoints.prune_checkpoints(self.output_dir, keep, self._best_checkpoint)
+                    checkpoints.prune_checkpoints(self.output_dir, keep, self._spared)
             except OSError as error:
                 if required:
                     raise
@@ -621,15 +686,7 @@ class TrainingRun:
     def finish(self) -> None:
         """Save the pipeline, and beside it a grid of samples in all T steps and the loss curve."""
         self.bar.close()
-        best = self._best_checkpoint
-        from_best = self.stopped_early and best is not None and best.is_dir()
-        if from_best:
-            self.accelerator.print(
-                f"Stopped early: the held-out loss was best after {self.state.best_images_seen} images, "
-                f"{self.state.best_loss:.4f}. The pipeline has the weights of then."
-            )
-            checkpoints.load_weights(self.accelerator, best, self.unet)
-            self.ema = None  # the network itself has the averaged weights now
+        returns_to = self._choose_weights()
         self._check_finite()
         with self.evaluating():
             # Copied, for the network goes on to hold other weights in the same memory.
@@ -643,12 +700,32 @@ class TrainingRun:
             checkpoints.save_pipeline(DDPMFacesPipeline(unet, scheduler, weights=kind), self.output_dir)
             grid.save(self.output_dir / "samples.png")
             self._draw_loss_curve()
-            self._summarize(from_best)
+            self._summarize(returns_to)
             print(f"The pipeline is in {self.output_dir}, pictures from it in {self.output_dir / 'samples.png'}")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         if self.config.push_to_hub and self.accelerator.is_main_process:
             self._publish()
+
+    def _choose_weights(self) -> int | None:
+        """Go back to the checkpoint for whose sake the run stopped, if it did; after how many images that was."""
+        state = self.state
+        images_seen = None
+        if self.stopped_on_copies:
+            images_seen, reason = state.clean_images_seen, "samples are copies of training pictures"
+        elif self.stopped_early:
+            images_seen = state.best_images_seen
+            reason = f"the held-out loss was best after {images_seen} images, {state.best_loss:.4f}"
+        else:
+            return None
+        path = None if images_seen is None else checkpoints.checkpoint_path(self.output_dir, images_seen)
+        if path is None or not path.is_dir():
+            self.accelerator.print(f"Stopped early: {reason}. There is no checkpoint from before; these weights stay.")
+            return None
+        self.accelerator.print(f"Stopped early: {reason}. The pipeline has the weights after {images_seen} images.")
+        checkpoints.load_weights(self.accelerator, path, self.unet)
+        self.ema = None  # the network itself has the averaged weights now
+        return images_seen
 
     def _publish(self) -> None:
         """Put the finished pipeline on the Hub; what was trained stays whole if that fails."""
@@ -676,7 +753,7 @@ class TrainingRun:
             raise SystemExit(1) from error
         print(f"Published: {url}")
 
-    def _summarize(self, from_best: bool) -> None:
+    def _summarize(self, returns_to: int | None) -> None:
         """What the card says of the training, and a person may want to know years later."""
         is_cuda = self.accelerator.device.type == "cuda"
         source = self.config.dataset_name or self.config.train_data_dir
@@ -685,9 +762,9 @@ class TrainingRun:
             "data": self.data.description,
             "is_local_data": source is not None and Path(source).expanduser().is_dir(),
             "fingerprint": self.data.fingerprint,
-            "images_seen": self.state.best_images_seen if from_best else self.state.images_seen,
+            "images_seen": self.state.images_seen if returns_to is None else returns_to,
             "skipped_steps": self.state.skipped_steps,
-            "held_out_loss": self.state.best_loss if from_best else self._last_held_out_loss(),
+            "held_out_loss": self._held_out_loss(returns_to),
             "hours": self._seconds / 3600,
             "processes": self.accelerator.num_processes,
             "device": torch.cuda.get_device_name() if is_cuda else threads,
@@ -696,9 +773,13 @@ class TrainingRun:
         }
         with replacing(self.output_dir / "training_summary.json") as path:
             path.write_text(json.dumps(summary, indent=2) + "\n")
+        if self.state.verdict is not None:
+            write_metrics(self.output_dir / METRICS_NAME, {"memorisation": {"verdict": self.state.verdict}})
 
-    def _last_held_out_loss(self) -> float | None:
-        losses = [entry["held_out_loss"] for entry in read_jsonl(self.log_path) if "held_out_loss" in entry]
+    def _held_out_loss(self, images_seen: int | None) -> float | None:
+        """The last one that was measured, or that after `images_seen` images."""
+        entries = [entry for entry in read_jsonl(self.log_path) if "held_out_loss" in entry]
+        losses = [entry["held_out_loss"] for entry in entries if images_seen in (None, entry["images_seen"])]
         return losses[-1] if losses else None
 
     def _draw_loss_curve(self) -> None:

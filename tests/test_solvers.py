@@ -1,0 +1,81 @@
+"""Few steps, against the exact solution where there is one."""
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+
+from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, FastSolver, fast_solver
+
+
+SCHEDULES = [
+    {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
+    {"beta_schedule": "linear"},
+    {"beta_schedule": "sigmoid"},
+    {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000},
+    {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+]
+
+
+@pytest.mark.parametrize("config", SCHEDULES)
+def test_timesteps_are_distinct_and_as_many_as_asked_for(config):
+    scheduler = DDPMFacesScheduler(**config)
+    solver = fast_solver(scheduler)
+    for num_steps in (1, 2, 10, 20, 157, len(scheduler)):
+        solver.set_timesteps(num_steps)
+        timesteps = solver.timesteps.tolist()
+        assert len(timesteps) == num_steps
+        assert timesteps == sorted(set(timesteps), reverse=True)
+        assert 0 <= timesteps[-1]
+        assert timesteps[0] <= len(scheduler) - 1
+        assert solver.sigmas.isfinite().all()
+    solver.set_timesteps(timesteps=[200, 100, 2])
+    assert solver.timesteps.tolist() == [200, 100, 2]
+
+
+def test_timesteps_have_the_noise_of_edm():
+    solver = fast_solver(DDPMFacesScheduler(1000, beta_schedule="squaredcos_cap_v2"))
+    solver.set_timesteps(10)
+    expected = (80 ** (1 / 7) + torch.arange(10) / 9 * (0.02 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    assert torch.allclose(solver.sigmas[:-1], expected, rtol=0.15)
+    assert solver.sigmas[-1] == 0
+
+
+def gaussian_faces(solver, scheduler, deviation: float, num_steps: int, noise: torch.Tensor) -> torch.Tensor:
+    """Solve from `noise` with the exact prediction for data of N(0.5, deviation^2), times the deviation: x_0."""
+    solver.set_timesteps(num_steps)
+    x = noise.clone()
+    for t in solver.timesteps:
+        alpha_bar = scheduler.alphas_cumprod[t].double()
+        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        x0 = 0.5 + alpha * deviation**2 * (x - alpha * 0.5) / (alpha_bar * deviation**2 + sigma**2)
+        epsilon = (x - alpha * x0) / sigma
+        x = solver.step(alpha * epsilon - sigma * x0, t, x).prev_sample
+    return x
+
+
+def test_ten_steps_keep_brightness_and_detail():
+    """Fine detail has a small deviation; brightness, which all pixels share, one of tens. How much of it is lost?"""
+    scheduler = DDPMFacesScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    even = DPMSolverMultistepScheduler.from_config(
+        scheduler.config, timestep_spacing="trailing", trained_betas=scheduler.betas.tolist()
+    )
+    noise = torch.linspace(-3, 3, 13, dtype=torch.float64)
+
+    def gain(solver, deviation: float, num_steps: int) -> torch.Tensor:
+        """By what a deviation is multiplied: by 1 in the exact solution."""
+        solved = gaussian_faces(solver, scheduler, deviation, num_steps, noise)
+        assert abs(solved[6] - 0.5) < 0.01 * max(1, deviation)  # the mean, from a noise of 0
+        return (solved[-1] - solved[0]) / (6 * deviation)
+
+    deviations = [0.1, 0.3, 1.0, 5.0, 30.0]
+    assert all(abs(gain(fast_solver(scheduler), deviation, 10) - 1) < 0.12 for deviation in deviations)
+    assert all(abs(gain(fast_solver(scheduler), deviation, 20) - 1) < 0.06 for deviation in deviations)
+    assert gain(even, 30.0, 10) < 0.3  # all faces equally bright
+    assert gain(even, 0.1, 10) < 0.6  # and smooth
+
+
+def test_it_is_not_saved(pipeline, tmp_path):
+    pipeline = DDPMFacesPipeline(pipeline.unet, fast_solver(pipeline.scheduler))
+    assert isinstance(pipeline.scheduler, FastSolver)
+    with pytest.raises(ValueError, match="not saved: save the scheduler of the training"):
+        pipeline.save_pretrained(tmp_path / "model")
