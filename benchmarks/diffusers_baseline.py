@@ -1,9 +1,9 @@
 """Train diffusers' UNet2DModel by its usual recipe, to compare with: what people have without this package.
 
-The recipe is that of diffusers' examples/unconditional_image_generation/train_unconditional.py and its defaults: T = 1000,
-linear betas, the noise predicted, AdamW (0.95, 0.999) with weight decay 1e-6, learning rate 1e-4 with 500 steps of
-warm-up and a cosine to 0, gradients clipped to 1, mirrored pictures, and an average of the weights that warms up with
-power 3/4. The network is smaller than the example's: as many GFLOP as the article's.
+The recipe is that of diffusers' examples/unconditional_image_generation/train_unconditional.py and its defaults:
+T = 1000, linear betas, the noise predicted, AdamW (0.95, 0.999) with weight decay 1e-6, learning rate 1e-4 with 500
+steps of warm-up and a cosine to 0, gradients clipped to 1, mirrored pictures, and an average of the weights that warms
+up with power 3/4. The network is smaller than the example's: near the article's in GFLOP.
 """
 
 import argparse

@@ -58,13 +58,21 @@ def test_source_never_imports_training(path):
         ("metrics", {"data", "extractors"}),
         (
             "evaluation",
-            {"data", "detection", "extractors", "files", "metrics", "pipeline_ddpm_faces", "solvers"},
+            {"data", "detection", "extractors", "files", "metrics", "pipeline_ddpm_faces", "samples"},
+        ),
+        ("samples", {"data", "pipeline_ddpm_faces", "solvers"}),
+        (
+            "audit",
+            {
+                *("data", "extractors", "metrics", "objective", "pipeline_ddpm_faces", "plots", "samples"),
+                *("scheduling_ddpm_faces", "validation"),
+            },
         ),
         ("solvers", {"scheduling_ddpm_faces"}),
         ("convert", {"pipeline_ddpm_faces", "scheduling_ddpm_faces", "unet_ddpm_faces"}),
         ("hub", {"card", "pipeline_ddpm_faces", "plots", "solvers"}),
         ("prepare", {"card", "data", "files", "hub"}),
-        ("cli", {"convert", "evaluation", "files", "hub", "prepare"}),
+        ("cli", {"audit", "convert", "evaluation", "extractors", "files", "hub", "prepare"}),
     ],
 )
 def test_data_flows_one_way(module, may_import):

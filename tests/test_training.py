@@ -600,6 +600,45 @@ def test_early_stopping_keeps_the_best_weights(tmp_path):
     assert_equal_weights(averaged, {name: weights(run)[name] for name in averaged})
 
 
+ASSESSED = {
+    "num_drawn_images": 60, "num_validation_images": 100, "num_evaluation_samples": 100, "max_train_images": 64,
+    "sample_every_images": 0, "validate_every_images": 0, "report_to": "none",
+}  # fmt: skip
+
+
+def test_run_stops_on_copies_with_the_weights_from_before(tmp_path):
+    run = tmp_path / "run"
+    output = succeed(
+        run, faults={"copies": {"from": 40}}, audit_every_images=16, stop_on_copies=True, checkpoints_total_limit=1,
+        **ASSESSED,
+    )  # fmt: skip
+    found = {entry["images_seen"]: entry["copies_found"] for entry in read_log(run, "copies_found")}
+    assert found == {16: 0, 32: 0, 48: 1}
+    assert "Stopped early: samples are copies of training pictures. The pipeline has the weights after 32" in output
+    averaged = load_file(run / "checkpoint-0000000032" / "ema.safetensors")
+    assert_equal_weights(averaged, {name: weights(run)[name] for name in averaged})
+    assert json.loads((run / "training_summary.json").read_text())["images_seen"] == 32
+    verdict = json.loads((run / "metrics.json").read_text())["memorisation"]["verdict"]
+    assert verdict.startswith("No more copies than among unseen real faces: by pixels")
+    assert Image.open(run / "audits" / "0000000048.png").width > 400
+
+
+def test_samples_are_measured_and_searched_on_the_way(tmp_path):
+    """Copies do not stop a run that was not told so; what it ends with is said of it."""
+    run = tmp_path / "run"
+    succeed(
+        run, num_processes=2, faults={"copies": {"from": 40}}, audit_every_images=32, evaluate_every_images=32,
+        **{**ASSESSED, "num_evaluation_samples": 101},
+    )  # fmt: skip
+    assert {entry["images_seen"]: entry["copies_found"] for entry in read_log(run, "copies_found")} == {32: 0, 64: 1}
+    entries = read_log(run, "evaluation")
+    assert [entry["images_seen"] for entry in entries] == [32, 64]
+    for entry in entries:
+        assert entry["evaluation"]["face_rate"] == 0
+        assert entry["evaluation"]["frechet_distance"] > entry["evaluation"]["kernel_distance_x1000"] / 1000 > 0
+    assert json.loads((run / "metrics.json").read_text())["memorisation"]["verdict"].startswith("Copies found")
+
+
 # Bad input, and trying out
 
 

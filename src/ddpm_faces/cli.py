@@ -1,5 +1,6 @@
 """The command `ddpm-faces`: what can be done without writing Python, each by one function of the package."""
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +9,7 @@ import typer
 
 
 app = typer.Typer(
-    help="DDPM for faces: evaluate, publish, verify, prepare, convert. To train: accelerate launch training/train.py.",
+    help="DDPM for faces: evaluate, audit, publish, prepare, convert. To train: accelerate launch training/train.py.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -153,6 +154,55 @@ def evaluate(
     typer.echo(table(results["metrics"], others))
     if output is not None:
         typer.echo(f"\nThe figures, and how they were measured, are in {output}")
+
+
+@app.command()
+def audit(
+    source: Annotated[str, typer.Argument(help="A pipeline (folder or USER/NAME), or a folder of pictures.")],
+    data: Annotated[str, typer.Argument(help="The data set that was trained on.")],
+    split: Annotated[str, typer.Option(help="What was trained on, all of it.")] = "train",
+    held_out_split: Annotated[str, typer.Option(help="Faces that were not.")] = "test",
+    num_images: Annotated[int, typer.Option(help="How many faces to search for.")] = 400,
+    sampler: Annotated[str, typer.Option(help="ddpm or dpm-solver++.")] = "dpm-solver++",
+    steps: Annotated[int, typer.Option(help="Of sampling.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the first face; the next has the next.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 32,
+    features: Annotated[bool, typer.Option(help="Search by a network too, and not by pixels alone.")] = True,
+    loss_images: Annotated[int, typer.Option(help="Compare the loss on so many pictures; 0: do not.")] = 100,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for audit.json and audit.png (default: the pipeline's).")
+    ] = None,
+) -> None:
+    """Search generated faces for copies of training pictures: the verdict goes into the card. Ends with 3 for yes."""
+    from .audit import audit_model
+    from .evaluation import METRICS_NAME, write_metrics
+    from .files import replacing
+
+    is_folder = Path(source, "model_index.json").is_file()
+    if output is None:
+        if not is_folder:
+            raise ValueError("`--output` must name a folder: there is none of a pipeline to write into.")
+        output = Path(source)
+    extractor = None
+    if features:
+        from .extractors import MobileNetV2
+
+        extractor = MobileNetV2()
+    report, results, picture = audit_model(
+        *(source, data, split, held_out_split, num_images, sampler, steps, seed, batch_size, extractor, loss_images)
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    with replacing(output / "audit.json") as path:
+        path.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    with replacing(output / "audit.png") as path:
+        picture.save(path, "PNG")
+    if is_folder:
+        provenance = {key: results[key] for key in ("sampler", "steps", "seeds")}
+        write_metrics(Path(source, METRICS_NAME), {"memorisation": {"verdict": results["verdict"], **provenance}})
+    typer.echo(results["verdict"])
+    typer.echo(f"The closest pairs, which show training pictures: {output / 'audit.png'}")
+    if report.found_copies:
+        raise typer.Exit(3)
 
 
 @app.command()

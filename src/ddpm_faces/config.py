@@ -293,7 +293,7 @@ class TrainingConfig:
             raise ValueError("`evaluate_every_images` measures pictures of 1 or 3 `in_channels`, got 4.")
         if self.audit_every_images and (self.in_channels != 3 or self.streaming or self.crop == "random"):
             raise ValueError(
-                "`audit_every_images` compares with all training pictures: it needs 3 `in_channels`, `crop` center, no "
+                "`audit_every_images` looks at all training pictures: it needs 3 `in_channels`, `crop` center and no "
                 "`streaming`."
             )
 

@@ -33,9 +33,10 @@ class MTCNN:
     def __init__(self, device: str | torch.device = "cpu") -> None:
         folder = package_folder("facenet_pytorch") / "data"
         self.device = device
-        self.states = {
-            name: torch.load(folder / f"{name}.pt", map_location=device, weights_only=True) for name in _POOLS
-        }
+        self.states = {}
+        for name in _POOLS:
+            state = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
+            self.states[name] = {key: tensor.to(device) for key, tensor in state.items()}
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

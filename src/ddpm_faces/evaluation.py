@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from PIL import Image
 from tqdm.auto import tqdm
 
-from .data import PICTURE_SUFFIXES, is_picture_folder, load_faces, picture_to_tensor
+from .data import is_picture_folder, load_faces
 from .detection import MTCNN
 from .extractors import EfficientNetLite0, Extractor, InceptionV3, MobileNetV2
 from .files import replacing
@@ -32,10 +31,9 @@ from .metrics import (
     precision_recall,
 )
 from .pipeline_ddpm_faces import DDPMFacesPipeline
-from .solvers import fast_solver
+from .samples import open_samples, select
 
 
-SAMPLERS = ("ddpm", "dpm-solver++")
 MIN_IMAGES = 2 * NUM_SUBSETS  # of the kernel distance, whose subsets hold two at least
 MAX_IMAGES = 1000  # where the user does not say; more pictures mean smaller errors
 DETECTION_SIDE = 64  # to which smaller pictures are enlarged: the detector knows no face of less than 20 pixels
@@ -144,17 +142,14 @@ def evaluate(
             that makes no RGB or grey pictures, or an argument outside what is said above.
         ImportError: A package that holds weights is not installed.
     """
-    _check_arguments(num_images, sampler, num_inference_steps, seed, batch_size)
+    if num_images is not None and (type(num_images) is not int or num_images < MIN_IMAGES):
+        raise ValueError(f"`num_images` must be a whole number of at least {MIN_IMAGES}, got {num_images!r}.")
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"`batch_size` must be a whole number of at least 1, got {batch_size!r}.")
     state = PartialState()
 
     # 1. What is measured
-    if isinstance(source, DDPMFacesPipeline):
-        pictures = _Generated(source, sampler, num_inference_steps, seed)
-    elif Path(source).expanduser().is_dir() and not Path(source, "model_index.json").expanduser().exists():
-        pictures = _PictureFiles(Path(source).expanduser())
-    else:
-        pipeline = DDPMFacesPipeline.from_pretrained(source).to(state.device)
-        pictures = _Generated(pipeline, sampler, num_inference_steps, seed)
+    pictures = open_samples(source, sampler, num_inference_steps, seed, state.device)
 
     # 2. What it is compared with
     wanted = min(num_images or MAX_IMAGES, len(pictures))
@@ -353,81 +348,6 @@ def write_metrics(path: str | os.PathLike, results: dict[str, Any]) -> None:
         new.write_text(json.dumps({**kept, **results}, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-class _Generated:
-    """Faces of a pipeline, one by one of its own seed, so that a batch does not decide what is in it."""
-
-    def __init__(self, pipeline: DDPMFacesPipeline, sampler: str, num_inference_steps: int | None, seed: int) -> None:
-        unet = pipeline.unet.config
-        if unet.out_channels not in (1, 3):
-            raise ValueError(f"`source` makes pictures of {unet.out_channels} channels; 1 or 3 can be measured.")
-        self.steps = num_inference_steps or pipeline.scheduler.config.num_train_timesteps
-        if sampler == "dpm-solver++":
-            pipeline = DDPMFacesPipeline(pipeline.unet, fast_solver(pipeline.scheduler))
-        pipeline.set_progress_bar_config(disable=True)
-        size = unet.sample_size
-        self.pipeline, self.sampler, self.seed = pipeline, sampler, seed
-        self.image_size = (size, size) if isinstance(size, int) else tuple(size)
-
-    def __len__(self) -> int:
-        return 2**31
-
-    def batches(self, indices: Sequence[int]) -> torch.Tensor:
-        generators = [torch.Generator().manual_seed(self.seed + index) for index in indices]
-        classes = self.pipeline.unet.config.get("num_class_embeds")
-        labels = None if classes is None else [index % classes for index in indices]
-        images = self.pipeline(
-            len(indices), self.steps, generators, output_type="pt", class_labels=labels
-        ).images  # in [0, 1]
-        return (images.float() * 255).round().to("cpu", torch.uint8).expand(-1, 3, -1, -1)
-
-    def provenance(self, num_images: int) -> dict[str, Any]:
-        seeds = f"{self.seed} to {self.seed + num_images - 1}"
-        return {"sampler": self.sampler, "steps": self.steps, "seeds": seeds}
-
-
-class _PictureFiles:
-    """Pictures of a folder, which must be pictures, and of one size."""
-
-    def __init__(self, folder: Path) -> None:
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-        strangers = [path for path in files if path.suffix.lower() not in PICTURE_SUFFIXES]
-        if strangers:
-            raise ValueError(
-                f"`source` {str(folder)!r} holds files that are no pictures: {strangers[0].name}"
-                f"{f' and {len(strangers) - 1} more' if len(strangers) > 1 else ''}."
-            )
-        sizes: dict[tuple[int, int], Path] = {}
-        for path in files:
-            try:
-                with Image.open(path) as image:
-                    sizes.setdefault((image.height, image.width), path)
-            except OSError as error:
-                raise ValueError(f"`source`: {path} cannot be read: {error}") from error
-        if len(sizes) > 1:
-            shown = ", ".join(f"{path.name} of {width}x{height}" for (height, width), path in [*sizes.items()][:3])
-            raise ValueError(f"`source` must hold pictures of one size, got {shown}.")
-        if not files:
-            raise ValueError(f"`source` {str(folder)!r} holds neither a pipeline nor pictures.")
-        self.files, self.folder = files, folder
-        (self.image_size,) = sizes
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def batches(self, indices: Sequence[int]) -> torch.Tensor:
-        images = []
-        for index in indices:
-            try:
-                with Image.open(self.files[index]) as image:
-                    images.append(picture_to_tensor(image, self.image_size))
-            except OSError as error:
-                raise ValueError(f"`source`: {self.files[index]} cannot be read: {error}") from error
-        return torch.stack(images)
-
-    def provenance(self, num_images: int) -> dict[str, Any]:
-        return {"source": f"the first {num_images} pictures of {self.folder.resolve().name}"}
-
-
 def _real_faces(
     data: str | None,
     split: str,
@@ -453,11 +373,6 @@ def _real_faces(
         return reference, load_faces(dataset_name=data, split=baseline_split, **load).images, f"{name}, {split}"
 
 
-def select(images: torch.Tensor) -> Callable[[Sequence[int]], torch.Tensor]:
-    """For [`measure`], of pictures that are there."""
-    return lambda indices: images[list(indices)]
-
-
 def _enlarged(images: torch.Tensor) -> torch.Tensor:
     height, width = images.shape[2:]
     if min(height, width) >= DETECTION_SIDE:
@@ -465,16 +380,3 @@ def _enlarged(images: torch.Tensor) -> torch.Tensor:
     scale = DETECTION_SIDE / min(height, width)
     size = (round(height * scale), round(width * scale))
     return F.interpolate(images.float(), size=size, mode="bicubic", antialias=True).clamp(0, 255).round().byte()
-
-
-def _check_arguments(
-    num_images: int | None, sampler: str, num_inference_steps: int | None, seed: int, batch_size: int
-) -> None:
-    if sampler not in SAMPLERS:
-        raise ValueError(f"`sampler` must be one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}.")
-    bounds = [("seed", seed, 0), ("batch_size", batch_size, 1)]
-    bounds += [("num_images", num_images, MIN_IMAGES)] if num_images is not None else []
-    bounds += [("num_inference_steps", num_inference_steps, 1)] if num_inference_steps is not None else []
-    for name, value, minimum in bounds:
-        if type(value) is not int or value < minimum:
-            raise ValueError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")

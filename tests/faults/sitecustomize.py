@@ -103,6 +103,18 @@ def install(faults: dict) -> None:
 
         batches._Fetch.__getitem__ = fetch
 
+    if "copies" in faults:
+        from ddpm_faces import audit
+
+        original_audit = audit.audit
+
+        def planted(samples, train, held_out):
+            if seen["images"] >= faults["copies"]["from"]:
+                samples = torch.cat([train[:20], samples[20:]])
+            return original_audit(samples, train, held_out)
+
+        audit.audit = planted
+
     if "lock_timeout" in faults:
         original_acquire = training_run.FileLock.acquire
 

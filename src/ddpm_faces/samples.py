@@ -1,0 +1,137 @@
+"""Faces that are looked at: of a pipeline, or of a folder of pictures that any other program has made."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .data import PICTURE_SUFFIXES, picture_to_tensor
+from .pipeline_ddpm_faces import DDPMFacesPipeline
+from .solvers import fast_solver
+
+
+SAMPLERS = ("ddpm", "dpm-solver++")
+
+
+def open_samples(
+    source: str | os.PathLike | DDPMFacesPipeline,
+    sampler: str = "ddpm",
+    num_inference_steps: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> "Generated | PictureFiles":
+    """Open faces to look at; none is generated or read yet.
+
+    Args:
+        source (`str`, `os.PathLike` or [`DDPMFacesPipeline`]):
+            A pipeline, its folder or its name on the Hub; or a folder of pictures.
+        sampler (`str`, defaults to `"ddpm"`): `"ddpm"`, the pipeline's own scheduler, or `"dpm-solver++"`.
+        num_inference_steps (`int`, *optional*): By default all T.
+        seed (`int`, defaults to 0): Of the first face.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Of a pipeline that is loaded.
+
+    Returns:
+        What has `batches` (from indices to `torch.uint8` of shape `(batch, 3, height, width)`), `image_size` (height
+        and width), `len` and `provenance`.
+
+    Raises:
+        ValueError: An argument outside what is said above, a folder without pictures or with other files or with
+            pictures of several sizes, or a pipeline of other than RGB or grey pictures.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"`sampler` must be one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}.")
+    bounds = [("seed", seed, 0)]
+    bounds += [("num_inference_steps", num_inference_steps, 1)] if num_inference_steps is not None else []
+    for name, value, minimum in bounds:
+        if type(value) is not int or value < minimum:
+            raise ValueError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
+    if not isinstance(source, DDPMFacesPipeline):
+        path = Path(source).expanduser()
+        if path.is_dir() and not (path / "model_index.json").exists():
+            return PictureFiles(path)
+        source = DDPMFacesPipeline.from_pretrained(source).to(device)
+    return Generated(source, sampler, num_inference_steps, seed)
+
+
+class Generated:
+    """Faces of a pipeline, one by one of its own seed, so that a batch does not decide what is in it."""
+
+    def __init__(self, pipeline: DDPMFacesPipeline, sampler: str, num_inference_steps: int | None, seed: int) -> None:
+        unet = pipeline.unet.config
+        if unet.out_channels not in (1, 3):
+            raise ValueError(f"`source` makes pictures of {unet.out_channels} channels; 1 or 3 can be measured.")
+        self.scheduler = pipeline.scheduler  # of the training
+        self.steps = num_inference_steps or self.scheduler.config.num_train_timesteps
+        if sampler == "dpm-solver++":
+            pipeline = DDPMFacesPipeline(pipeline.unet, fast_solver(pipeline.scheduler))
+        pipeline.set_progress_bar_config(disable=True)
+        size = unet.sample_size
+        self.pipeline, self.sampler, self.seed = pipeline, sampler, seed
+        self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def batches(self, indices: Sequence[int]) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(self.seed + index) for index in indices]
+        classes = self.pipeline.unet.config.get("num_class_embeds")
+        labels = None if classes is None else [index % classes for index in indices]
+        images = self.pipeline(
+            len(indices), self.steps, generators, output_type="pt", class_labels=labels
+        ).images  # in [0, 1]
+        return (images.float() * 255).round().to("cpu", torch.uint8).expand(-1, 3, -1, -1)
+
+    def provenance(self, num_images: int) -> dict[str, Any]:
+        seeds = f"{self.seed} to {self.seed + num_images - 1}"
+        return {"sampler": self.sampler, "steps": self.steps, "seeds": seeds}
+
+
+class PictureFiles:
+    """Pictures of a folder, which must be pictures, and of one size."""
+
+    def __init__(self, folder: Path) -> None:
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+        strangers = [path for path in files if path.suffix.lower() not in PICTURE_SUFFIXES]
+        if strangers:
+            raise ValueError(
+                f"`source` {str(folder)!r} holds files that are no pictures: {strangers[0].name}"
+                f"{f' and {len(strangers) - 1} more' if len(strangers) > 1 else ''}."
+            )
+        sizes: dict[tuple[int, int], Path] = {}
+        for path in files:
+            try:
+                with Image.open(path) as image:
+                    sizes.setdefault((image.height, image.width), path)
+            except OSError as error:
+                raise ValueError(f"`source`: {path} cannot be read: {error}") from error
+        if len(sizes) > 1:
+            shown = ", ".join(f"{path.name} of {width}x{height}" for (height, width), path in [*sizes.items()][:3])
+            raise ValueError(f"`source` must hold pictures of one size, got {shown}.")
+        if not files:
+            raise ValueError(f"`source` {str(folder)!r} holds neither a pipeline nor pictures.")
+        self.files, self.folder = files, folder
+        (self.image_size,) = sizes
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batches(self, indices: Sequence[int]) -> torch.Tensor:
+        images = []
+        for index in indices:
+            try:
+                with Image.open(self.files[index]) as image:
+                    images.append(picture_to_tensor(image, self.image_size))
+            except OSError as error:
+                raise ValueError(f"`source`: {self.files[index]} cannot be read: {error}") from error
+        return torch.stack(images)
+
+    def provenance(self, num_images: int) -> dict[str, Any]:
+        return {"source": f"the first {num_images} pictures of {self.folder.resolve().name}"}
+
+
+def select(images: torch.Tensor) -> Callable[[Sequence[int]], torch.Tensor]:
+    """For [`measure`], of pictures that are there."""
+    return lambda indices: images[list(indices)]
