@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hub_server import OWNER_TOKEN, READER_TOKEN
 from PIL import Image
 from test_convert import ArticleUNet
@@ -52,7 +53,7 @@ def test_installed_command():
     environment = {**os.environ, "COLUMNS": "200"}
     result = subprocess.run([executable, "--help"], capture_output=True, text=True, env=environment)
     assert result.returncode == 0
-    for name in ("evaluate", "push", "verify", "prepare", "convert", "accelerate launch training/train.py"):
+    for name in ("audit", "evaluate", "push", "verify", "prepare", "convert", "accelerate launch training/train.py"):
         assert name in result.stdout
     result = subprocess.run([executable, "convert", "none.pt", "out"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
@@ -194,3 +195,35 @@ def test_evaluate(command, model, faces, tmp_path):
     assert command("evaluate", faces, faces, "--against", output)[0] == 1
     code, text = command("evaluate", model, faces, "--num-images", 19)
     assert (code, text) == (1, "error: `num_images` must be a whole number of at least 20, got 19.")
+
+
+def test_audit(command, model, tmp_path):
+    faces = [face["image"] for face in DrawnFaces(320, resolution=16)]
+    (tmp_path / "set").mkdir()
+    for split, images in {"train": faces[:200], "test": faces[200:]}.items():
+        Dataset.from_list([{"image": image} for image in images]).to_parquet(tmp_path / "set" / f"{split}.parquet")
+    options = ["--num-images", 100, "--loss-images", 8, "--no-features"]
+    code, text = command("audit", model, tmp_path / "set", "--steps", 2, *options)
+    assert code == 0, text
+    results = json.loads((model / "audit.json").read_text())
+    assert [space["name"] for space in results["spaces"]] == ["pixels"]
+    assert (results["sampler"], results["steps"], results["seeds"]) == ("dpm-solver++", 2, "0 to 99")
+    assert results["losses"]["held_out"]["loss"] > 0
+    memorisation = json.loads((model / "metrics.json").read_text())["memorisation"]
+    assert memorisation["verdict"] == results["verdict"] == text.splitlines()[-2]
+    assert memorisation["verdict"].startswith("No more copies than among unseen real faces")
+    assert "On 8 held-out faces the loss is higher by" in memorisation["verdict"]
+    assert Image.open(model / "audit.png").width > 400
+
+    # Pictures in a folder, which are copies
+    (tmp_path / "copies").mkdir()
+    for index, image in enumerate(faces[:100]):
+        image.save(tmp_path / "copies" / f"{index:03}.png")
+    output = tmp_path / "report"
+    code, text = command("audit", tmp_path / "copies", tmp_path / "set", "--output", output, *options)
+    assert code == 3
+    assert "Copies found: by pixels 100.0 %" in text
+    code, text = command("audit", tmp_path / "copies", tmp_path / "set")
+    assert (code, text) == (1, "error: `--output` must name a folder: there is none of a pipeline to write into.")
+    code, text = command("audit", model, tmp_path / "set", "--held-out-split", "train")
+    assert (code, text) == (1, "error: `held_out_split` 'train' is what was trained on, `split`.")

@@ -257,11 +257,11 @@ def audit(
         extractor_name = getattr(extractor, "name", getattr(extractor, "__name__", type(extractor).__name__))
         resize = getattr(extractor, "resize", "the extractor's own")
         spaces.append((extractor_name, partial(extract_features, extractor=extractor)))
-    reports = []
+    queries, reports = torch.cat([samples, held_out]), []
     for name, represent in spaces:
-        sides = represent(train), represent(train.flip(-1))
-        results = (nearest(represent(images), *sides, num_neighbours) for images in (samples, held_out))
-        reports.append(_compare(name, *results))
+        found = nearest(*(represent(images) for images in (queries, train, train.flip(-1))), num_neighbours)
+        parts = zip(*(column.split([len(samples), len(held_out)]) for column in found), strict=True)
+        reports.append(_compare(name, *(Nearest(*part) for part in parts)))
     return AuditReport(
         spaces=reports,
         num_samples=len(samples),
