@@ -147,9 +147,9 @@ def test_card(server, published):
 def test_code_in_the_card_runs(client, bare_client, published, server):
     card = server.repos["models", "owner/faces"].files["README.md"].decode()
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert len(blocks) == 5
-    with_package, alone, parts, auto, solver = blocks
-    for code in (with_package, parts, f"{alone}\n{solver}"):
+    assert len(blocks) == 6
+    with_package, alone, parts, auto, fast, solver = blocks
+    for code in (with_package, parts, f"{with_package}\n{fast}", f"{alone}\n{solver}"):
         assert client.run(code).error is None
     for code in (f"{alone}\n{solver}", auto):
         assert bare_client.run(code).error is None

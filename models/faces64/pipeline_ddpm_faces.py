@@ -1,0 +1,482 @@
+# Copyright 2026 The ddpm-faces authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""From noise to faces: predict, step, repeat (Algorithm 2 of DDPM, https://huggingface.co/papers/2006.11239)."""
+
+import importlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+
+# What diffusers' schedulers cannot do, as measured with diffusers 0.42: they fail in the middle of sampling, or worse,
+# go through and draw the wrong thing.
+LEARNED_VARIANCE_SCHEDULERS = (
+    "DDPMFacesScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+)
+NOT_FOR_ZERO_SNR = (
+    "PNDMScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+)
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+# What a saved folder holds, in diffusers' layout of custom components: each class in a file of its own, beside what it
+# loads. These names are in every published model_index.json, and never change.
+CODE_FILES = {
+    "DDPMFacesPipeline": "pipeline_ddpm_faces",
+    "DDPMFacesUNet": "unet_ddpm_faces",
+    "DDPMFacesScheduler": "scheduling_ddpm_faces",
+}
+# What diffusers' own components may be configured with at most, for they check nothing, and a configuration from a
+# stranger must not take memory. (Ours check themselves.)
+MAX_NUMBER = {"unet": 16_384, "scheduler": 1_000_000}
+MAX_LAYERS_PER_BLOCK, MAX_BLOCKS = 64, 12
+FORMAT_VERSION = 1  # of a saved folder; a later one says what an earlier version of this file cannot load
+
+
+class DDPMFacesPipeline(DiffusionPipeline):
+    """Unconditional (or class-conditional) generation of faces.
+
+    Args:
+        unet ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`]): Predicts the noise.
+        scheduler ([`DDPMFacesScheduler`] or any other of that family):
+            Takes the steps. Exchange: `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)`.
+        weights (`str`, *optional*):
+            Which weights of a training these are: `"ema"`, the averaged ones, or `"raw"`, the last. For the record, in
+            `pipeline.config`.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, weights: str | None = None) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(weights=weights)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DDPMFacesPipeline":
+        """Load a pipeline from a folder, or from the Hub. No code of the repository is run.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or `"user/name"` on the Hub.
+            kwargs: As those of [`~diffusers.DiffusionPipeline.from_pretrained`].
+
+        Raises:
+            ValueError: `use_safetensors=False` (pickles can run code, and are not loaded), or a folder that holds
+                something other than a pipeline of this class, or one of a later version.
+            OSError: Not found, not allowed, not reached, or no safetensors in it.
+        """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError(
+                f"`use_safetensors` must be True, got {kwargs['use_safetensors']!r}: other weights are pickles, which "
+                "can run code, and are not loaded."
+            )
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except Exception as error:
+            if not type(error).__module__.startswith(("httpx", "requests")):
+                raise
+            # Of the HTTP library, which some requests of the client let through.
+            raise OSError(
+                f"{pretrained_model_name_or_path} could not be loaded, for the connection broke off: {error} Load it "
+                "again: what has arrived whole stays."
+            ) from error
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs,
+    ) -> None:
+        """Save in a form that loads with this package, and by `trust_remote_code=True` also without it.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): A folder; what it holds of an earlier pipeline is overwritten.
+            safe_serialization (`bool`, defaults to `True`): Nothing but safetensors is written.
+            variant (`str`, *optional*): As that of [`~diffusers.DiffusionPipeline.save_pretrained`].
+            max_shard_size (`int` or `str`, *optional*): The same.
+            push_to_hub (`bool`, defaults to `False`): Whether to publish it as well, as [`push_to_hub`] does.
+            repo_id (`str`, *optional*): Where to; by default under the name of the folder, as the token's owner.
+            kwargs: With `push_to_hub`, those of [`push_to_hub`].
+
+        Raises:
+            ValueError: `safe_serialization=False`, which would save pickles.
+            HubError: As that of [`push_to_hub`].
+        """
+        if safe_serialization is not True:
+            raise ValueError("`safe_serialization` must be True: other weights are pickles, which can run code.")
+        # By name, for this file travels without the package. Whatever is wrong with publishing is said before saving.
+        hub = importlib.import_module("ddpm_faces.hub") if push_to_hub else None
+        if hub is not None:
+            name = repo_id or Path(save_directory).resolve().name
+            inspect.signature(hub.push).bind(self, name, **kwargs)
+            repo_id = hub.check_permission(name, kwargs.get("private"), kwargs.get("token"))
+        elif kwargs or repo_id is not None:
+            unexpected = [*kwargs, *(["repo_id"] if repo_id is not None else [])]
+            raise TypeError(f"save_pretrained() got arguments of `push_to_hub=True`: {', '.join(unexpected)}.")
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
+        shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))  # as each component does with its own
+        if hub is not None:
+            hub.push(self, repo_id, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Publish on the Hub, with a card, by [`ddpm_faces.hub.push`], which says what it takes.
+
+        Returns:
+            `str`: Address of the commit.
+        """
+        return importlib.import_module("ddpm_faces.hub").push(self, repo_id, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The text of `model_index.json`."""
+        index = json.loads(super().to_json_string())
+        for name, part in self.components.items():
+            if type(part).__name__ in CODE_FILES:
+                index[name] = [CODE_FILES[type(part).__name__], type(part).__name__]
+                if name == "unet":
+                    index["auto_map"] = {"AutoModel": ".".join(index[name])}  # diffusers looks for it here
+        index["_class_name"] = [CODE_FILES["DDPMFacesPipeline"], "DDPMFacesPipeline"]
+        index["_format_version"] = FORMAT_VERSION
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """Read `model_index.json`, from a stranger perhaps, such that our own classes count as known.
+
+        diffusers reads it once when it decides what to download, and refuses classes that neither it nor the
+        repository has; for that reading, ours pass as diffusers' own. Where it loads, [`load_config`] says where ours
+        really are.
+        """
+        try:
+            index = super()._dict_from_json_file(json_file)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{json_file} is no JSON that can be read: {error}.") from error
+        _check_index(index, cls, json_file)
+        index["_class_name"] = "DDPMFacesPipeline"
+        if _is_installed():
+            for name, (_, class_name) in _parts(index).items():
+                if class_name in CODE_FILES:
+                    index[name] = ["diffusers", class_name]
+        return index
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As [`~diffusers.ConfigMixin.load_config`]; our own classes are those of this package.
+
+        diffusers loads the components next, from this folder.
+        """
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        if args and os.path.isdir(args[0]):
+            _check_components(index, Path(args[0]))
+        if _is_installed():
+            for name, (_, class_name) in _parts(index).items():
+                if class_name in CODE_FILES:
+                    module = importlib.import_module(f".{CODE_FILES[class_name]}", __package__)
+                    index[name] = [module.__name__, class_name]
+        return loaded
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        # `auto_map` is for `AutoModel`, and no argument of ours.
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
+    def check_inputs(
+        self,
+        batch_size: int,
+        num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        class_labels: Sequence[int] | torch.Tensor | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        eta: float,
+    ) -> None:
+        """Raise a `ValueError` that says what is wrong, before any work starts."""
+        scheduler_name = type(self.scheduler).__name__
+        num_train_timesteps = self.scheduler.config.num_train_timesteps
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
+            raise ValueError(f"`num_inference_steps` must be an integer or None, got {num_inference_steps!r}.")
+        if not 1 <= num_inference_steps <= num_train_timesteps:
+            raise ValueError(
+                f"`num_inference_steps` must be from 1 to {num_train_timesteps}, the timesteps that the network "
+                f"learned, got {num_inference_steps}."
+            )
+        generators = generator if isinstance(generator, list) else [generator]
+        if not all(g is None or isinstance(g, torch.Generator) for g in generators):
+            raise ValueError(
+                f"`generator` must be a torch.Generator, a list of them, or None, got {generator!r}: make one of a "
+                "seed with torch.Generator().manual_seed(seed)."
+            )
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` as a list must hold one generator per picture: got {len(generator)} for a `batch_size` "
+                f"of {batch_size}."
+            )
+        shape = (batch_size, *self._image_shape)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must be of shape {shape}, got {tuple(latents.shape)}.")
+        if output_type not in OUTPUT_TYPES:
+            allowed = ", ".join(map(repr, OUTPUT_TYPES))
+            raise ValueError(f"`output_type` must be one of {allowed}, got {output_type!r}.")
+        num_classes = self.unet.config.get("num_class_embeds")
+        if (class_labels is None) != (num_classes is None):
+            raise ValueError(
+                f"`class_labels` must be given: this model has {num_classes} classes."
+                if class_labels is None
+                else "`class_labels` must be None: this model has no classes."
+            )
+        if class_labels is not None:
+            labels = [int(label) for label in class_labels]
+            if len(labels) != batch_size or not all(0 <= label < num_classes for label in labels):
+                raise ValueError(
+                    f"`class_labels` must be {batch_size} (`batch_size`) integers from 0 to {num_classes - 1}, got "
+                    f"{labels}."
+                )
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be of {self._callback_tensor_inputs}, got "
+                f"{sorted(unknown)}."
+            )
+        if not 0 <= eta <= 1:
+            raise ValueError(f"`eta` must lie in [0, 1], got {eta}.")
+        if not hasattr(self.scheduler, "betas"):
+            raise ValueError(
+                f"`scheduler` {scheduler_name} is not defined by betas: it steps along noise levels of its own and "
+                "expects a network preconditioned for them, which one trained with DDPM is not."
+            )
+        learned_variance = self.unet.config.out_channels == 2 * self.unet.config.in_channels
+        if learned_variance and scheduler_name not in LEARNED_VARIANCE_SCHEDULERS:
+            raise ValueError(
+                f"`scheduler` {scheduler_name} cannot take a network that also predicts the variance "
+                f"({self.unet.config.out_channels} channels out): use one of {', '.join(LEARNED_VARIANCE_SCHEDULERS)}."
+            )
+        if scheduler_name in NOT_FOR_ZERO_SNR and bool((self.scheduler.alphas_cumprod <= 1e-7).any()):
+            raise ValueError(
+                f"`scheduler` {scheduler_name} divides by the signal of the last timestep, which these betas (zero "
+                "terminal SNR) make zero: use DDPMFacesScheduler, DDIMScheduler or UniPCMultistepScheduler."
+            )
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)"""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x_T: `latents`, or standard normal noise, at the scheduler's scale.
+
+        In float32 whatever the weights are: the picture is the sum of all steps, and only the network is allowed to
+        round.
+        """
+        device = self._execution_device
+        if latents is None:
+            shape = (batch_size, *self._image_shape)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return latents.to(device=device, dtype=torch.float32) * self.scheduler.init_noise_sigma
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["DDPMFacesPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        class_labels: Sequence[int] | torch.Tensor | None = None,
+        eta: float = 0.0,
+    ) -> ImagePipelineOutput | tuple:
+        """Generate faces.
+
+        Args:
+            batch_size (`int`, defaults to 1): Number of pictures.
+            num_inference_steps (`int`, *optional*): Denoising steps, 1 to T. By default T, as many as were trained.
+            generator (`torch.Generator` or a list of one per picture, *optional*):
+                Makes the result reproducible. With a list, picture i depends on generator i only, whatever the batch.
+            latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
+                Standard normal noise to start from, in place of the generator's.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"` (`PIL.Image`), `"np"` (`(batch, height, width, channels)` in [0, 1]), `"pt"` (`(batch,
+                channels, height, width)` in [0, 1]) or `"latent"` (the same in [-1, 1], not clamped).
+            return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipeline, step_index, timestep, {"latents": ...})` after each step; the latents
+                that it returns in a dictionary take the place of the old ones.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): The tensors it is given.
+            class_labels (`list[int]` or `torch.Tensor`, *optional*): Class of each picture, for a model with classes.
+            eta (`float`, defaults to 0.0): Noise of DDIM, 0 to 1; other schedulers have no such parameter.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, as `output_type` says.
+
+        Raises:
+            ValueError: An argument, or a combination of network and scheduler, that cannot work.
+        """
+        # 0. Check
+        if num_inference_steps is None:
+            num_inference_steps = self.scheduler.config.num_train_timesteps
+        self.check_inputs(
+            batch_size,
+            num_inference_steps,
+            generator,
+            latents,
+            output_type,
+            class_labels,
+            callback_on_step_end_tensor_inputs,
+            eta,
+        )
+
+        # 1. Timesteps first: some schedulers know their initial scale only then
+        self.scheduler.set_timesteps(num_inference_steps)
+        step_kwargs = {"generator": generator, "eta": eta}
+        step_parameters = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_parameters}
+        model_kwargs = {}
+        if class_labels is not None:
+            model_kwargs["class_labels"] = torch.as_tensor(class_labels, device=self._execution_device)
+
+        # 2. Noise
+        latents = self.prepare_latents(batch_size, generator, latents)
+
+        # 3. Denoise
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            # 3.1 Predict the noise
+            model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+            model_output = self.unet(model_input, t, **model_kwargs).sample.float()
+
+            # 3.2 x_t -> x_t-1
+            latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
+
+            if callback_on_step_end is not None:
+                callback_kwargs = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                latents = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", latents)
+
+        # 4. Pictures
+        images = self.postprocess(latents, output_type)
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images)
+
+    @staticmethod
+    def postprocess(latents: torch.Tensor, output_type: str = "pil"):
+        """From x_0 in [-1, 1], shape `(batch, channels, height, width)`, to pictures of `output_type`."""
+        if output_type == "latent":
+            return latents
+        images = (latents / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        images = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return images if output_type == "np" else DiffusionPipeline.numpy_to_pil(images)
+
+
+def _is_installed() -> bool:
+    """Whether this file is that of the package, and not one that came with a repository."""
+    return __name__ == f"ddpm_faces.{CODE_FILES['DDPMFacesPipeline']}"
+
+
+def _parts(index: dict[str, Any]) -> dict[str, list]:
+    """The entries of `model_index.json` that name a component's library and class."""
+    return {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and not k.startswith("_")}
+
+
+def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
+    """Refuse what is no `model_index.json` of this class, before anything that it names is looked for."""
+    if not isinstance(index, dict):
+        raise ValueError(f"{json_file} must hold a JSON object, got {type(index).__name__}.")
+    version = index.get("_format_version", 1)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"{json_file} was saved in format {version!r}, by a later version of ddpm-faces; this one reads up to "
+            f"{FORMAT_VERSION}: pip install --upgrade ddpm-faces."
+        )
+    allowed = {*inspect.signature(cls.__init__).parameters, "auto_map"} - {"self"}
+    unknown = sorted(k for k in index if k not in allowed and not k.startswith("_"))
+    missing = [name for name in ("unet", "scheduler") if name not in index]
+    if unknown or missing:
+        raise ValueError(
+            f"{json_file} is of another kind of pipeline: it has {', '.join(unknown) or f'no {missing[0]}'}; a "
+            f"DDPMFacesPipeline has {', '.join(sorted(allowed - {'auto_map'}))}."
+        )
+    for name in ("unet", "scheduler"):
+        if not _is_component(name, index[name]):
+            raise ValueError(
+                f"{json_file}: `{name}` must name a library and a class, one of this package, diffusers' UNet2DModel, "
+                f"or a scheduler of diffusers; got {index[name]!r}."
+            )
+    if not isinstance(index.get("weights"), str | None):
+        raise ValueError(f"{json_file}: `weights` must be 'ema', 'raw' or nothing, got {index['weights']!r}.")
+
+
+def _is_component(name: str, value: Any) -> bool:
+    """Whether an entry of `model_index.json` names a class that may be loaded as this component."""
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(part, str | None) for part in value):
+        return False
+    library, class_name = value
+    if (library, class_name) == (None, None):  # saved without; to be passed in
+        return True
+    ours, theirs = ("DDPMFacesUNet", "UNet2DModel") if name == "unet" else ("DDPMFacesScheduler", None)
+    if class_name == ours:
+        return library in ("diffusers", CODE_FILES[ours], f"ddpm_faces.{CODE_FILES[ours]}")
+    if library != "diffusers" or class_name is None:
+        return False
+    found = getattr(diffusers, class_name, None)
+    is_scheduler = isinstance(found, type) and issubclass(found, SchedulerMixin)
+    return class_name == theirs if name == "unet" else is_scheduler
+
+
+def _check_components(index: dict[str, Any], folder: Path) -> None:
+    """Refuse configurations of diffusers' components that would take memory; ours check themselves."""
+    for name, file in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
+        path = folder / name / file
+        if index[name][1] in (None, *CODE_FILES) or not path.is_file():
+            continue
+        try:
+            config = json.loads(path.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no JSON that can be read: {error}.") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}.")
+        for key, value in config.items():
+            values = value if isinstance(value, list) else [value]
+            limit = MAX_LAYERS_PER_BLOCK if key == "layers_per_block" else MAX_NUMBER[name]
+            if len(values) > (MAX_BLOCKS if name == "unet" else limit):
+                raise ValueError(f"{path}: `{key}` has {len(values)} entries, which is more than is loaded.")
+            if any(isinstance(number, int | float) and not abs(number) <= limit for number in values):
+                raise ValueError(f"{path}: `{key}` must be at most {limit}, got {value!r}.")

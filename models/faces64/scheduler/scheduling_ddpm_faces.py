@@ -1,0 +1,485 @@
+# Copyright 2026 The ddpm-faces authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The noise schedule and the reverse step of DDPM (Ho et al. 2020, https://huggingface.co/papers/2006.11239).
+
+With betas beta_t, alpha_t = 1 - beta_t and alpha_bar_t = alpha_0 * ... * alpha_t:
+
+    forward   q(x_t | x_0)      = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)                                  (4)
+    posterior q(x_t-1 | x_t, x_0): mean  sqrt(alpha_bar_t-1) beta_t / (1 - alpha_bar_t) x_0
+                                       + sqrt(alpha_t) (1 - alpha_bar_t-1) / (1 - alpha_bar_t) x_t               (7)
+                               variance  beta_t (1 - alpha_bar_t-1) / (1 - alpha_bar_t)                          (7)
+
+Timesteps count from 0 (least noise) to T - 1 (most noise), so t here is t + 1 in the paper.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+MAX_TIMESTEPS = 1_000_000  # far beyond use; a configuration from a stranger must not take memory
+
+
+@dataclass
+class DDPMFacesSchedulerOutput(BaseOutput):
+    """What `DDPMFacesScheduler.step` returns.
+
+    Args:
+        prev_sample (`torch.Tensor` of shape `(batch, channels, height, width)`):
+            x_t-1, the input of the next step.
+        pred_original_sample (`torch.Tensor` of shape `(batch, channels, height, width)`):
+            The picture x_0 that the model sees behind the noise at this step.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
+    """DDPM with the article's defaults (300 timesteps, linear betas, posterior variance), as diffusers' DDPMScheduler.
+
+    At equal configuration it takes the same steps as `diffusers.DDPMScheduler`; any scheduler of that family can take
+    its place by `from_config(scheduler.config)`. The terms of the algorithm are attributes, `torch.float32` tensors of
+    shape `(num_train_timesteps,)` under the article's names: `betas`, `alphas`, `alphas_cumprod`,
+    `alphas_cumprod_prev`, `sqrt_recip_alphas`, `sqrt_alphas_cumprod`, `sqrt_one_minus_alphas_cumprod`,
+    `posterior_variance`.
+
+    Args:
+        num_train_timesteps (`int`, defaults to 300): T, the length of the diffusion.
+        beta_start (`float`, defaults to 1e-4): beta_0, in (0, 1).
+        beta_end (`float`, defaults to 0.02): beta_T-1, in (0, 1).
+        beta_schedule (`str`, defaults to `"linear"`):
+            `"linear"` (DDPM, the article), `"scaled_linear"`, `"squaredcos_cap_v2"` (cosine, Improved DDPM eq. 17) or
+            `"sigmoid"`. The last exists in few other schedulers: give its values as `trained_betas` to swap freely.
+        trained_betas (`list[float]`, *optional*): The betas themselves, `num_train_timesteps` values in (0, 1).
+        variance_type (`str`, defaults to `"fixed_small"`):
+            `"fixed_small"` (posterior variance, eq. 7), `"fixed_large"` (beta_t), `"learned"` or `"learned_range"`
+            (the model predicts it in as many further channels, Improved DDPM eq. 15). The `_log` forms are accepted
+            for DDPMScheduler's configurations and mean the same variances.
+        clip_sample (`bool`, defaults to `True`): Clamp the predicted x_0 to the data range. The article does not.
+        prediction_type (`str`, defaults to `"epsilon"`): `"epsilon"`, `"sample"` or `"v_prediction"`.
+        thresholding (`bool`, defaults to `False`): Dynamic thresholding (Imagen, section 2.3) in place of clipping.
+        dynamic_thresholding_ratio (`float`, defaults to 0.995): Its quantile of the absolute values.
+        clip_sample_range (`float`, defaults to 1.0): x_0 is clamped to plus and minus this.
+        sample_max_value (`float`, defaults to 1.0): The largest threshold of dynamic thresholding.
+        timestep_spacing (`str`, defaults to `"leading"`):
+            Which timesteps a shorter sampling visits: `"linspace"`, `"leading"` or `"trailing"` (Table 2 of
+            https://huggingface.co/papers/2305.08891).
+        steps_offset (`int`, defaults to 0): Added to the timesteps of `"leading"`.
+        rescale_betas_zero_snr (`bool`, defaults to `False`):
+            Rescale the betas so that the last timestep is pure noise (Algorithm 1 of the same paper). Needs a
+            `prediction_type` other than `"epsilon"`, which says nothing about x_0 there.
+
+    Raises:
+        ValueError: A value outside what is said above, with the argument and what is allowed.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 300,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        # diffusers drops every value that was left at its default when a config moves to another class, and the other
+        # class's default (T = 1000) would silently take its place. Ours count as given from the start.
+        self.register_to_config(_use_default_values=[])
+
+        # 1. Check
+        _check_integer("num_train_timesteps", num_train_timesteps, 1)
+        if num_train_timesteps > MAX_TIMESTEPS:
+            raise ValueError(f"`num_train_timesteps` must be at most {MAX_TIMESTEPS}, got {num_train_timesteps}.")
+        _check_integer("steps_offset", steps_offset, 0)
+        _check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
+        _check_choice("variance_type", variance_type, VARIANCE_TYPES)
+        _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        numbers = {
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "dynamic_thresholding_ratio": dynamic_thresholding_ratio,
+            "clip_sample_range": clip_sample_range,
+            "sample_max_value": sample_max_value,
+        }
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"`{name}` must be a number, got {value!r}.")
+        switches = {
+            "clip_sample": clip_sample,
+            "thresholding": thresholding,
+            "rescale_betas_zero_snr": rescale_betas_zero_snr,
+        }
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+        for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
+            if not 0 < value < 1:
+                raise ValueError(f"`{name}` must lie in (0, 1), got {value}.")
+        if beta_start > beta_end:
+            raise ValueError(f"`beta_start` ({beta_start}) must not exceed `beta_end` ({beta_end}).")
+        if not 0 < dynamic_thresholding_ratio <= 1:
+            raise ValueError(f"`dynamic_thresholding_ratio` must lie in (0, 1], got {dynamic_thresholding_ratio}.")
+        if not clip_sample_range > 0:
+            raise ValueError(f"`clip_sample_range` must be positive, got {clip_sample_range}.")
+        if not sample_max_value >= 1:
+            raise ValueError(f"`sample_max_value` must be at least 1, got {sample_max_value}.")
+        if rescale_betas_zero_snr and prediction_type == "epsilon":
+            raise ValueError(
+                "`rescale_betas_zero_snr=True` makes the last timestep pure noise, from which `prediction_type="
+                "'epsilon'` cannot tell the picture: use 'v_prediction' or 'sample'."
+            )
+        if rescale_betas_zero_snr and num_train_timesteps < 2:
+            raise ValueError("`rescale_betas_zero_snr=True` needs a `num_train_timesteps` of at least 2, got 1.")
+
+        # 2. Schedule: beta_t
+        if trained_betas is not None:
+            try:
+                betas = torch.as_tensor(trained_betas, dtype=torch.float32)
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise ValueError(f"`trained_betas` must be a list of numbers: {error}.") from error
+            if betas.shape != (num_train_timesteps,):
+                raise ValueError(
+                    f"`trained_betas` must hold `num_train_timesteps` ({num_train_timesteps}) values, got a shape of "
+                    f"{tuple(betas.shape)}."
+                )
+            # Zero terminal SNR, written out as betas, ends with exactly 1.
+            if not ((betas > 0) & (betas <= 1)).all() or not (betas[:-1] < 1).all():
+                raise ValueError(
+                    f"`trained_betas` must lie in (0, 1) (the last may be 1), got {betas.min():g} to {betas.max():g}."
+                )
+        elif beta_schedule == "linear":
+            betas = torch.linspace(beta_start, beta_end, num_train_timesteps)
+        elif beta_schedule == "scaled_linear":
+            betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
+        elif beta_schedule == "squaredcos_cap_v2":
+            betas = _cosine_betas(num_train_timesteps)
+        else:  # sigmoid
+            betas = torch.linspace(-6, 6, num_train_timesteps).sigmoid() * (beta_end - beta_start) + beta_start
+        if rescale_betas_zero_snr:
+            betas = _rescale_zero_terminal_snr(betas)
+
+        # 3. The article's terms
+        self.betas = betas
+        self.alphas = 1.0 - betas
+        self.alphas_cumprod = self.alphas.cumprod(dim=0)
+        self.alphas_cumprod_prev = torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
+        self.sqrt_recip_alphas = (1.0 / self.alphas).sqrt()
+        self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = (1.0 - self.alphas_cumprod).sqrt()
+        self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+
+        # 4. Sampling state: all timesteps, until `set_timesteps` chooses some
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        self._use_timesteps(range(num_train_timesteps - 1, -1, -1))
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        # The way in of what `__init__` does on the way out: `DDPMFacesScheduler.from_config(DDPMScheduler().config)`
+        # means that scheduler's 1000 timesteps, not our 300.
+        config_dict = {key: value for key, value in config_dict.items() if key != "_use_default_values"}
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """As [`~diffusers.SchedulerMixin.save_pretrained`]; this file is saved beside the configuration."""
+        if push_to_hub:
+            self.push_to_hub()
+        if kwargs:
+            raise TypeError(f"save_pretrained() got unexpected arguments: {', '.join(kwargs)}.")
+        super().save_pretrained(save_directory)
+        shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
+
+    def push_to_hub(self, *args, **kwargs) -> str:
+        """Refuse: a schedule alone, without a card, is not what loads everywhere."""
+        raise NotImplementedError(
+            "A pipeline is published, not its scheduler: DDPMFacesPipeline(unet, scheduler).push_to_hub(repo_id)."
+        )
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        try:
+            config = super()._dict_from_json_file(json_file)
+        except RecursionError as error:
+            raise ValueError(f"{json_file} is nested too deeply.") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{json_file} must hold a JSON object, got {type(config).__name__}.")
+        return config
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Choose the timesteps that sampling visits.
+
+        Args:
+            num_inference_steps (`int`, *optional*): How many, 1 to T, laid out by `timestep_spacing`.
+            device (`str` or `torch.device`, *optional*): Where `self.timesteps` (`torch.int64`) is to lie.
+            timesteps (`Sequence[int]`, *optional*): The timesteps themselves, descending, in place of a number.
+
+        Raises:
+            ValueError: Both or neither are given, more steps than T, or timesteps that do not descend within 0..T-1.
+        """
+        num_train_timesteps = self.config.num_train_timesteps
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("Give either `num_inference_steps` or `timesteps`.")
+
+        if timesteps is not None:
+            timesteps = [int(t) for t in timesteps]
+            if not timesteps or any(a <= b for a, b in zip(timesteps[:-1], timesteps[1:], strict=True)):
+                raise ValueError(f"`timesteps` must be at least one and descend, got {timesteps}.")
+        else:
+            n = num_inference_steps
+            if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= num_train_timesteps:
+                raise ValueError(
+                    f"`num_inference_steps` must be an integer from 1 to `num_train_timesteps` "
+                    f"({num_train_timesteps}), got {n!r}."
+                )
+            if self.config.timestep_spacing == "linspace":
+                stride = (num_train_timesteps - 1) / max(n - 1, 1)
+                timesteps = [round(i * stride) for i in reversed(range(n))]
+            elif self.config.timestep_spacing == "leading":
+                stride = num_train_timesteps // n
+                timesteps = [i * stride + self.config.steps_offset for i in reversed(range(n))]
+            else:  # trailing
+                # The stride as numpy.arange rounds it, so that halves fall as they do in DDPMScheduler.
+                stride = num_train_timesteps - (num_train_timesteps - num_train_timesteps / n)
+                timesteps = [round(num_train_timesteps - i * stride) - 1 for i in range(n)]
+
+        if timesteps[0] >= num_train_timesteps or timesteps[-1] < 0:
+            raise ValueError(
+                f"Timesteps must lie in 0..{num_train_timesteps - 1}, got {timesteps[0]}..{timesteps[-1]} "
+                f"(`steps_offset` is {self.config.steps_offset})."
+            )
+        self.num_inference_steps = len(timesteps)
+        self._use_timesteps(timesteps, device)
+
+    def _use_timesteps(self, timesteps: Sequence[int], device: str | torch.device | None = None) -> None:
+        timesteps = list(timesteps)
+        self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
+        self._previous_timestep = dict(zip(timesteps, [*timesteps[1:], -1], strict=True))
+
+    def previous_timestep(self, timestep: int | torch.Tensor) -> int:
+        """The timestep that follows `timestep` when sampling; -1 after the last.
+
+        Raises:
+            ValueError: `timestep` is none of `self.timesteps`.
+        """
+        t = int(timestep)
+        if t not in self._previous_timestep:
+            raise ValueError(f"`timestep` {t} is none of the {len(self.timesteps)} that `set_timesteps` chose.")
+        return self._previous_timestep[t]
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
+        """Return `sample` as it is: DDPM's network takes x_t unscaled. For interchange with other schedulers."""
+        return sample
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDPMFacesSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Draw x_t-1 from p(x_t-1 | x_t), Algorithm 2 of DDPM; the article's `sample_timestep`.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch, channels, height, width)`):
+                What the network predicts, by `prediction_type`; `2 * channels` with a learned variance.
+            timestep (`int` or 0-d `torch.Tensor`): t, one of `self.timesteps`.
+            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t.
+            generator (`torch.Generator` or a list of one per picture, *optional*): Of the noise that is added.
+            return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
+
+        Returns:
+            `DDPMFacesSchedulerOutput` or `(prev_sample, pred_original_sample)`. No noise is added at the last step.
+
+        Raises:
+            ValueError: `timestep` is none of `self.timesteps`, or the shapes do not fit.
+        """
+        # eps, v: predicted noise, velocity  | model_output, by prediction_type
+        # x_t, x_t-1, x_0                    | sample, prev_sample, pred_original_sample
+        # alpha_bar_t, alpha_bar_t-1         | alpha_prod_t, alpha_prod_t_prev
+        # alpha_t, beta_t (of this stride)   | current_alpha_t, current_beta_t
+        t = int(timestep)
+        prev_t = self.previous_timestep(t)
+
+        predicted_variance = None
+        if self.config.variance_type in ("learned", "learned_range"):
+            if model_output.shape[1] != 2 * sample.shape[1]:
+                raise ValueError(
+                    f"`variance_type={self.config.variance_type!r}` needs a `model_output` of {2 * sample.shape[1]} "
+                    f"channels (prediction and variance), got {model_output.shape[1]}."
+                )
+            model_output, predicted_variance = model_output.chunk(2, dim=1)
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"`model_output` of shape {tuple(model_output.shape)} does not fit `sample` of shape "
+                f"{tuple(sample.shape)} with `variance_type={self.config.variance_type!r}`."
+            )
+
+        # 1. alpha_bar and beta of this stride
+        alpha_prod_t = self.alphas_cumprod[t]
+        alpha_prod_t_prev = self.alphas_cumprod[prev_t] if prev_t >= 0 else torch.ones_like(alpha_prod_t)
+        current_alpha_t = alpha_prod_t / alpha_prod_t_prev
+        current_beta_t = 1 - current_alpha_t
+
+        # 2. x_0, eq. 15
+        if self.config.prediction_type == "epsilon":
+            pred_original_sample = (sample - (1 - alpha_prod_t).sqrt() * model_output) / alpha_prod_t.sqrt()
+        elif self.config.prediction_type == "sample":
+            pred_original_sample = model_output
+        else:  # v_prediction, Progressive Distillation, appendix D
+            pred_original_sample = alpha_prod_t.sqrt() * sample - (1 - alpha_prod_t).sqrt() * model_output
+
+        # 3. x_0 within the data range
+        if self.config.thresholding:
+            pred_original_sample = self._threshold_sample(pred_original_sample)
+        elif self.config.clip_sample:
+            clip_range = self.config.clip_sample_range
+            pred_original_sample = pred_original_sample.clamp(-clip_range, clip_range)
+
+        # 4. Mean of the posterior, eq. 7
+        original_sample_coeff = alpha_prod_t_prev.sqrt() * current_beta_t / (1 - alpha_prod_t)
+        current_sample_coeff = current_alpha_t.sqrt() * (1 - alpha_prod_t_prev) / (1 - alpha_prod_t)
+        prev_sample = original_sample_coeff * pred_original_sample + current_sample_coeff * sample
+
+        # 5. Noise of the posterior's variance, but for the finished picture
+        if prev_t >= 0:
+            noise = randn_tensor(
+                model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
+            )
+            posterior_variance = (1 - alpha_prod_t_prev) / (1 - alpha_prod_t) * current_beta_t
+            variance = self._variance(posterior_variance, current_beta_t, predicted_variance)
+            prev_sample = prev_sample + variance.sqrt() * noise
+
+        if not return_dict:
+            return prev_sample, pred_original_sample
+        return DDPMFacesSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+
+    def _variance(
+        self, posterior_variance: torch.Tensor, beta: torch.Tensor, predicted_variance: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The variance (never a deviation or a logarithm) of p(x_t-1 | x_t) by `variance_type`."""
+        variance_type = self.config.variance_type
+        if variance_type in ("fixed_small", "fixed_small_log"):
+            return posterior_variance
+        if variance_type in ("fixed_large", "fixed_large_log"):
+            return beta
+        if variance_type == "learned":
+            return predicted_variance
+        # learned_range: Improved DDPM eq. 15, with v = (predicted_variance + 1) / 2
+        fraction = (predicted_variance + 1) / 2
+        return torch.exp(fraction * beta.log() + (1 - fraction) * posterior_variance.log())
+
+    def _threshold_sample(self, sample: torch.Tensor) -> torch.Tensor:
+        """Dynamic thresholding, Imagen section 2.3 (https://huggingface.co/papers/2205.11487)."""
+        magnitudes = sample.flatten(start_dim=1).abs().float()  # no quantile in half precision
+        s = torch.quantile(magnitudes, self.config.dynamic_thresholding_ratio, dim=1)
+        s = s.clamp(min=1, max=self.config.sample_max_value).to(sample.dtype)
+        s = s.view(-1, *[1] * (sample.ndim - 1))
+        return torch.clamp(sample, -s, s) / s
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Draw x_t from q(x_t | x_0), eq. 4; the article's `forward_diffuse_process`.
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(batch, channels, height, width)`): x_0 in [-1, 1].
+            noise (`torch.Tensor` of the same shape): Standard normal noise.
+            timesteps (`torch.Tensor` of shape `(batch,)` or `(1,)` or `()`, integer): t of each picture, 0 to T - 1.
+
+        Returns:
+            `torch.Tensor` of the shape and type of `original_samples`: x_t.
+        """
+        sqrt_alpha_prod, sqrt_one_minus_alpha_prod = self._signal_and_noise_rates(original_samples, timesteps)
+        return sqrt_alpha_prod * original_samples + sqrt_one_minus_alpha_prod * noise
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0, what a `v_prediction` network learns.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_0 in [-1, 1].
+            noise (`torch.Tensor` of the same shape): The noise of x_t.
+            timesteps (`torch.Tensor` of shape `(batch,)`, integer): t of each picture, 0 to T - 1.
+        """
+        sqrt_alpha_prod, sqrt_one_minus_alpha_prod = self._signal_and_noise_rates(sample, timesteps)
+        return sqrt_alpha_prod * noise - sqrt_one_minus_alpha_prod * sample
+
+    def _signal_and_noise_rates(
+        self, sample: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply `sample`."""
+        # Looked up in float32 and rounded last: 1 - alpha_bar_t in half precision is zero at the first timesteps.
+        self.sqrt_alphas_cumprod = self.sqrt_alphas_cumprod.to(sample.device)
+        self.sqrt_one_minus_alphas_cumprod = self.sqrt_one_minus_alphas_cumprod.to(sample.device)
+        timesteps = torch.as_tensor(timesteps, device=sample.device)
+        shape = (-1, *[1] * (sample.ndim - 1))
+        return (
+            self.sqrt_alphas_cumprod[timesteps].view(shape).to(sample.dtype),
+            self.sqrt_one_minus_alphas_cumprod[timesteps].view(shape).to(sample.dtype),
+        )
+
+
+def _check_integer(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def _cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> torch.Tensor:
+    """Cosine schedule, Improved DDPM eq. 17 (https://huggingface.co/papers/2102.09672)."""
+
+    def alpha_bar(t: float) -> float:
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    bars = [alpha_bar(i / num_train_timesteps) for i in range(num_train_timesteps + 1)]
+    return torch.tensor([min(1 - b / a, max_beta) for a, b in zip(bars[:-1], bars[1:], strict=True)])
+
+
+def _rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+    """Algorithm 1 of "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2305.08891)."""
+    alphas_bar_sqrt = (1.0 - betas).cumprod(dim=0).sqrt()
+    first, last = alphas_bar_sqrt[0].clone(), alphas_bar_sqrt[-1].clone()
+    alphas_bar_sqrt = (alphas_bar_sqrt - last) * (first / (first - last))
+    alphas_bar = alphas_bar_sqrt**2
+    return 1 - torch.cat([alphas_bar[:1], alphas_bar[1:] / alphas_bar[:-1]])

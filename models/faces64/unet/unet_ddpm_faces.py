@@ -1,0 +1,639 @@
+# Copyright 2026 The ddpm-faces authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The network that predicts the noise on a picture: a U-Net whose blocks are chosen by name.
+
+A *level* is a width and a resolution: level i has `block_out_channels[i]` channels at 1 / 2**i of the sample's size.
+Between two levels stands a pair of blocks of one type, `block_types[i]`: its down block goes from level i to level
+i + 1 and leaves skips, its mirrored up block goes back and takes them. The mid block works at the last level.
+
+    sample -> conv_in -> down 0 -> down 1 -> ... -> mid -> ... -> up 1 -> up 0 -> conv_out
+                            |         `------------ skips -----------'      |
+                            `---------------------- skips ------------------'
+
+A new type of block is a pair of classes and a line in `_BLOCKS`.
+"""
+
+import inspect
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+# What a configuration may ask for: whole numbers, from and to. No network of this kind comes near the ends; a file
+# from a stranger that does is refused before it takes memory or time.
+BOUNDS = {
+    "in_channels": (1, 1024),
+    "out_channels": (1, 1024),
+    "layers_per_block": (1, 64),
+    "time_proj_dim": (4, 16384),
+    "time_embedding_dim": (1, 16384),
+    "time_embedding_layers": (1, 16),
+    "norm_num_groups": (1, 16384),
+    "attention_head_dim": (1, 16384),
+    "num_class_embeds": (1, 1_000_000),
+    "augment_dim": (1, 16384),
+}
+OPTIONAL = ("num_class_embeds", "augment_dim")
+MAX_LEVELS, MAX_WIDTH, MAX_SIDE = 12, 16384, 8192
+
+
+@dataclass
+class DDPMFacesUNetOutput(BaseOutput):
+    """What `DDPMFacesUNet.forward` returns, in the form of diffusers' `UNet2DOutput`.
+
+    Args:
+        sample (`torch.Tensor` of shape `(batch, out_channels, height, width)`): The prediction.
+    """
+
+    sample: torch.Tensor
+
+
+class DDPMFacesUNet(ModelMixin, ConfigMixin):
+    """U-Net for DDPM on faces. Its defaults are the article's network: 62.4 million parameters at three channels.
+
+    Args:
+        sample_size (`int` or `(int, int)`, defaults to 64):
+            Height and width that a pipeline generates. The network takes any size that its levels divide: multiples
+            of `2 ** (len(block_out_channels) - 1)`.
+        in_channels (`int`, defaults to 3): Channels of the noisy picture.
+        out_channels (`int`, defaults to 3): Channels of the prediction.
+        block_out_channels (`tuple[int]`, defaults to `(64, 128, 256, 512, 1024)`): Width of each level, at least two.
+        block_types (`tuple[str]`, defaults to `("conv", "conv", "conv", "conv")`):
+            What stands between each two levels: `"conv"` (the article's convolution, ReLU, BatchNorm), `"resnet"`
+            (residual, GroupNorm, SiLU, scale and shift by time) or `"resnet_attn"` (the same with self-attention).
+        mid_block_type (`str`, *optional*): `"resnet"`, `"resnet_attn"`, or `None` for nothing at the last level.
+        out_block_type (`str`, defaults to `"conv"`):
+            `"conv"`, the article's 1x1 convolution, or `"norm_conv"`: GroupNorm, SiLU, 3x3 convolution from zero.
+        layers_per_block (`int`, defaults to 1): Residual layers in each resnet block; a conv block has its own two.
+        time_proj_dim (`int`, defaults to 32): Length of the sinusoidal embedding of the timestep, even.
+        time_embedding_dim (`int`, defaults to 32): Width of the embedding that the blocks are given.
+        time_embedding_layers (`int`, defaults to 1): Linear layers, each with its activation, between the two.
+        act_fn (`str`, defaults to `"relu"`): Activation of the time embedding, `"relu"` or `"silu"`.
+        norm_num_groups (`int`, defaults to 32): Groups of each GroupNorm; divides the widths it works on.
+        attention_head_dim (`int`, defaults to 64): Channels of an attention head; divides the widths it works on.
+        dropout (`float`, defaults to 0.0): Probability of dropout within a residual layer.
+        num_class_embeds (`int`, *optional*): Number of classes, for generation by class.
+        augment_dim (`int`, *optional*):
+            Length of the labels of augmentation, for training on augmented pictures. Sampling needs no labels.
+
+    Raises:
+        ValueError: A value outside what is said above, with the argument and what is allowed.
+    """
+
+    _auto_class = "AutoModel"  # which loads it with `trust_remote_code=True` where this package is not installed
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 64,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (64, 128, 256, 512, 1024),
+        block_types: tuple[str, ...] = ("conv", "conv", "conv", "conv"),
+        mid_block_type: str | None = None,
+        out_block_type: str = "conv",
+        layers_per_block: int = 1,
+        time_proj_dim: int = 32,
+        time_embedding_dim: int = 32,
+        time_embedding_layers: int = 1,
+        act_fn: str = "relu",
+        norm_num_groups: int = 32,
+        attention_head_dim: int = 64,
+        dropout: float = 0.0,
+        num_class_embeds: int | None = None,
+        augment_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._check_config()
+        block_args = {
+            "num_layers": layers_per_block,
+            "temb_dim": time_embedding_dim,
+            "num_groups": norm_num_groups,
+            "head_dim": attention_head_dim,
+            "dropout": dropout,
+        }
+
+        # time
+        layers: list[nn.Module] = []
+        for i in range(time_embedding_layers):
+            layers.append(nn.Linear(time_embedding_dim if i else time_proj_dim, time_embedding_dim))
+            layers.append(_ACTIVATIONS[act_fn]())
+        self.time_embedding = nn.Sequential(*layers)
+        self.class_embedding = None
+        if num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(num_class_embeds, time_embedding_dim)
+        self.augment_embedding = None
+        if augment_dim is not None:  # without bias, so that labels of 0 say nothing
+            self.augment_embedding = nn.Linear(augment_dim, time_embedding_dim, bias=False)
+
+        # in, down, mid, up, out
+        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        self.up_blocks = nn.ModuleList()
+        for block_type, channels, next_channels in zip(
+            block_types, block_out_channels[:-1], block_out_channels[1:], strict=True
+        ):
+            down_block, up_block = _BLOCKS[block_type]
+            self.down_blocks.append(down_block(channels, next_channels, **block_args))
+            self.up_blocks.insert(0, up_block(next_channels, channels, **block_args))
+        self.mid_block = None
+        if mid_block_type is not None:
+            self.mid_block = _MID_BLOCKS[mid_block_type](block_out_channels[-1], **block_args)
+        self.conv_norm_out = None
+        if out_block_type == "norm_conv":
+            self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0])
+            self.conv_out = _zero_init(nn.Conv2d(block_out_channels[0], out_channels, kernel_size=3, padding=1))
+        else:
+            self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, kernel_size=1)
+
+        self.gradient_checkpointing = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DDPMFacesUNet":
+        """Load from a folder or the Hub, as [`~diffusers.ModelMixin.from_pretrained`], but never a pickle.
+
+        Raises:
+            ValueError: `use_safetensors=False`, or a configuration that this version does not know.
+            OSError: Not found, not allowed, not reached, or no safetensors in it.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors` must be True: other weights are pickles, which can run code.")
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, files, name, loaded_keys, *args, **kwargs):
+        # diffusers reads a shard by its suffix, and leaves a weight that is missing without a value.
+        pickles = [str(file) for file in files if not str(file).endswith(".safetensors")]
+        if pickles:
+            raise ValueError(f"{name} names weights that are no safetensors, and are not read: {', '.join(pickles)}.")
+        expected, found = set(model.state_dict()), set(loaded_keys)
+        missing, unknown = sorted(expected - found), sorted(found - expected)
+        if missing or unknown:
+            raise ValueError(
+                f"{name} does not hold the weights of its configuration: {len(missing)} are missing "
+                f"({', '.join(missing[:3])}), {len(unknown)} are unknown ({', '.join(unknown[:3])})."
+            )
+        return super()._load_pretrained_model(model, state_dict, files, name, loaded_keys, *args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """As [`~diffusers.ModelMixin.save_pretrained`], in safetensors only; this file is saved beside the weights.
+
+        Raises:
+            ValueError: `safe_serialization=False`, which would save a pickle.
+        """
+        if push_to_hub:
+            self.push_to_hub()
+        if kwargs:
+            raise TypeError(f"save_pretrained() got unexpected arguments: {', '.join(kwargs)}.")
+        if safe_serialization is not True:
+            raise ValueError("`safe_serialization` must be True: other weights are pickles, which can run code.")
+        super().save_pretrained(
+            save_directory, is_main_process, save_function, variant=variant, max_shard_size=max_shard_size
+        )
+        if is_main_process:
+            shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
+            for index in Path(save_directory).glob("*.safetensors.index*.json"):
+                # Of shards that lay here before. Loading would prefer it.
+                if Path(save_directory, index.name.replace(".index", "").removesuffix(".json")).exists():
+                    index.unlink()
+
+    def push_to_hub(self, *args, **kwargs) -> str:
+        """Refuse: a network alone, unchecked and without a card, is not what loads everywhere."""
+        raise NotImplementedError(
+            "A pipeline is published, not its network: DDPMFacesPipeline(unet, scheduler).push_to_hub(repo_id)."
+        )
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        try:
+            config = super()._dict_from_json_file(json_file)
+        except RecursionError as error:
+            raise ValueError(f"{json_file} is nested too deeply.") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{json_file} must hold a JSON object, got {type(config).__name__}.")
+        allowed = {*inspect.signature(cls.__init__).parameters, "auto_map"} - {"self"}
+        unknown = sorted(key for key in config if key not in allowed and not key.startswith("_"))
+        if unknown and Path(json_file).name == cls.config_name:
+            raise ValueError(
+                f"{json_file} has keys that this version of DDPMFacesUNet does not know: {', '.join(unknown)}. It is "
+                "of another network, or of a later version: pip install --upgrade ddpm-faces."
+            )
+        return config
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        # `auto_map` is for `AutoModel`, and no argument of ours.
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
+    def _check_config(self) -> None:
+        config = self.config
+        for name, (minimum, maximum) in BOUNDS.items():
+            if not _is_integer(config[name], minimum, maximum) and not (name in OPTIONAL and config[name] is None):
+                or_none = " or None" if name in OPTIONAL else ""
+                raise ValueError(
+                    f"`{name}` must be a whole number from {minimum} to {maximum}{or_none}, got {config[name]!r}."
+                )
+        if config.time_proj_dim % 2:
+            raise ValueError(f"`time_proj_dim` must be even, got {config.time_proj_dim}.")
+        if type(config.dropout) not in (int, float) or not 0 <= config.dropout < 1:
+            raise ValueError(f"`dropout` must lie in [0, 1), got {config.dropout!r}.")
+        widths, block_types = config.block_out_channels, config.block_types
+        if not _is_list(widths, 2, MAX_LEVELS) or not all(_is_integer(width, 1, MAX_WIDTH) for width in widths):
+            raise ValueError(
+                f"`block_out_channels` must be 2 to {MAX_LEVELS} widths, whole numbers from 1 to {MAX_WIDTH}, got "
+                f"{widths!r}."
+            )
+        if not _is_list(block_types, len(widths) - 1, len(widths) - 1):
+            raise ValueError(
+                f"`block_types` stand between the levels: {len(widths)} `block_out_channels` need {len(widths) - 1}, "
+                f"got {block_types!r}."
+            )
+        choices = [("block_types", block_type, tuple(_BLOCKS)) for block_type in block_types]
+        choices += [("mid_block_type", config.mid_block_type, (None, *_MID_BLOCKS))]
+        choices += [("out_block_type", config.out_block_type, ("conv", "norm_conv"))]
+        choices += [("act_fn", config.act_fn, tuple(_ACTIVATIONS))]
+        for name, value, allowed in choices:
+            if value not in allowed:
+                raise ValueError(f"`{name}` must be of {', '.join(map(repr, allowed))}, got {value!r}.")
+        size, multiple = config.sample_size, self.size_multiple
+        sides = size if _is_list(size, 2, 2) else [size]
+        if not all(_is_integer(side, 1, MAX_SIDE) and side % multiple == 0 for side in sides):
+            raise ValueError(
+                f"`sample_size` must be a side or (height, width), each a multiple of {multiple} (2 ** (number of "
+                f"levels - 1)) and at most {MAX_SIDE}, got {size!r}."
+            )
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of a sample must be multiples of this."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+        augment_labels: torch.Tensor | None = None,
+    ) -> DDPMFacesUNetOutput | tuple[torch.Tensor]:
+        """Predict the noise on `sample` (or what the scheduler's `prediction_type` says).
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): x_t.
+            timestep (`int`, `float` or `torch.Tensor` of shape `()`, `(1,)` or `(batch,)`): t of each picture.
+            class_labels (`torch.Tensor` of shape `(batch,)`, integer, *optional*):
+                The class of each picture, 0 to `num_class_embeds - 1`; required where the network has classes.
+            return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
+            augment_labels (`torch.Tensor` of shape `(batch, augment_dim)`, *optional*):
+                How each picture was augmented; by default not at all, which labels of 0 say as well. Training must
+                give them always: in a distributed run, each parameter must take part in each forward pass.
+
+        Raises:
+            ValueError: A shape or an argument that the network does not take, and what it takes.
+        """
+        self._check_inputs(sample, class_labels, augment_labels)
+
+        # 1. time
+        if isinstance(timestep, torch.Tensor):
+            timesteps = timestep.to(sample.device).expand(sample.shape[0])
+        else:  # as a value of the graph and not a constant of it, so that `torch.compile` does so once
+            timesteps = torch.full((sample.shape[0],), timestep, device=sample.device)
+        # The article's embedding: sine then cosine, frequencies from 1 to 1 / 10000, in float32 whatever the weights.
+        t_emb = get_timestep_embedding(timesteps, self.config.time_proj_dim)  # (batch, time_proj_dim)
+        temb = self.time_embedding(t_emb.to(self.time_embedding[0].weight.dtype))  # (batch, time_embedding_dim)
+        if self.class_embedding is not None:
+            temb = temb + self.class_embedding(class_labels)
+        if augment_labels is not None:
+            temb = temb + self.augment_embedding(augment_labels.to(self.augment_embedding.weight.dtype))
+
+        # 2. in
+        hidden_states = self.conv_in(sample)
+
+        # 3. down
+        skips = []
+        for block in self.down_blocks:
+            hidden_states, skip = self._run(block, hidden_states, temb)
+            skips.append(skip)
+
+        # 4. mid
+        if self.mid_block is not None:
+            hidden_states = self._run(self.mid_block, hidden_states, temb)
+
+        # 5. up
+        for block in self.up_blocks:
+            hidden_states = self._run(block, hidden_states, temb, skips.pop())
+
+        # 6. out
+        if self.conv_norm_out is not None:
+            hidden_states = F.silu(self.conv_norm_out(hidden_states))
+        sample = self.conv_out(hidden_states)
+
+        if not return_dict:
+            return (sample,)
+        return DDPMFacesUNetOutput(sample=sample)
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
+        """Keep the inputs of each block only, and compute the rest once more in the backward pass."""
+        super().enable_gradient_checkpointing(gradient_checkpointing_func or _checkpoint)
+
+    def _run(self, block: nn.Module, *inputs):
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
+
+    def _check_inputs(
+        self, sample: torch.Tensor, class_labels: torch.Tensor | None, augment_labels: torch.Tensor | None
+    ) -> None:
+        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"`sample` must be of shape (batch, {self.config.in_channels}, height, width), got "
+                f"{tuple(sample.shape)}."
+            )
+        if sample.shape[2] % self.size_multiple or sample.shape[3] % self.size_multiple:
+            raise ValueError(
+                f"`sample` must have a height and a width that are multiples of {self.size_multiple}, got "
+                f"{sample.shape[2]} x {sample.shape[3]}."
+            )
+        if (class_labels is None) != (self.class_embedding is None):
+            raise ValueError(
+                "`class_labels` must be given: this network has classes (`num_class_embeds` is "
+                f"{self.config.num_class_embeds})."
+                if class_labels is None
+                else "`class_labels` must be None: this network has no classes (`num_class_embeds` is None)."
+            )
+        if augment_labels is not None and self.augment_embedding is None:
+            raise ValueError("`augment_labels` must be None: this network takes none (`augment_dim` is None).")
+        augment_shape = (sample.shape[0], self.config.augment_dim)
+        if augment_labels is not None and augment_labels.shape != augment_shape:
+            raise ValueError(
+                f"`augment_labels` must be of shape (batch, augment_dim), here {augment_shape}, got "
+                f"{tuple(augment_labels.shape)}."
+            )
+
+
+# The article's blocks
+
+
+class ConvBlock(nn.Module):
+    """Two 3x3 convolutions, each with ReLU and BatchNorm, the timestep added between them, then a change of size."""
+
+    def __init__(self, in_channels: int, out_channels: int, temb_dim: int, resample: nn.Module) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.time_emb_proj = nn.Linear(temb_dim, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.resample = resample
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.norm1(F.relu(self.conv1(hidden_states)))
+        hidden_states = hidden_states + F.relu(self.time_emb_proj(temb))[:, :, None, None]
+        hidden_states = self.norm2(F.relu(self.conv2(hidden_states)))
+        return self.resample(hidden_states)
+
+
+class ConvDownBlock(nn.Module):
+    """The article's way down; its skip is what it hands on, already halved."""
+
+    def __init__(self, in_channels: int, out_channels: int, temb_dim: int, **kwargs) -> None:
+        super().__init__()
+        downsample = nn.Conv2d(out_channels, out_channels, kernel_size=4, stride=2, padding=1)
+        self.block = ConvBlock(in_channels, out_channels, temb_dim, downsample)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        hidden_states = self.block(hidden_states, temb)
+        return hidden_states, [hidden_states]
+
+
+class ConvUpBlock(nn.Module):
+    """The article's way up, on its input and the skip side by side."""
+
+    def __init__(self, in_channels: int, out_channels: int, temb_dim: int, **kwargs) -> None:
+        super().__init__()
+        upsample = nn.ConvTranspose2d(out_channels, out_channels, kernel_size=4, stride=2, padding=1)
+        self.block = ConvBlock(2 * in_channels, out_channels, temb_dim, upsample)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor, skips: list[torch.Tensor]) -> torch.Tensor:
+        return self.block(torch.cat([hidden_states, skips[0]], dim=1), temb)
+
+
+# Residual blocks
+
+
+class ResnetLayer(nn.Module):
+    """x + conv(dropout(silu(scale * norm(conv(silu(norm(x)))) + shift))), scale and shift from the timestep (ADM)."""
+
+    def __init__(self, in_channels: int, out_channels: int, temb_dim: int, num_groups: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = _group_norm(num_groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.time_emb_proj = nn.Linear(temb_dim, 2 * out_channels)
+        self.norm2 = _group_norm(num_groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _zero_init(nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1))
+        self.conv_shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        residual = self.conv1(F.silu(self.norm1(hidden_states)))
+        scale, shift = self.time_emb_proj(temb)[:, :, None, None].chunk(2, dim=1)
+        residual = F.silu(self.norm2(residual) * (1 + scale) + shift)
+        residual = self.conv2(self.dropout(residual))
+        return self.conv_shortcut(hidden_states) + residual
+
+
+class AttentionLayer(nn.Module):
+    """x + out(attention(norm(x))) over all positions."""
+
+    def __init__(self, channels: int, num_groups: int, head_dim: int) -> None:
+        super().__init__()
+        # A level narrower than a head has one head of its own width.
+        head_dim = min(head_dim, channels)
+        if channels % head_dim:
+            raise ValueError(f"`attention_head_dim` ({head_dim}) must divide the width of its level ({channels}).")
+        self.num_heads = channels // head_dim
+        self.norm = _group_norm(num_groups, channels)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
+        self.to_out = _zero_init(nn.Conv2d(channels, channels, kernel_size=1))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = hidden_states.shape
+        qkv = self.to_qkv(self.norm(hidden_states))  # (batch, 3 * channels, height, width)
+        qkv = qkv.view(batch, 3, self.num_heads, channels // self.num_heads, height * width)
+        query, key, value = qkv.transpose(-1, -2).unbind(dim=1)  # each (batch, heads, height * width, head_dim)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = attended.transpose(-1, -2).reshape(batch, channels, height, width)
+        return hidden_states + self.to_out(attended)
+
+
+class ResnetMidBlock(nn.Module):
+    """A residual layer, attention, a residual layer, at the last level."""
+
+    def __init__(
+        self,
+        channels: int,
+        temb_dim: int,
+        num_groups: int,
+        head_dim: int,
+        dropout: float,
+        with_attention: bool = False,
+        **kwargs,
+    ) -> None:
+        super().__init__()
+        self.resnet1 = ResnetLayer(channels, channels, temb_dim, num_groups, dropout)
+        self.attention = AttentionLayer(channels, num_groups, head_dim) if with_attention else nn.Identity()
+        self.resnet2 = ResnetLayer(channels, channels, temb_dim, num_groups, dropout)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.resnet1(hidden_states, temb)
+        hidden_states = self.attention(hidden_states)
+        return self.resnet2(hidden_states, temb)
+
+
+class ResnetDownBlock(nn.Module):
+    """Residual layers at their level, each of which leaves a skip, then a strided convolution to the next level."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int,
+        temb_dim: int,
+        num_groups: int,
+        head_dim: int,
+        dropout: float,
+        with_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetLayer(in_channels, in_channels, temb_dim, num_groups, dropout) for _ in range(num_layers)
+        )
+        self.attentions = nn.ModuleList(
+            AttentionLayer(in_channels, num_groups, head_dim) if with_attention else nn.Identity()
+            for _ in range(num_layers)
+        )
+        self.downsample = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        skips = []
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            hidden_states = attention(resnet(hidden_states, temb))
+            skips.append(hidden_states)
+        return self.downsample(hidden_states), skips
+
+
+class ResnetUpBlock(nn.Module):
+    """Enlargement to the level above, then residual layers, each on its input and one skip side by side."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int,
+        temb_dim: int,
+        num_groups: int,
+        head_dim: int,
+        dropout: float,
+        with_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.upsample = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.resnets = nn.ModuleList(
+            ResnetLayer(2 * out_channels, out_channels, temb_dim, num_groups, dropout) for _ in range(num_layers)
+        )
+        self.attentions = nn.ModuleList(
+            AttentionLayer(out_channels, num_groups, head_dim) if with_attention else nn.Identity()
+            for _ in range(num_layers)
+        )
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor, skips: list[torch.Tensor]) -> torch.Tensor:
+        hidden_states = self.upsample(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+        for resnet, attention, skip in zip(self.resnets, self.attentions, reversed(skips), strict=True):
+            hidden_states = attention(resnet(torch.cat([hidden_states, skip], dim=1), temb))
+        return hidden_states
+
+
+def _checkpoint(block: nn.Module, *inputs):
+    if torch.compiler.is_compiling():  # takes no contexts, and needs none: a compiled graph updates buffers once
+        return checkpoint(block, *inputs, use_reentrant=False)
+    contexts = nullcontext(), _RunningStatisticsKept(block)
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: contexts)
+
+
+class _RunningStatisticsKept:
+    """BatchNorm counts a batch each time it sees it; the second pass of gradient checkpointing is no new batch.
+
+    A class, because `contextlib.contextmanager` can be entered once, and each backward pass over a graph enters it.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self.momenta = {norm: norm.momentum for norm in norms}
+
+    def __enter__(self) -> None:
+        for norm in self.momenta:
+            norm.momentum = 0.0
+
+    def __exit__(self, *exception) -> None:
+        for norm, momentum in self.momenta.items():
+            norm.momentum = momentum
+
+
+def _is_integer(value: Any, minimum: int, maximum: int) -> bool:
+    return type(value) is int and minimum <= value <= maximum
+
+
+def _is_list(value: Any, shortest: int, longest: int) -> bool:
+    return isinstance(value, (list, tuple)) and shortest <= len(value) <= longest
+
+
+def _group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
+    if channels % num_groups:
+        raise ValueError(f"`norm_num_groups` ({num_groups}) must divide the width of each level, here {channels}.")
+    return nn.GroupNorm(num_groups, channels)
+
+
+def _zero_init(layer: nn.Module) -> nn.Module:
+    """Start a branch as nothing, so that a deep network starts as a shallow one."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+_ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
+_BLOCKS = {
+    "conv": (ConvDownBlock, ConvUpBlock),
+    "resnet": (ResnetDownBlock, ResnetUpBlock),
+    "resnet_attn": (partial(ResnetDownBlock, with_attention=True), partial(ResnetUpBlock, with_attention=True)),
+}
+_MID_BLOCKS = {"resnet": ResnetMidBlock, "resnet_attn": partial(ResnetMidBlock, with_attention=True)}
