@@ -639,6 +639,15 @@ def test_samples_are_measured_and_searched_on_the_way(tmp_path):
     assert json.loads((run / "metrics.json").read_text())["memorisation"]["verdict"].startswith("Copies found")
 
 
+def test_too_few_pictures_to_search(pictures, tmp_path):
+    output = fail(
+        tmp_path / "run", train_data_dir=pictures, num_drawn_images=None, audit_every_images=16,
+        num_validation_images=100, checkpoint_every_images=16, report_to="none",
+    )  # fmt: skip
+    assert "`audit_every_images` needs at least 100 held-out pictures, and there are" in output
+    assert not (tmp_path / "run").exists()
+
+
 # Bad input, and trying out
 
 

@@ -28,6 +28,10 @@ GROUPS = {
 }
 
 
+# Of samples and of held-out pictures, that measuring and searching take.
+LEAST_PICTURES = {"evaluate_every_images": 20, "audit_every_images": 100}
+
+
 def _field(default, group: str, help: str):
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return field(metadata={"help": help, "group": group}, **factory)
@@ -282,8 +286,7 @@ class TrainingConfig:
     def _check_assessment(self) -> None:
         if self.stop_on_copies and not (self.audit_every_images and self.checkpoint_every_images):
             raise ValueError("`stop_on_copies` needs `audit_every_images` and `checkpoint_every_images` above 0.")
-        wanted = {"evaluate_every_images": 20, "audit_every_images": 100}  # least pictures
-        for name, least in wanted.items():
+        for name, least in LEAST_PICTURES.items():
             if not getattr(self, name):
                 continue
             for number in ("num_evaluation_samples", "num_validation_images"):

@@ -8,8 +8,11 @@ import torch
 from accelerate import Accelerator
 
 from .batches import FaceBatches
-from .config import TrainingConfig
+from .config import LEAST_PICTURES, TrainingConfig
 from .data import FaceDataset, hold_out, is_picture_folder, load_faces, resolve_source
+
+
+NUM_NEIGHBOURS = 50  # by which an audit judges
 
 
 if TYPE_CHECKING:
@@ -65,7 +68,16 @@ def load_training_data(config: TrainingConfig, accelerator: Accelerator) -> Trai
             max_images=config.num_validation_images,
         )
     load = _stream if config.streaming else _decoded
-    return load(config, source, held_out, share, accelerator)
+    data = load(config, source, held_out, share, accelerator)
+    for name, least in LEAST_PICTURES.items():  # of few pictures, fewer are held out than were asked for
+        if getattr(config, name) and len(data.held_out) < least:
+            raise ValueError(f"`{name}` needs at least {least} held-out pictures, and there are {len(data.held_out)}.")
+    if config.audit_every_images and len(data.batches.dataset) <= NUM_NEIGHBOURS:
+        raise ValueError(
+            f"`audit_every_images` needs more than {NUM_NEIGHBOURS} training pictures, and there are "
+            f"{len(data.batches.dataset)}."
+        )
+    return data
 
 
 def _stream(

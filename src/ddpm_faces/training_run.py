@@ -67,12 +67,15 @@ class RunState:
     best_loss: float | None = None
     best_images_seen: int | None = None
     validations_since_best: int = 0
-    copies_found: bool = False
-    clean_images_seen: int | None = None  # of the last audit that found no copies
-    verdict: str | None = None  # of the last audit; of the last without copies, where that is what the run ends with
+    audits: list[dict] = field(default_factory=list)
     is_maintained: bool = True  # whether what is due after `images_seen` has been done
     unlogged_steps: list[dict] = field(default_factory=list)
     seconds: float = 0.0  # that its processes have been at work, up to the last save
+
+    @property
+    def clean_images_seen(self) -> int | None:
+        """Of the last audit that found no copies."""
+        return next((audit["images_seen"] for audit in reversed(self.audits) if not audit["found_copies"]), None)
 
 
 @contextmanager
@@ -251,7 +254,7 @@ class TrainingRun:
 
     @property
     def stopped_on_copies(self) -> bool:
-        return self.config.stop_on_copies and self.state.copies_found
+        return self.config.stop_on_copies and bool(self.state.audits) and self.state.audits[-1]["found_copies"]
 
     @property
     def is_finished(self) -> bool:
@@ -487,11 +490,7 @@ class TrainingRun:
                 closest_pairs_picture(report, samples, train, held_out).save(path, "PNG")
         found, verdict, copy_rate, held_out_copy_rate = broadcast_object_list(outcome)[0]
         self._write({"copy_rate": copy_rate, "held_out_copy_rate": held_out_copy_rate, "copies_found": float(found)})
-        self.state.copies_found = found
-        if not found:
-            self.state.clean_images_seen = self.state.images_seen
-        if not (self.stopped_on_copies and self.state.clean_images_seen):  # or the run ends with those weights
-            self.state.verdict = verdict
+        self.state.audits.append({"images_seen": self.state.images_seen, "found_copies": found, "verdict": verdict})
         return not found
 
     @property
@@ -715,7 +714,8 @@ class TrainingRun:
             images_seen, reason = state.clean_images_seen, "samples are copies of training pictures"
         elif self.stopped_early:
             images_seen = state.best_images_seen
-            reason = f"the held-out loss was best after {images_seen} images, {state.best_loss:.4f}"
+            best = "never finite" if images_seen is None else f"best after {images_seen} images, {state.best_loss:.4f}"
+            reason = f"the held-out loss was {best}"
         else:
             return None
         path = None if images_seen is None else checkpoints.checkpoint_path(self.output_dir, images_seen)
@@ -773,8 +773,10 @@ class TrainingRun:
         }
         with replacing(self.output_dir / "training_summary.json") as path:
             path.write_text(json.dumps(summary, indent=2) + "\n")
-        if self.state.verdict is not None:
-            write_metrics(self.output_dir / METRICS_NAME, {"memorisation": {"verdict": self.state.verdict}})
+        verdicts = {audit["images_seen"]: audit["verdict"] for audit in self.state.audits}
+        if summary["images_seen"] in verdicts:  # of these weights, and not of others on the way
+            verdict = {"verdict": verdicts[summary["images_seen"]]}
+            write_metrics(self.output_dir / METRICS_NAME, {"memorisation": verdict})
 
     def _held_out_loss(self, images_seen: int | None) -> float | None:
         """The last one that was measured, or that after `images_seen` images."""

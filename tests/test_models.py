@@ -1,0 +1,45 @@
+"""The model that the repository ships."""
+
+from pathlib import Path
+
+import torch
+import yaml
+
+from ddpm_faces import DDPMFacesPipeline, fast_solver, hub
+from ddpm_faces.detection import MTCNN
+from ddpm_faces.evaluation import read_metrics
+
+
+MODEL = Path(__file__).parents[1] / "models" / "faces64"
+
+
+def test_it_makes_faces_in_ten_steps():
+    pipeline = DDPMFacesPipeline.from_pretrained(MODEL)
+    assert pipeline.unet.dtype == torch.float32  # which any CPU calculates in, whatever it was saved in
+    pipeline.scheduler = fast_solver(pipeline.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(3, 10, [torch.Generator().manual_seed(seed) for seed in range(3)], output_type="pt").images
+    faces = (images * 255).round().byte()
+    assert (MTCNN()(faces) > 0.9).all()
+    assert faces.float().std(dim=(1, 2, 3)).min() > 30  # and no grey ones
+
+
+def test_it_is_small_and_says_what_it_is():
+    assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) < 40e6
+    card = (MODEL / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["license"] == "cc-by-nc-sa-4.0"
+    assert "Not measured" not in card
+    for metric in read_metrics(MODEL / "metrics.json")["metrics"]:
+        assert (metric["n"], metric["steps"]) == (400, 300)
+        assert metric["real_faces"] is not None
+    assert value("face_rate") >= 0.95
+
+
+def value(kind: str) -> float:
+    return next(m["value"] for m in read_metrics(MODEL / "metrics.json")["metrics"] if m["type"] == kind)
+
+
+def test_it_loads_with_diffusers_alone():
+    """By its code, which is that of the package (links)."""
+    hub.check(MODEL)
