@@ -1,6 +1,7 @@
 """Figures against those computed by hand, what is written beside them, and what is refused."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -133,6 +134,7 @@ from test_evaluation import Plain, tiny
 from accelerate import PartialState
 from ddpm_faces.evaluation import evaluate
 results = evaluate(tiny(), {folder!r}, num_images=25, num_inference_steps=3, batch_size=4, networks=Plain())
+assert PartialState().num_processes == 2
 if PartialState().is_main_process:
     print(json.dumps(results))
 """
@@ -141,9 +143,11 @@ if PartialState().is_main_process:
 def test_processes_share_the_work(folder, tmp_path, request):
     tests = str(request.path.parent)
     (tmp_path / "script.py").write_text(SCRIPT.format(tests=tests, folder=str(folder)))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    output = subprocess.run([*launch, tmp_path / "script.py"], capture_output=True, text=True, check=True).stdout
+    config = request.path.parents[1] / "training" / "accelerate" / "cpu2.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    command = [*launch, tmp_path / "script.py"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     shared = json.loads(output.splitlines()[-1])
     alone = evaluate(tiny(), str(folder), num_images=25, num_inference_steps=3, networks=Plain())
     for a, b in zip(shared["metrics"], alone["metrics"], strict=True):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
@@ -62,7 +62,7 @@ class Networks:
     @classmethod
     def with_inception(cls, device: str | torch.device | None = None) -> "Networks":
         """Those of the default, and the one of the literature."""
-        device = device or PartialState().device
+        device = device or _process_state().device
         return cls(device, (InceptionV3(device), MobileNetV2(device), EfficientNetLite0(device)))
 
 
@@ -146,7 +146,7 @@ def evaluate(
         raise ValueError(f"`num_images` must be a whole number of at least {MIN_IMAGES}, got {num_images!r}.")
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"`batch_size` must be a whole number of at least 1, got {batch_size!r}.")
-    state = PartialState()
+    state = _process_state()
 
     # 1. What is measured
     pictures = open_samples(source, sampler, num_inference_steps, seed, state.device)
@@ -346,6 +346,12 @@ def write_metrics(path: str | os.PathLike, results: dict[str, Any]) -> None:
             raise ValueError(f"{str(path)!r} is no JSON, and is not overwritten: {error}") from error
     with replacing(path) as new:
         new.write_text(json.dumps({**kept, **results}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _process_state() -> PartialState:
+    """Of this process; an `Accelerator` sees the others on CPUs too, where `PartialState` alone does not."""
+    Accelerator()
+    return PartialState()
 
 
 def _real_faces(
