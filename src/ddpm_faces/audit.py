@@ -8,6 +8,7 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from .data import FaceDataset, load_faces
+from .data import FaceDataset, is_picture_folder, load_faces
 from .extractors import Extractor
 from .metrics import extract_features
 from .objective import DDPMFacesObjective
@@ -319,6 +320,12 @@ def audit_model(
     _check_integer("num_loss_images", num_loss_images, 0, 2**31)
     if held_out_split == split:
         raise ValueError(f"`held_out_split` {held_out_split!r} is what was trained on, `split`.")
+    folder = Path(data).expanduser()
+    if folder.is_dir() and is_picture_folder(folder):
+        raise ValueError(
+            f"`data` must be a data set with the splits {split!r} and {held_out_split!r}, and {data!r} is a folder of "
+            "pictures: `ddpm-faces prepare FOLDER --output SET --num-test-images 400` makes one."
+        )
     accelerator = Accelerator()
     pictures = open_samples(source, sampler, num_inference_steps, seed, accelerator.device)
     if len(pictures) < num_images:
@@ -332,10 +339,13 @@ def audit_model(
     report = audit(samples, train.images, held_out.images, extractor)
     results = {**report.to_dict(), **pictures.provenance(num_images)}
     pipeline = getattr(pictures, "pipeline", None)
-    if num_loss_images and pipeline is not None and isinstance(pictures.scheduler, DDPMFacesScheduler):
-        if pipeline.unet.config.get("num_class_embeds") is None:  # whose classes are not known here
-            results["losses"] = _losses(accelerator, pictures, train, held_out, num_loss_images, batch_size)
-            results["verdict"] += results["losses"].pop("sentence")
+    unet = None if pipeline is None else pipeline.unet.config
+    # Classes of these pictures are not known here, and they are in colour.
+    is_plain = unet is not None and unet.get("num_class_embeds") is None and unet.in_channels == 3
+    if num_loss_images and is_plain and isinstance(pictures.scheduler, DDPMFacesScheduler):
+        num_loss_images = min(num_loss_images, len(train), len(held_out))
+        results["losses"] = _losses(accelerator, pictures, train, held_out, num_loss_images, batch_size)
+        results["verdict"] += results["losses"].pop("sentence")
     return report, results, closest_pairs_picture(report, samples, train.images, held_out.images)
 
 
@@ -414,7 +424,7 @@ def _losses(
     objective = DDPMFacesObjective(pictures.scheduler, snr_gamma=math.inf)
     unet, losses = pictures.pipeline.unet.eval(), {}
     for name, dataset in (("train", train), ("held_out", held_out)):
-        faces = FaceDataset(dataset.images[:num_images, : unet.config.in_channels])
+        faces = FaceDataset(dataset.images[:num_images])
         values = held_out_losses(accelerator, unet, objective, faces, batch_size).mean(dim=1)  # of each picture
         losses[name] = {"loss": values.mean().item(), "error": (values.std() / len(values) ** 0.5).item()}
     gap = losses["held_out"]["loss"] - losses["train"]["loss"]

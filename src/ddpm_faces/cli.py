@@ -227,5 +227,5 @@ def main() -> None:
 
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # such as a package of an extra
         sys.exit(f"error: {error}")

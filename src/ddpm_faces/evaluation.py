@@ -160,7 +160,6 @@ def evaluate(
         if available < max(num_images, MIN_IMAGES):
             raise ValueError(
                 f"`{argument}` must have at least {max(num_images, MIN_IMAGES)} pictures, "
-                f""
                 f"{'as many as `num_images`' if num_images >= MIN_IMAGES else 'or figures mean nothing'}, has "
                 f"{available}."
             )

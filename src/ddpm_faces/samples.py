@@ -65,6 +65,11 @@ class Generated:
             raise ValueError(f"`source` makes pictures of {unet.out_channels} channels; 1 or 3 can be measured.")
         self.scheduler = pipeline.scheduler  # of the training
         self.steps = num_inference_steps or self.scheduler.config.num_train_timesteps
+        if self.steps > self.scheduler.config.num_train_timesteps:
+            raise ValueError(
+                f"`num_inference_steps` must be from 1 to {self.scheduler.config.num_train_timesteps}, the timesteps "
+                f"that the network learned, got {self.steps}."
+            )
         if sampler == "dpm-solver++":
             pipeline = DDPMFacesPipeline(pipeline.unet, fast_solver(pipeline.scheduler))
         pipeline.set_progress_bar_config(disable=True)
