@@ -177,7 +177,7 @@ def faces(tmp_path) -> Path:
 
 
 def test_evaluate(command, model, faces, tmp_path):
-    code, text = command("evaluate", model, faces, "--steps", 2, "--num-images", 20)
+    code, text = command("evaluate", model, faces, "--steps", 2, "--num-images", 20, "--likelihood-images", 2)
     assert code == 0, text
     assert "| Faces that a detector finds, MTCNN | 0 ± 0 |" in text
     assert "| Kernel distance x1000, EfficientNet-Lite0 |" in text

@@ -20,6 +20,7 @@ from ddpm_faces.evaluation import (
     table,
     write_metrics,
 )
+from ddpm_faces.likelihood import bits_per_dimension
 from ddpm_faces.metrics import channel_statistics, frechet_distance, kernel_distance, precision_recall
 from ddpm_faces.solvers import fast_solver
 
@@ -133,7 +134,8 @@ sys.path.insert(0, {tests!r})
 from test_evaluation import Plain, tiny
 from accelerate import PartialState
 from ddpm_faces.evaluation import evaluate
-results = evaluate(tiny(), {folder!r}, num_images=25, num_inference_steps=3, batch_size=4, networks=Plain())
+results = evaluate(tiny(), {folder!r}, num_images=25, num_inference_steps=3, batch_size=4, networks=Plain(),
+                   num_likelihood_images=5)
 assert PartialState().num_processes == 2
 if PartialState().is_main_process:
     print(json.dumps(results))
@@ -149,10 +151,28 @@ def test_processes_share_the_work(folder, tmp_path, request):
     command = [*launch, tmp_path / "script.py"]
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     shared = json.loads(output.splitlines()[-1])
-    alone = evaluate(tiny(), str(folder), num_images=25, num_inference_steps=3, networks=Plain())
+    alone = evaluate(
+        tiny(), str(folder), num_images=25, num_inference_steps=3, networks=Plain(), num_likelihood_images=5
+    )
     for a, b in zip(shared["metrics"], alone["metrics"], strict=True):
         assert {**a, "value": 0, "error": 0} == {**b, "value": 0, "error": 0}
         assert a["value"] == pytest.approx(b["value"], rel=1e-3, abs=1e-6)
+
+
+def test_bits_per_dimension(folder):
+    pipeline = tiny()
+    *_, figure = evaluate(pipeline, str(folder), num_images=20, num_inference_steps=1, networks=Plain(),
+                          num_likelihood_images=6)["metrics"]  # fmt: skip
+    bits = bits_per_dimension(pipeline.unet, pipeline.scheduler, drawn(6))
+    assert figure["type"] == "bits_per_dimension"
+    assert figure["value"] == pytest.approx(bits.mean().item(), rel=1e-6)
+    assert figure["error"] == pytest.approx(bits.std().item() / 6**0.5, rel=1e-6)
+    assert (figure["n"], figure["n_reference"]) == (6, 6)
+    assert figure["extractor"] == "variational bound (10 of 10 terms for each picture)"
+    assert figure["reference"] == evaluate(
+        *(pipeline, str(folder)), num_images=20, num_inference_steps=1, networks=Plain(), num_likelihood_images=6,
+        seed=3,
+    )["metrics"][-1]["reference"]  # fmt: skip
 
 
 def test_data_set_with_splits(tmp_path):
@@ -240,12 +260,25 @@ class Never(Networks):
         ({"num_inference_steps": 11}, "`num_inference_steps` must be from 1 to 10, .*, got 11"),
         ({"seed": -1}, "`seed` must be a whole number of at least 0, got -1"),
         ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, got 0"),
+        ({"num_likelihood_images": 1}, "`num_likelihood_images` must be 0 or a whole number of at least 2, got 1"),
+        ({"num_likelihood_images": True}, "`num_likelihood_images` must be 0 or a whole number of at least 2, got Tr"),
+        ({"num_likelihood_images": 41}, "`num_likelihood_images` must be at most the number .* read, 40, got 41"),
         ({"num_images": 41}, "`data` must have at least 41 pictures, as many as `num_images`, has 40"),
     ],
 )
 def test_bad_arguments(folder, arguments, message):
     with pytest.raises(ValueError, match=message):
         evaluate(tiny(), str(folder), **arguments, networks=Never())
+
+
+def test_no_likelihood(folder):
+    for pipeline, message in (
+        (folder, "needs a pipeline as `source`"),
+        (tiny(channels=1), "got DDPMFacesScheduler, 1 channels and None classes"),
+        (tiny(num_class_embeds=2), "got DDPMFacesScheduler, 3 channels and 2 classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(pipeline, str(folder), networks=Never(), num_likelihood_images=4)
 
 
 def test_bad_pictures(folder, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ddpm_faces import DDPMFacesObjective, DDPMFacesScheduler
+from ddpm_faces.likelihood import bound_terms
 
 
 class Recorder:
@@ -132,6 +133,47 @@ def test_all_but_the_network_is_float32():
     assert unet.sample.dtype == losses.dtype == torch.float32
 
 
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_hybrid_loss_adds_a_bound_that_teaches_the_variance_alone(snr_gamma):
+    x_0 = torch.randint(256, (8, 3, 8, 8), generator=torch.Generator().manual_seed(1)) / 127.5 - 1
+    timesteps, noise = torch.tensor([0, 0, 1, 2, 10, 100, 298, 299]), draw(8)[1]
+    answer = torch.randn(8, 6, 8, 8, generator=torch.Generator().manual_seed(2))
+    scheduler = DDPMFacesScheduler(variance_type="learned_range")
+    outputs, gradients = [], []
+    for variance_type, channels in (("learned_range", 6), ("fixed_small", 3)):
+        objective = DDPMFacesObjective(DDPMFacesScheduler(variance_type=variance_type), snr_gamma=snr_gamma)
+        prediction = answer[:, :channels].clone().requires_grad_()
+        outputs.append(objective(Recorder(prediction), x_0, timesteps=timesteps, noise=noise).losses)
+        gradients += torch.autograd.grad(outputs[-1].sum(), prediction)
+
+    hybrid, simple = outputs
+    terms = bound_terms(scheduler, answer, x_0, scheduler.add_noise(x_0, noise, timesteps), timesteps)
+    torch.testing.assert_close(hybrid - simple, 0.001 * 300 * terms, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(gradients[0][:, :3], gradients[1])
+    assert torch.isfinite(gradients[0]).all()
+    assert (gradients[0][:, 3:].abs().amax(dim=(1, 2, 3)) > 0).all()
+
+
+def test_best_learned_variance_is_that_of_the_error():
+    """Where x_0 is 0 or 1 with no way to tell, the mean is one half, and the variance must make up for it."""
+    scheduler = DDPMFacesScheduler(20, variance_type="learned_range", prediction_type="sample", beta_end=0.2)
+    objective, t = DDPMFacesObjective(scheduler), 4
+    x_0 = torch.tensor([0.0, 1.0]).repeat(8).view(16, 1, 1, 1).expand(-1, 3, 8, 8)
+    v = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.Adam([v], lr=0.1)
+    for _ in range(200):
+        answer = torch.cat([torch.full_like(x_0, 0.5), v.expand(16, 3, 8, 8)], dim=1)
+        optimizer.zero_grad()
+        objective(Recorder(answer), x_0, timesteps=torch.full((16,), t)).losses.mean().backward()
+        optimizer.step()
+    alpha_bars = (1 - scheduler.betas.double()).cumprod(0)
+    coefficient = alpha_bars[t - 1].sqrt() * scheduler.betas[t] / (1 - alpha_bars[t])  # of x_0, eq. 7
+    posterior_variance = scheduler.betas[t] * (1 - alpha_bars[t - 1]) / (1 - alpha_bars[t])
+    answer = torch.cat([x_0, v.detach().expand(16, 3, 8, 8)], dim=1)
+    learned = scheduler.variance(posterior_variance, scheduler.betas[t], answer[:, 3:]).mean()
+    torch.testing.assert_close(learned.double(), posterior_variance + coefficient**2 / 4, rtol=1e-3, atol=0)
+
+
 def test_class_labels_reach_the_network():
     unet = Recorder()
     DDPMFacesObjective(DDPMFacesScheduler())(unet, torch.zeros(2, 3, 8, 8), class_labels=torch.tensor([0, 1]))
@@ -141,8 +183,8 @@ def test_class_labels_reach_the_network():
 def test_bad_input():
     with pytest.raises(ValueError, match="`loss_type` must be one of 'l2', 'l1', 'huber', got 'l3'"):
         DDPMFacesObjective(DDPMFacesScheduler(), loss_type="l3")
-    with pytest.raises(ValueError, match="'learned_range' needs a variational loss"):
-        DDPMFacesObjective(DDPMFacesScheduler(variance_type="learned_range"))
+    with pytest.raises(ValueError, match="`variance_type` must not be 'learned' in training"):
+        DDPMFacesObjective(DDPMFacesScheduler(variance_type="learned"))
     with pytest.raises(ValueError, match="`snr_gamma` must be positive or None, got 0"):
         DDPMFacesObjective(DDPMFacesScheduler(), snr_gamma=0)
     with pytest.raises(ValueError, match="`snr_gamma` is a weight of `loss_type` 'l2', got 'l1'"):

@@ -130,6 +130,9 @@ def evaluate(
     inception: Annotated[
         bool, typer.Option("--inception", help="FID and KID of the literature too; downloads 90 MB.")
     ] = False,
+    likelihood_images: Annotated[
+        int, typer.Option(help="Bound the bits per dimension of so many real faces; 0: do not.")
+    ] = 0,
     output: Annotated[
         Path | None, typer.Option(help="Where to write (default: metrics.json in the pipeline's folder).")
     ] = None,
@@ -143,7 +146,8 @@ def evaluate(
         output = Path(source, METRICS_NAME)
     networks = Networks.with_inception() if inception else None
     results = evaluate(
-        source, data, split, baseline_split or None, num_images, sampler, steps, seed, batch_size, networks
+        *(source, data, split, baseline_split or None, num_images, sampler, steps, seed, batch_size, networks),
+        num_likelihood_images=likelihood_images,
     )
     if os.environ.get("RANK", "0") != "0":
         return

@@ -109,8 +109,8 @@ class TrainingConfig:
         "Diffusion",
         "Course of the betas from the first to the last; squaredcos_cap_v2 has its own.",
     )
-    variance_type: Literal["fixed_small", "fixed_large"] = _field(
-        "fixed_small", "Diffusion", "Variance of a sampling step."
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = _field(
+        "fixed_small", "Diffusion", "Variance of a sampling step; learned_range: the network learns it too."
     )
     clip_sample: bool = _field(True, "Diffusion", "Clamp the predicted picture to the data range when sampling.")
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = _field(
@@ -360,7 +360,7 @@ class TrainingConfig:
             **config,
             "mid_block_type": None if self.mid_block_type == "none" else self.mid_block_type,
             "sample_size": height if height == width else (height, width),
-            "out_channels": self.in_channels,
+            "out_channels": self.in_channels * (2 if self.variance_type == "learned_range" else 1),
             "augment_dim": AUGMENT_DIM if self.augment_probability else None,
         }
 

@@ -7,7 +7,7 @@ processes, each makes and measures its share.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .data import is_picture_folder, load_faces
 from .detection import MTCNN
 from .extractors import EfficientNetLite0, Extractor, InceptionV3, MobileNetV2
 from .files import replacing
+from .likelihood import bits_per_dimension
 from .metrics import (
     NUM_SUBSETS,
     bootstrap_error,
@@ -31,12 +32,14 @@ from .metrics import (
     precision_recall,
 )
 from .pipeline_ddpm_faces import DDPMFacesPipeline
-from .samples import open_samples, select
+from .samples import Generated, PictureFiles, open_samples, select
+from .scheduling_ddpm_faces import DDPMFacesScheduler
 
 
 MIN_IMAGES = 2 * NUM_SUBSETS  # of the kernel distance, whose subsets hold two at least
 MAX_IMAGES = 1000  # where the user does not say; more pictures mean smaller errors
 DETECTION_SIDE = 64  # to which smaller pictures are enlarged: the detector knows no face of less than 20 pixels
+NUM_LIKELIHOOD_TERMS = 50  # at which drawing them adds little to the error that comes of few pictures
 METRICS_NAME = "metrics.json"
 # What two figures must have in common to be compared. Model, sampler, steps and seeds are what one compares.
 PROVENANCE = ("n", "n_reference", "image_size", "extractor", "resize", "reference")
@@ -88,7 +91,7 @@ class Measured:
     @property
     def fingerprint(self) -> str:
         """Of all pictures and their order."""
-        return hashlib.sha256("".join(self.digests).encode()).hexdigest()[:12]
+        return _fingerprint(self.digests)
 
     @property
     def channels(self) -> dict[str, list[float]]:
@@ -109,6 +112,7 @@ def evaluate(
     batch_size: int = 64,
     networks: Networks | None = None,
     cache_dir: str | None = None,
+    num_likelihood_images: int = 0,
 ) -> dict[str, Any]:
     """Measure how far faces are from real ones. Called by every process.
 
@@ -130,6 +134,9 @@ def evaluate(
         batch_size (`int`, defaults to 64): Pictures at a time, on each process.
         networks ([`Networks`], *optional*): By default on the device of this process.
         cache_dir (`str`, *optional*): As that of [`load_faces`].
+        num_likelihood_images (`int`, defaults to 0):
+            Of how many of the real faces to bound the bits per dimension (DDPM eq. 5), for a pipeline with a
+            [`DDPMFacesScheduler`], of RGB and without classes. It takes 50 evaluations of the network for each.
 
     Returns:
         `dict`: Plain values, ready for JSON. `metrics` is a list of figures: each has `name`, `type`, `value`, `error`
@@ -151,6 +158,9 @@ def evaluate(
     # 1. What is measured
     pictures = open_samples(source, sampler, num_inference_steps, seed, state.device)
 
+    if num_likelihood_images:
+        _check_likelihood(num_likelihood_images, pictures)
+
     # 2. What it is compared with
     wanted = min(num_images or MAX_IMAGES, len(pictures))
     real, others, name = _real_faces(data, split, baseline_split, pictures.image_size, wanted, cache_dir)
@@ -164,6 +174,12 @@ def evaluate(
                 f"{available}."
             )
 
+    if num_likelihood_images > len(real):
+        raise ValueError(
+            f"`num_likelihood_images` must be at most the number of real faces that are read, {len(real)}, got "
+            f"{num_likelihood_images}."
+        )
+
     # 3. Measure
     networks = networks or Networks(state.device)
     measured = measure(pictures.batches, num_images, networks, batch_size, "Faces")
@@ -174,8 +190,11 @@ def evaluate(
     if baseline is not None:
         for figure, of_real_faces in zip(figures, compare(baseline, reference, networks), strict=True):
             figure["real_faces"] = round(of_real_faces["value"], 4)
+    figures = [{**figure, **provenance} for figure in figures]
+    if num_likelihood_images:
+        figures.append(_likelihood(pictures, real[:num_likelihood_images], name, batch_size))
     return {
-        "metrics": [{**figure, **provenance} for figure in figures],
+        "metrics": figures,
         "channels": measured.channels,
         "reference_channels": reference.channels,
     }
@@ -211,9 +230,8 @@ def measure(
             for i, image in enumerate(images.cpu()):
                 statistics = channel_statistics(image[None])
                 mean, deviation = (torch.tensor(statistics[key]).double() for key in ("mean", "deviation"))
-                digest = hashlib.sha256(str(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()
                 moments = torch.stack([mean, deviation**2 + mean**2])
-                rows.append((mine[first + i], [f[i] for f in features], faces[i], moments, digest))
+                rows.append((mine[first + i], [f[i] for f in features], faces[i], moments, _digest(image)))
             progress.update(len(images))
             size = tuple(images.shape[2:])
     rows = sorted(gather_object(rows), key=lambda row: row[0])
@@ -345,6 +363,51 @@ def write_metrics(path: str | os.PathLike, results: dict[str, Any]) -> None:
             raise ValueError(f"{str(path)!r} is no JSON, and is not overwritten: {error}") from error
     with replacing(path) as new:
         new.write_text(json.dumps({**kept, **results}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _check_likelihood(num_images: int, pictures: Generated | PictureFiles) -> None:
+    if type(num_images) is not int or num_images < 2:
+        raise ValueError(f"`num_likelihood_images` must be 0 or a whole number of at least 2, got {num_images!r}.")
+    if not isinstance(pictures, Generated):
+        raise ValueError(
+            "`num_likelihood_images` needs a pipeline as `source`: a folder of pictures has no likelihood."
+        )
+    unet, scheduler = pictures.pipeline.unet.config, pictures.scheduler
+    if not isinstance(scheduler, DDPMFacesScheduler) or unet.in_channels != 3 or unet.get("num_class_embeds"):
+        raise ValueError(
+            "`num_likelihood_images` needs a pipeline with a DDPMFacesScheduler, of RGB and without classes, got "
+            f"{type(scheduler).__name__}, {unet.in_channels} channels and {unet.get('num_class_embeds')} classes."
+        )
+
+
+def _likelihood(pictures: Generated, images: torch.Tensor, name: str, batch_size: int) -> dict[str, Any]:
+    """The figure of bits per dimension."""
+    state, unet, scheduler = PartialState(), pictures.pipeline.unet.eval(), pictures.scheduler
+    bits = bits_per_dimension(
+        unet, scheduler, images, NUM_LIKELIHOOD_TERMS, batch_size, state.process_index, state.num_processes
+    )
+    height, width = pictures.image_size
+    num_terms = min(NUM_LIKELIHOOD_TERMS, len(scheduler))
+    return {
+        "name": "Bits per dimension",
+        "type": "bits_per_dimension",
+        "value": bits.mean().item(),
+        "error": bits.std().item() / len(bits) ** 0.5,
+        "n": len(bits),
+        "n_reference": len(bits),
+        "image_size": f"{width}x{height}",
+        "extractor": f"variational bound ({num_terms} of {len(scheduler)} terms for each picture)",
+        "resize": "none",
+        "reference": f"{name} ({_fingerprint(map(_digest, images))})",
+    }
+
+
+def _digest(image: torch.Tensor) -> str:
+    return hashlib.sha256(str(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()
+
+
+def _fingerprint(digests: Iterable[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
 
 
 def _process_state() -> PartialState:

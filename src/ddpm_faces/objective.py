@@ -6,7 +6,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .likelihood import bound_terms
 
+
+BOUND_WEIGHT = 0.001  # lambda of Improved DDPM's hybrid loss (eq. 16 of https://huggingface.co/papers/2102.09672)
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 
 
@@ -30,7 +33,10 @@ class DDPMFacesObjective:
     Args:
         scheduler ([`DDPMFacesScheduler`] or [`~diffusers.DDPMScheduler`]):
             Its `prediction_type` decides what is predicted: `"epsilon"` (the noise, as in the article), `"sample"`
-            (x_0) or `"v_prediction"` (the velocity).
+            (x_0) or `"v_prediction"` (the velocity). With the `variance_type` `"learned_range"`, the network predicts
+            the variance too, by Improved DDPM's hybrid loss (eq. 16 of https://huggingface.co/papers/2102.09672): the
+            variational bound, in bits per dimension and weighed by 0.001, is added to the loss, and teaches the
+            variance alone.
         loss_type (`str`, defaults to `"l2"`): `"l2"` (DDPM, the article), `"l1"` or `"huber"`.
         snr_gamma (`float`, *optional*):
             Weigh a squared error in x_0 by min(SNR, `snr_gamma`), SNR = alpha_bar_t / (1 - alpha_bar_t), whatever is
@@ -39,17 +45,17 @@ class DDPMFacesObjective:
             default it is the error of what is predicted.
 
     Raises:
-        ValueError: An unknown `loss_type`, a `snr_gamma` that is not positive or not for `"l2"`, or a scheduler with a
-            learned variance, which this loss does not teach.
+        ValueError: An unknown `loss_type`, a `snr_gamma` that is not positive or not for `"l2"`, or a scheduler with
+            the `variance_type` `"learned"`, which a network cannot learn as it is: nothing keeps it positive.
     """
 
     def __init__(self, scheduler, loss_type: str = "l2", snr_gamma: float | None = None) -> None:
         if loss_type not in LOSSES:
             raise ValueError(f"`loss_type` must be one of {', '.join(map(repr, LOSSES))}, got {loss_type!r}.")
-        if scheduler.config.variance_type in ("learned", "learned_range"):
+        if scheduler.config.variance_type == "learned":
             raise ValueError(
-                f"`variance_type` {scheduler.config.variance_type!r} needs a variational loss, which this objective "
-                "does not have: use 'fixed_small' or 'fixed_large'."
+                "`variance_type` must not be 'learned' in training, where nothing keeps it positive: use "
+                "'learned_range', 'fixed_small' or 'fixed_large'."
             )
         if snr_gamma is not None and not snr_gamma > 0:
             raise ValueError(f"`snr_gamma` must be positive or None, got {snr_gamma}.")
@@ -99,14 +105,21 @@ class DDPMFacesObjective:
         # 3. Predict
         model_kwargs = {"class_labels": class_labels, "augment_labels": augment_labels}
         model_kwargs = {name: value for name, value in model_kwargs.items() if value is not None}
-        prediction = unet(noisy_samples, timesteps, **model_kwargs).sample
+        prediction = unet(noisy_samples, timesteps, **model_kwargs).sample.float()
+        predicted_variance = None
+        if self.scheduler.config.variance_type == "learned_range":
+            prediction, predicted_variance = prediction.chunk(2, dim=1)
 
         # 4. Compare
         target = self._target(original_samples, noise, timesteps)
-        losses = self.loss_fn(prediction.float(), target, reduction="none").flatten(start_dim=1).mean(dim=1)
+        losses = self.loss_fn(prediction, target, reduction="none").flatten(start_dim=1).mean(dim=1)
         if self.weights is not None:
             self.weights = self.weights.to(device)
             losses = losses * self.weights[timesteps]
+        if predicted_variance is not None:  # which alone learns from the bound, T times its mean term
+            output = torch.cat([prediction.detach(), predicted_variance], dim=1)
+            terms = bound_terms(self.scheduler, output, original_samples, noisy_samples, timesteps)
+            losses = losses + BOUND_WEIGHT * self.scheduler.config.num_train_timesteps * terms
         return ObjectiveOutput(losses, timesteps)
 
     def _target(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

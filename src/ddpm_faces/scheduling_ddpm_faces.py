@@ -360,43 +360,66 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         current_alpha_t = alpha_prod_t / alpha_prod_t_prev
         current_beta_t = 1 - current_alpha_t
 
-        # 2. x_0, eq. 15
-        if self.config.prediction_type == "epsilon":
-            pred_original_sample = (sample - (1 - alpha_prod_t).sqrt() * model_output) / alpha_prod_t.sqrt()
-        elif self.config.prediction_type == "sample":
-            pred_original_sample = model_output
-        else:  # v_prediction, Progressive Distillation, appendix D
-            pred_original_sample = alpha_prod_t.sqrt() * sample - (1 - alpha_prod_t).sqrt() * model_output
+        # 2. x_0
+        pred_original_sample = self.predict_original_sample(model_output, t, sample)
 
-        # 3. x_0 within the data range
-        if self.config.thresholding:
-            pred_original_sample = self._threshold_sample(pred_original_sample)
-        elif self.config.clip_sample:
-            clip_range = self.config.clip_sample_range
-            pred_original_sample = pred_original_sample.clamp(-clip_range, clip_range)
-
-        # 4. Mean of the posterior, eq. 7
+        # 3. Mean of the posterior, eq. 7
         original_sample_coeff = alpha_prod_t_prev.sqrt() * current_beta_t / (1 - alpha_prod_t)
         current_sample_coeff = current_alpha_t.sqrt() * (1 - alpha_prod_t_prev) / (1 - alpha_prod_t)
         prev_sample = original_sample_coeff * pred_original_sample + current_sample_coeff * sample
 
-        # 5. Noise of the posterior's variance, but for the finished picture
+        # 4. Noise of the posterior's variance, but for the finished picture
         if prev_t >= 0:
             noise = randn_tensor(
                 model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
             )
             posterior_variance = (1 - alpha_prod_t_prev) / (1 - alpha_prod_t) * current_beta_t
-            variance = self._variance(posterior_variance, current_beta_t, predicted_variance)
+            variance = self.variance(posterior_variance, current_beta_t, predicted_variance)
             prev_sample = prev_sample + variance.sqrt() * noise
 
         if not return_dict:
             return prev_sample, pred_original_sample
         return DDPMFacesSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
 
-    def _variance(
+    def predict_original_sample(
+        self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """The picture that the model sees behind the noise, within the data range if the configuration says so.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch, channels, height, width)`): By `prediction_type`.
+            timesteps (`int` or `torch.Tensor` of shape `(batch,)`, integer): t of each picture, 0 to T - 1.
+            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t.
+
+        Returns:
+            `torch.Tensor` of the shape of `sample`: x_0, of DDPM eq. 15.
+        """
+        if isinstance(timesteps, torch.Tensor):
+            alpha_prod_t = self.alphas_cumprod.to(sample)[timesteps].view(-1, *[1] * (sample.ndim - 1))
+        else:
+            alpha_prod_t = self.alphas_cumprod[timesteps]
+        if self.config.prediction_type == "epsilon":
+            pred_original_sample = (sample - (1 - alpha_prod_t).sqrt() * model_output) / alpha_prod_t.sqrt()
+        elif self.config.prediction_type == "sample":
+            pred_original_sample = model_output
+        else:  # v_prediction, Progressive Distillation, appendix D
+            pred_original_sample = alpha_prod_t.sqrt() * sample - (1 - alpha_prod_t).sqrt() * model_output
+        if self.config.thresholding:
+            return self._threshold_sample(pred_original_sample)
+        if self.config.clip_sample:
+            return pred_original_sample.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return pred_original_sample
+
+    def variance(
         self, posterior_variance: torch.Tensor, beta: torch.Tensor, predicted_variance: torch.Tensor | None
     ) -> torch.Tensor:
-        """The variance (never a deviation or a logarithm) of p(x_t-1 | x_t) by `variance_type`."""
+        """The variance (never a deviation or a logarithm) of p(x_t-1 | x_t), by `variance_type`.
+
+        Args:
+            posterior_variance (`torch.Tensor` that broadcasts): Of q(x_t-1 | x_t, x_0), eq. 7.
+            beta (`torch.Tensor` that broadcasts): beta_t.
+            predicted_variance (`torch.Tensor`, *optional*): The further channels of the network, where it is learned.
+        """
         variance_type = self.config.variance_type
         if variance_type in ("fixed_small", "fixed_small_log"):
             return posterior_variance
