@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,20 +28,39 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
 
 
-def run_script(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+def run_script(
+    arguments: list[str], environment: dict[str, str], num_processes: int = 1
+) -> subprocess.CompletedProcess:
     """As `subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)`.
 
-    But what libraries read of the environment as they are imported is that of the first call.
+    But what libraries read of the environment as they are imported is that of the first call. Several processes are
+    told of one another as torchrun and srun do it; all that they print is put together, and a failure is that of the
+    first that failed.
     """
+    environments = [environment]
+    if num_processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            common = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        sizes = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+        ranks = [str(rank) for rank in range(num_processes)]
+        environments = [{**common, **sizes, "RANK": rank, "LOCAL_RANK": rank} for rank in ranks]
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = _context.Process(target=_run, args=(arguments, environment, outputs))
-        process.start()
-        process.join()
-        return subprocess.CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in outputs))
+        outputs = [(Path(folder, f"stdout{i}"), Path(folder, f"stderr{i}")) for i in range(num_processes)]
+        processes = [
+            _context.Process(target=_run, args=(arguments, environ, files))
+            for environ, files in zip(environments, outputs, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        stdout, stderr = ("".join(file.read_text() for file in files) for files in zip(*outputs, strict=True))
+    failures = [process.exitcode for process in processes if process.exitcode]
+    return subprocess.CompletedProcess(arguments, failures[0] if failures else 0, stdout, stderr)
 
 
-def _run(arguments: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
+def _run(arguments: list[str], environment: dict[str, str], outputs: tuple[Path, Path]) -> None:
     os.setsid()
     for number, path in enumerate(outputs, start=1):
         with path.open("w") as file:

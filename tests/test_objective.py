@@ -140,16 +140,22 @@ def test_hybrid_loss_adds_a_bound_that_teaches_the_variance_alone(snr_gamma):
     answer = torch.randn(8, 6, 8, 8, generator=torch.Generator().manual_seed(2))
     scheduler = DDPMFacesScheduler(variance_type="learned_range")
     outputs, gradients = [], []
-    for variance_type, channels in (("learned_range", 6), ("fixed_small", 3)):
-        objective = DDPMFacesObjective(DDPMFacesScheduler(variance_type=variance_type), snr_gamma=snr_gamma)
+    for variance_type, channels, weight in (
+        ("learned_range", 6, 0.001),
+        ("learned_range", 6, 0),
+        ("fixed_small", 3, 1),
+    ):
+        objective = DDPMFacesObjective(DDPMFacesScheduler(variance_type=variance_type), "l2", snr_gamma, weight)
         prediction = answer[:, :channels].clone().requires_grad_()
         outputs.append(objective(Recorder(prediction), x_0, timesteps=timesteps, noise=noise).losses)
         gradients += torch.autograd.grad(outputs[-1].sum(), prediction)
 
-    hybrid, simple = outputs
+    hybrid, without, simple = outputs
+    assert torch.equal(without, simple)
+    assert not gradients[1][:, 3:].any()
     terms = bound_terms(scheduler, answer, x_0, scheduler.add_noise(x_0, noise, timesteps), timesteps)
     torch.testing.assert_close(hybrid - simple, 0.001 * 300 * terms, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(gradients[0][:, :3], gradients[1])
+    torch.testing.assert_close(gradients[0][:, :3], gradients[2])
     assert torch.isfinite(gradients[0]).all()
     assert (gradients[0][:, 3:].abs().amax(dim=(1, 2, 3)) > 0).all()
 

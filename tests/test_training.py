@@ -1,6 +1,6 @@
 """Training is tested by launching it: the real script, with faults from outside.
 
-By `accelerate launch` where that has something to do; a single process is a fork of one that has imported what the
+By `accelerate launch` where that has something to do; other processes are forks of one that has imported what the
 script imports, more than ten seconds sooner.
 """
 
@@ -52,7 +52,7 @@ def command(
     **overrides,
 ) -> list[str]:
     launcher = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
-    if num_processes > 1:
+    if num_processes > 1 and (launch or launch_config != "cpu2.yaml"):
         config_file = ROOT / "training" / "accelerate" / launch_config
         launcher = ["--config_file", str(config_file), "--num_processes", str(num_processes)]
     flags = []
@@ -60,8 +60,9 @@ def command(
         if value is not None:
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     launcher = ["-m", "accelerate.commands.launch", *launcher, "--mixed_precision", mixed_precision]
-    if not launch and num_processes == 1 and mixed_precision == "no":
+    if not launch and launch_config == "cpu2.yaml":
         launcher = []
+        flags += ["--mixed_precision", mixed_precision] if mixed_precision != "no" else []
     return [sys.executable, *launcher, str(SCRIPT), *flags]
 
 
@@ -78,7 +79,7 @@ def train(output_dir: Path, num_processes: int = 1, faults: dict | None = None, 
     """Launch, wait, and return what came of it."""
     arguments, environ = command(output_dir, num_processes, **overrides), environment(num_processes, faults)
     if arguments[1] == str(SCRIPT) and "HF_ENDPOINT" not in environ:  # which is read as the Hub's client is imported
-        return run_script(arguments[1:], environ)
+        return run_script(arguments[1:], environ, num_processes)
     return subprocess.run(arguments, env=environ, capture_output=True, text=True, start_new_session=True)
 
 
@@ -330,7 +331,7 @@ def test_full_disk_for_a_while_loses_nothing(finished, tmp_path):
 def test_one_rank_killed(tmp_path):
     """The others do not hang, and what they saved before stands."""
     run = tmp_path / "run"
-    fail(run, 2, {"in_step": {"at": 40, "rank": 1}})
+    fail(run, 2, {"in_step": {"at": 40, "rank": 1}}, launch=True)
     assert checkpoint_names(run)[-1] == 32
     assert not (run / "model_index.json").exists()
 
@@ -406,7 +407,7 @@ def reference(tmp_path_factory) -> Path:
 )
 def test_layout_changes_rounding_only(tmp_path, reference, num_processes, device_batch_size):
     run = tmp_path / "run"
-    succeed(run, num_processes, device_batch_size=device_batch_size, **INVARIANT)
+    succeed(run, num_processes, device_batch_size=device_batch_size, launch=num_processes > 1, **INVARIANT)
     assert_close_weights(weights(run), weights(reference))
     rates = [[entry["learning_rate"] for entry in read_log(folder)] for folder in (run, reference)]
     assert rates[0] == rates[1]

@@ -421,7 +421,7 @@ def _losses(
     batch_size: int,
 ) -> dict[str, Any]:
     """Compare the losses on training and held-out pictures, at the same timesteps with the same noise."""
-    objective = DDPMFacesObjective(pictures.scheduler, snr_gamma=math.inf)
+    objective = DDPMFacesObjective(pictures.scheduler, snr_gamma=math.inf, bound_weight=0.0)
     unet, losses = pictures.pipeline.unet.eval(), {}
     for name, dataset in (("train", train), ("held_out", held_out)):
         faces = FaceDataset(dataset.images[:num_images])

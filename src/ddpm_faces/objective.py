@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from .likelihood import bound_terms
 
 
-BOUND_WEIGHT = 0.001  # lambda of Improved DDPM's hybrid loss (eq. 16 of https://huggingface.co/papers/2102.09672)
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 
 
@@ -34,22 +33,25 @@ class DDPMFacesObjective:
         scheduler ([`DDPMFacesScheduler`] or [`~diffusers.DDPMScheduler`]):
             Its `prediction_type` decides what is predicted: `"epsilon"` (the noise, as in the article), `"sample"`
             (x_0) or `"v_prediction"` (the velocity). With the `variance_type` `"learned_range"`, the network predicts
-            the variance too, by Improved DDPM's hybrid loss (eq. 16 of https://huggingface.co/papers/2102.09672): the
-            variational bound, in bits per dimension and weighed by 0.001, is added to the loss, and teaches the
-            variance alone.
+            the variance too.
         loss_type (`str`, defaults to `"l2"`): `"l2"` (DDPM, the article), `"l1"` or `"huber"`.
         snr_gamma (`float`, *optional*):
             Weigh a squared error in x_0 by min(SNR, `snr_gamma`), SNR = alpha_bar_t / (1 - alpha_bar_t), whatever is
             predicted (Min-SNR, section 3.4 of https://huggingface.co/papers/2303.09556, which takes 5). With `inf` the
             loss is the article's, the squared error of the noise, also where the network predicts something else. By
             default it is the error of what is predicted.
+        bound_weight (`float`, defaults to 0.001):
+            Of the variational bound, in bits per dimension, which is added to the loss for a learned variance, and
+            teaches that alone (Improved DDPM's hybrid loss, eq. 16 of https://huggingface.co/papers/2102.09672).
 
     Raises:
         ValueError: An unknown `loss_type`, a `snr_gamma` that is not positive or not for `"l2"`, or a scheduler with
             the `variance_type` `"learned"`, which a network cannot learn as it is: nothing keeps it positive.
     """
 
-    def __init__(self, scheduler, loss_type: str = "l2", snr_gamma: float | None = None) -> None:
+    def __init__(
+        self, scheduler, loss_type: str = "l2", snr_gamma: float | None = None, bound_weight: float = 0.001
+    ) -> None:
         if loss_type not in LOSSES:
             raise ValueError(f"`loss_type` must be one of {', '.join(map(repr, LOSSES))}, got {loss_type!r}.")
         if scheduler.config.variance_type == "learned":
@@ -62,6 +64,7 @@ class DDPMFacesObjective:
         if snr_gamma is not None and loss_type != "l2":
             raise ValueError(f"`snr_gamma` is a weight of `loss_type` 'l2', got {loss_type!r}.")
         self.scheduler = scheduler
+        self.bound_weight = bound_weight
         self.loss_fn = LOSSES[loss_type]
         self.weights = None if snr_gamma is None else self._min_snr_weights(snr_gamma)
 
@@ -116,10 +119,12 @@ class DDPMFacesObjective:
         if self.weights is not None:
             self.weights = self.weights.to(device)
             losses = losses * self.weights[timesteps]
-        if predicted_variance is not None:  # which alone learns from the bound, T times its mean term
+        if (
+            predicted_variance is not None and self.bound_weight
+        ):  # T times its mean term; the mean does not learn of it
             output = torch.cat([prediction.detach(), predicted_variance], dim=1)
             terms = bound_terms(self.scheduler, output, original_samples, noisy_samples, timesteps)
-            losses = losses + BOUND_WEIGHT * self.scheduler.config.num_train_timesteps * terms
+            losses = losses + self.bound_weight * self.scheduler.config.num_train_timesteps * terms
         return ObjectiveOutput(losses, timesteps)
 
     def _target(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
