@@ -44,6 +44,12 @@ def test_article_file_is_the_article():
     assert (config.prediction_type, config.loss_type) == ("epsilon", "l2")
 
 
+def test_learned_variance_takes_as_many_channels_again():
+    config = TrainingConfig(variance_type="learned_range", in_channels=1)
+    assert config.unet_config()["out_channels"] == 2
+    assert config.scheduler_config()["variance_type"] == "learned_range"
+
+
 def test_order_is_defaults_then_file_then_command_line(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(

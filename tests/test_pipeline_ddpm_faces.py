@@ -9,6 +9,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
     UNet2DModel,
@@ -17,6 +18,7 @@ from diffusers import (
 from PIL import Image
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
+from ddpm_faces.solvers import fast_solver
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
@@ -172,13 +174,26 @@ def test_zero_snr_is_refused_where_it_fails():
         pipeline()
 
 
-def test_learned_variance():
-    scheduler = DDPMFacesScheduler(20, variance_type="learned_range")
-    pipeline = quiet(DDPMFacesPipeline(tiny_unet(out_channels=6), scheduler))
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_learned_variance(prediction_type):
+    """Schedulers that know no variance draw what they draw of a network that predicts none."""
+    scheduler = DDPMFacesScheduler(20, variance_type="learned_range", prediction_type=prediction_type)
+    unet = tiny_unet(out_channels=6)
+    plain = tiny_unet()
+    state = unet.state_dict()
+    plain.load_state_dict({**state, **{name: state[name][:3] for name in ("conv_out.weight", "conv_out.bias")}})
+    pipeline = quiet(DDPMFacesPipeline(unet, scheduler))
     assert torch.isfinite(pipeline(output_type="pt").images).all()
-    pipeline.scheduler = UniPCMultistepScheduler.from_config(scheduler.config)
-    with pytest.raises(ValueError, match="also predicts the variance"):
-        pipeline()
+    solvers = (
+        fast_solver(scheduler),
+        *(cls.from_config(scheduler.config) for cls in (UniPCMultistepScheduler, DPMSolverMultistepScheduler)),
+    )
+    for solver in solvers:
+        images = [
+            quiet(DDPMFacesPipeline(network, solver))(2, 4, torch.Generator().manual_seed(0), output_type="pt").images
+            for network in (unet, plain)
+        ]
+        torch.testing.assert_close(*images)
 
 
 # Callback

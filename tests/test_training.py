@@ -628,7 +628,7 @@ def test_samples_are_measured_and_searched_on_the_way(tmp_path):
     run = tmp_path / "run"
     succeed(
         run, num_processes=2, faults={"copies": {"from": 40}}, audit_every_images=32, evaluate_every_images=32,
-        **{**ASSESSED, "num_evaluation_samples": 101},
+        variance_type="learned_range", **{**ASSESSED, "num_evaluation_samples": 101},
     )  # fmt: skip
     assert {entry["images_seen"]: entry["copies_found"] for entry in read_log(run, "copies_found")} == {32: 0, 64: 1}
     entries = read_log(run, "evaluation")

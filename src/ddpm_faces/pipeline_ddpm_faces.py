@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 
+# Which take the variance that a network predicts beside its prediction; all others get the prediction alone.
+VARIANCE_SCHEDULERS = {"DDPMFacesScheduler", "DDPMScheduler", "DDPMParallelScheduler"}
 # What diffusers' schedulers cannot do, as measured with diffusers 0.42: they fail in the middle of sampling, or worse,
 # go through and draw the wrong thing.
-LEARNED_VARIANCE_SCHEDULERS = (
-    "DDPMFacesScheduler",
-    "DDPMScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-)
 NOT_FOR_ZERO_SNR = (
     "PNDMScheduler",
     "HeunDiscreteScheduler",
@@ -271,17 +267,14 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 f"`scheduler` {scheduler_name} is not defined by betas: it steps along noise levels of its own and "
                 "expects a network preconditioned for them, which one trained with DDPM is not."
             )
-        learned_variance = self.unet.config.out_channels == 2 * self.unet.config.in_channels
-        if learned_variance and scheduler_name not in LEARNED_VARIANCE_SCHEDULERS:
-            raise ValueError(
-                f"`scheduler` {scheduler_name} cannot take a network that also predicts the variance "
-                f"({self.unet.config.out_channels} channels out): use one of {', '.join(LEARNED_VARIANCE_SCHEDULERS)}."
-            )
-        if scheduler_name in NOT_FOR_ZERO_SNR and bool((self.scheduler.alphas_cumprod <= 1e-7).any()):
+        if self._scheduler_is_of(NOT_FOR_ZERO_SNR) and bool((self.scheduler.alphas_cumprod <= 1e-7).any()):
             raise ValueError(
                 f"`scheduler` {scheduler_name} divides by the signal of the last timestep, which these betas (zero "
                 "terminal SNR) make zero: use DDPMFacesScheduler, DDIMScheduler or UniPCMultistepScheduler."
             )
+
+    def _scheduler_is_of(self, names: Collection[str]) -> bool:
+        return any(cls.__name__ in names for cls in type(self.scheduler).__mro__)
 
     @property
     def _image_shape(self) -> tuple[int, int, int]:
@@ -370,6 +363,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
         if class_labels is not None:
             model_kwargs["class_labels"] = torch.as_tensor(class_labels, device=self._execution_device)
 
+        takes_variance = self._scheduler_is_of(VARIANCE_SCHEDULERS)
+
         # 2. Noise
         latents = self.prepare_latents(batch_size, generator, latents)
 
@@ -378,6 +373,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
             # 3.1 Predict the noise
             model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
             model_output = self.unet(model_input, t, **model_kwargs).sample.float()
+            if not takes_variance:
+                model_output = model_output[:, : latents.shape[1]]
 
             # 3.2 x_t -> x_t-1
             latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
