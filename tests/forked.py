@@ -62,6 +62,7 @@ def run_script(
 
 def _run(arguments: list[str], environment: dict[str, str], outputs: tuple[Path, Path]) -> None:
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # whatever a process that nobody forked would do
     for number, path in enumerate(outputs, start=1):
         with path.open("w") as file:
             os.dup2(file.fileno(), number)

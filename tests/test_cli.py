@@ -183,7 +183,10 @@ def test_evaluate(command, model, faces, tmp_path):
     assert "| Kernel distance x1000, EfficientNet-Lite0 |" in text
     figures = json.loads((model / "metrics.json").read_text())["metrics"]
     assert [figure["type"] for figure in figures].count("frechet_distance") == 2
+    *figures, bits = figures
     assert {(figure["n"], figure["steps"], figure["seeds"]) for figure in figures} == {(20, 2, "0 to 19")}
+    assert (bits["type"], bits["n"]) == ("bits_per_dimension", 2)
+    assert f"| Bits per dimension, variational bound | {bits['value']:.4g} ± " in text
 
     # A folder of pictures, beside the model; written where it is told to.
     output = tmp_path / "others.json"
