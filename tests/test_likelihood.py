@@ -135,3 +135,11 @@ def test_some_terms_stand_for_all():
     assert abs(bits.mean() - all_terms) < 4 * error
     # What a picture is given does not depend on those beside it.
     torch.testing.assert_close(bits_per_dimension(unet, scheduler, repeated[:3], num_terms=25), bits[:3])
+
+
+def test_one_term_is_too_few():
+    scheduler, picture = DDPMFacesScheduler(20), pictures(1)
+    unet = Oracle(scheduler, picture.double())
+    with pytest.raises(ValueError, match="`num_terms` must be at least 2 or None, got 1"):
+        bits_per_dimension(unet, scheduler, picture, num_terms=1)
+    assert unet.timesteps == []

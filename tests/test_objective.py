@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from ddpm_faces import DDPMFacesObjective, DDPMFacesScheduler
 from ddpm_faces.likelihood import bound_terms
@@ -191,6 +192,10 @@ def test_bad_input():
         DDPMFacesObjective(DDPMFacesScheduler(), loss_type="l3")
     with pytest.raises(ValueError, match="`variance_type` must not be 'learned' in training"):
         DDPMFacesObjective(DDPMFacesScheduler(variance_type="learned"))
+    with pytest.raises(ValueError, match="must be a DDPMFacesScheduler for a learned variance, got DDPMScheduler"):
+        DDPMFacesObjective(DDPMScheduler(variance_type="learned_range"))
+    with pytest.raises(ValueError, match="`bound_weight` must be at least 0 and finite, got -1"):
+        DDPMFacesObjective(DDPMFacesScheduler(), bound_weight=-1)
     with pytest.raises(ValueError, match="`snr_gamma` must be positive or None, got 0"):
         DDPMFacesObjective(DDPMFacesScheduler(), snr_gamma=0)
     with pytest.raises(ValueError, match="`snr_gamma` is a weight of `loss_type` 'l2', got 'l1'"):

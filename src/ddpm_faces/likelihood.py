@@ -80,14 +80,19 @@ def bits_per_dimension(
         images (`torch.Tensor` of shape `(num_images, channels, height, width)`, `torch.uint8`): The pictures.
         num_terms (`int`, *optional*):
             Of the T terms, how many to evaluate: one of each of so many groups of timesteps, drawn by a fixed seed,
-            stands for its group, which leaves the mean what it is. By default all.
+            stands for its group, which leaves the mean what it is. At least 2; by default all.
         batch_size (`int`, defaults to 64): Evaluations at a time.
         process_index (`int`, defaults to 0): Which process this is.
         num_processes (`int`, defaults to 1): Among which the pictures are shared out.
 
     Returns:
         `torch.Tensor` of shape `(num_images,)`, `torch.float64`: On every process.
+
+    Raises:
+        ValueError: A `num_terms` below 2.
     """
+    if num_terms is not None and num_terms < 2:
+        raise ValueError(f"`num_terms` must be at least 2 or None, got {num_terms}.")
     num_train_timesteps = scheduler.config.num_train_timesteps
     bounds = np.arange(num_train_timesteps + 1)
     if num_terms is not None and num_terms < num_train_timesteps:

@@ -1,5 +1,6 @@
 """What the network learns: the simple objective of DDPM, eq. 14 (https://huggingface.co/papers/2006.11239)."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -45,8 +46,9 @@ class DDPMFacesObjective:
             teaches that alone (Improved DDPM's hybrid loss, eq. 16 of https://huggingface.co/papers/2102.09672).
 
     Raises:
-        ValueError: An unknown `loss_type`, a `snr_gamma` that is not positive or not for `"l2"`, or a scheduler with
-            the `variance_type` `"learned"`, which a network cannot learn as it is: nothing keeps it positive.
+        ValueError: An unknown `loss_type`, a `snr_gamma` that is not positive or not for `"l2"`, a negative
+            `bound_weight`, a scheduler with the `variance_type` `"learned"`, which a network cannot learn as it is
+            (nothing keeps it positive), or with `"learned_range"` one of diffusers.
     """
 
     def __init__(
@@ -59,6 +61,12 @@ class DDPMFacesObjective:
                 "`variance_type` must not be 'learned' in training, where nothing keeps it positive: use "
                 "'learned_range', 'fixed_small' or 'fixed_large'."
             )
+        if scheduler.config.variance_type == "learned_range" and not hasattr(scheduler, "predict_original_sample"):
+            raise ValueError(
+                f"`scheduler` must be a DDPMFacesScheduler for a learned variance, got {type(scheduler).__name__}."
+            )
+        if not 0 <= bound_weight < math.inf:
+            raise ValueError(f"`bound_weight` must be at least 0 and finite, got {bound_weight}.")
         if snr_gamma is not None and not snr_gamma > 0:
             raise ValueError(f"`snr_gamma` must be positive or None, got {snr_gamma}.")
         if snr_gamma is not None and loss_type != "l2":
@@ -119,9 +127,8 @@ class DDPMFacesObjective:
         if self.weights is not None:
             self.weights = self.weights.to(device)
             losses = losses * self.weights[timesteps]
-        if (
-            predicted_variance is not None and self.bound_weight
-        ):  # T times its mean term; the mean does not learn of it
+        if predicted_variance is not None and self.bound_weight:
+            # The bound is T times its mean term. The prediction learns nothing of it.
             output = torch.cat([prediction.detach(), predicted_variance], dim=1)
             terms = bound_terms(self.scheduler, output, original_samples, noisy_samples, timesteps)
             losses = losses + self.bound_weight * self.scheduler.config.num_train_timesteps * terms
