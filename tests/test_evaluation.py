@@ -175,6 +175,19 @@ def test_bits_per_dimension(folder):
     )["metrics"][-1]["reference"]  # fmt: skip
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm-solver++"])
+def test_network_that_predicts_the_variance_too(folder, sampler):
+    torch.manual_seed(0)
+    network = DDPMFacesUNet(16, 3, 6, block_out_channels=(8, 8), block_types=("resnet",), norm_num_groups=4).eval()
+    pipeline = DDPMFacesPipeline(network, DDPMFacesScheduler(10, variance_type="learned_range"))
+    results = evaluate(pipeline, str(folder), num_images=20, num_inference_steps=3, sampler=sampler, networks=Plain(),
+                       num_likelihood_images=2)  # fmt: skip
+    *figures, bits = results["metrics"]
+    expected = bits_per_dimension(network, pipeline.scheduler, drawn(2)).mean().item()
+    assert bits["value"] == pytest.approx(expected, rel=1e-6)
+    assert {figure["n"] for figure in figures} == {20}
+
+
 def test_data_set_with_splits(tmp_path):
     from datasets import Dataset
 

@@ -551,7 +551,7 @@ def test_article_network_in_bf16_from_a_folder_of_pictures(pictures, tmp_path, m
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as `accelerate launch` sets it where --cpu is not given
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     output = succeed(
-        tmp_path / "run", mixed_precision="bf16", config=ROOT / "training/configs/article64.yaml",
+        tmp_path / "run", launch=True, mixed_precision="bf16", config=ROOT / "training/configs/article64.yaml",
         train_data_dir=pictures, block_types=["conv"], random_flip="true", max_train_images=32, dropout=None,
         checkpoint_every_images=0, gradient_checkpointing="true", num_validation_images=0, lr_warmup_images=None,
         device_batch_size=4,

@@ -61,8 +61,8 @@ class Generated:
 
     def __init__(self, pipeline: DDPMFacesPipeline, sampler: str, num_inference_steps: int | None, seed: int) -> None:
         unet = pipeline.unet.config
-        if unet.out_channels not in (1, 3):
-            raise ValueError(f"`source` makes pictures of {unet.out_channels} channels; 1 or 3 can be measured.")
+        if unet.in_channels not in (1, 3):  # out of the network may come a variance as well
+            raise ValueError(f"`source` makes pictures of {unet.in_channels} channels; 1 or 3 can be measured.")
         self.scheduler = pipeline.scheduler  # of the training
         self.steps = num_inference_steps or self.scheduler.config.num_train_timesteps
         if self.steps > self.scheduler.config.num_train_timesteps:
