@@ -196,6 +196,8 @@ def test_evaluate(command, model, faces, tmp_path):
     assert read_metrics(output)["metrics"][1]["value"] == pytest.approx(0, abs=1e-6)
     (faces / "00.png").rename(faces / "21.png")  # another order is another set of real faces
     assert command("evaluate", faces, faces, "--against", output)[0] == 1
+    code, text = command("evaluate", model, faces, "--sigma-min", 0.1)
+    assert (code, text) == (1, "error: `sigma_min` is for the sampler 'dpm-solver++', not 'ddpm', got 0.1.")
     code, text = command("evaluate", model, faces, "--num-images", 19)
     assert (code, text) == (1, "error: `num_images` must be a whole number of at least 20, got 19.")
 
@@ -206,13 +208,14 @@ def test_audit(command, model, tmp_path):
     for split, images in {"train": faces[:200], "test": faces[200:]}.items():
         Dataset.from_list([{"image": image} for image in images]).to_parquet(tmp_path / "set" / f"{split}.parquet")
     options = ["--num-images", 100, "--loss-images", 8, "--no-features"]
-    code, text = command("audit", model, tmp_path / "set", "--steps", 2, *options)
+    code, text = command("audit", model, tmp_path / "set", "--steps", 2, "--sigma-min", 0.1, *options)
     assert code == 0, text
     results = json.loads((model / "audit.json").read_text())
     assert [space["name"] for space in results["spaces"]] == ["pixels"]
     assert (results["sampler"], results["steps"], results["seeds"]) == ("dpm-solver++", 2, "0 to 99")
     assert results["losses"]["held_out"]["loss"] > 0
     memorisation = json.loads((model / "metrics.json").read_text())["memorisation"]
+    assert results["sigma_min"] == memorisation["sigma_min"] == 0.1
     assert memorisation["verdict"] == results["verdict"] == text.splitlines()[-2]
     assert memorisation["verdict"].startswith("No more copies than among unseen real faces")
     assert "On 8 held-out faces the loss is higher by" in memorisation["verdict"]

@@ -230,6 +230,7 @@ def test_half_life_of_the_average(batch_size):
         ("a: [", "is not valid YAML"),
         ("train_batch_size: 0", "`train_batch_size` must be at least 1, got 0"),
         ("sample_inference_steps: 400", "must not exceed `num_train_timesteps`"),
+        ("sample_sigma_min: 1", r"`sample_sigma_min` must lie in \(0, 1\), got 1.0"),
         ("learning_rate: 0", "`learning_rate` must be positive"),
         ("learning_rate: -1", "`learning_rate` must be positive and finite, got -1.0"),
         ("learning_rate: .nan", "`learning_rate` must be positive and finite, got nan"),

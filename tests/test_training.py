@@ -27,8 +27,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddpm_faces import DDPMFacesPipeline
+from ddpm_faces import DDPMFacesPipeline, fast_solver
 from ddpm_faces.checkpoint import list_checkpoints
+from ddpm_faces.plots import image_grid
 from ddpm_faces.preemption import EXIT_NONFINITE, EXIT_PREEMPTED
 
 
@@ -222,13 +223,23 @@ def test_validation_and_samples_leave_training_alone(finished, tmp_path):
     """Dropout draws from the global random state, so a change of that would be seen."""
     succeed(
         tmp_path / "run", sample_every_images=8, num_samples=1, validate_every_images=8, num_validation_images=4,
-        report_to="none", checkpoint_every_images=16,
+        report_to="none", checkpoint_every_images=16, sample_sigma_min=0.1,
     )  # fmt: skip
     assert_equal_weights(weights(tmp_path / "run"), weights(finished))
     assert not (tmp_path / "run" / "logs").exists()
     expected = {entry["images_seen"]: entry["held_out_loss"] for entry in read_log(finished, "held_out_loss")}
     actual = {entry["images_seen"]: entry["held_out_loss"] for entry in read_log(tmp_path / "run", "held_out_loss")}
     assert {images_seen: actual[images_seen] for images_seen in expected} == expected
+
+    # Whoever loads a checkpoint can draw its picture again.
+    checkpoint = list_checkpoints(tmp_path / "run")[-2]
+    pipeline = DDPMFacesPipeline.from_pretrained(tmp_path / "run")
+    pipeline.unet.load_state_dict(load_file(checkpoint / "ema.safetensors"))
+    pipeline.scheduler = fast_solver(pipeline.scheduler, sigma_min=0.1)
+    expected = image_grid(pipeline(1, 4, torch.Generator().manual_seed(0)).images, scale=8)
+    picture = Image.open(tmp_path / "run" / "samples" / f"{checkpoint.name.removeprefix('checkpoint-')}.png")
+    averaged = picture.crop((picture.width - expected.width, picture.height - expected.height, *picture.size))
+    assert np.abs(np.asarray(averaged, dtype=int) - np.asarray(expected)).max() <= 1
 
 
 # Exact resume

@@ -288,6 +288,7 @@ def audit_model(
     extractor: Extractor | None = None,
     num_loss_images: int = 100,
     cache_dir: str | None = None,
+    sigma_min: float | None = None,
 ) -> tuple[AuditReport, dict[str, Any], Image.Image]:
     """Generate faces, and search the training pictures for them.
 
@@ -306,6 +307,7 @@ def audit_model(
         num_loss_images (`int`, defaults to 100):
             Of how many pictures on either side to compare the loss, where `source` is a pipeline; 0: do not.
         cache_dir (`str`, *optional*): As that of [`load_faces`].
+        sigma_min (`float`, *optional*): For `"dpm-solver++"`, as that of [`fast_solver`].
 
     Returns:
         `(AuditReport, dict, PIL.Image.Image)`: What was found; the same in plain values, with the sampler, the seeds,
@@ -327,7 +329,7 @@ def audit_model(
             "pictures: `ddpm-faces prepare FOLDER --output SET --num-test-images 400` makes one."
         )
     accelerator = Accelerator()
-    pictures = open_samples(source, sampler, num_inference_steps, seed, accelerator.device)
+    pictures = open_samples(source, sampler, num_inference_steps, seed, accelerator.device, sigma_min)
     if len(pictures) < num_images:
         raise ValueError(f"`source` must have `num_images` ({num_images}) pictures, has {len(pictures)}.")
     load = {"dataset_name": data, "resolution": pictures.image_size, "cache_dir": cache_dir}

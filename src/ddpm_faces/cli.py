@@ -19,6 +19,10 @@ Repo = Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on th
 Private = Annotated[
     bool | None, typer.Option("--private/--public", help="Of a new repository (default: as your account says).")
 ]
+SigmaMin = Annotated[
+    float | None,
+    typer.Option(help="Noise to picture at the last step of dpm-solver++ (0.02; for short trainings 0.1)."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit (default: the main branch).")]
 
 
@@ -125,6 +129,7 @@ def evaluate(
     ] = None,
     sampler: Annotated[str, typer.Option(help="ddpm or dpm-solver++.")] = "ddpm",
     steps: Annotated[int | None, typer.Option(help="Of sampling (default: all that were trained).")] = None,
+    sigma_min: SigmaMin = None,
     seed: Annotated[int, typer.Option(help="Of the first face; the next has the next.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 64,
     inception: Annotated[
@@ -148,6 +153,7 @@ def evaluate(
     results = evaluate(
         *(source, data, split, baseline_split or None, num_images, sampler, steps, seed, batch_size, networks),
         num_likelihood_images=likelihood_images,
+        sigma_min=sigma_min,
     )
     if os.environ.get("RANK", "0") != "0":
         return
@@ -169,6 +175,7 @@ def audit(
     num_images: Annotated[int, typer.Option(help="How many faces to search for.")] = 400,
     sampler: Annotated[str, typer.Option(help="ddpm or dpm-solver++.")] = "dpm-solver++",
     steps: Annotated[int, typer.Option(help="Of sampling.")] = 20,
+    sigma_min: SigmaMin = None,
     seed: Annotated[int, typer.Option(help="Of the first face; the next has the next.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 32,
     features: Annotated[bool, typer.Option(help="Search by a network too, and not by pixels alone.")] = True,
@@ -193,7 +200,8 @@ def audit(
 
         extractor = MobileNetV2()
     report, results, picture = audit_model(
-        *(source, data, split, held_out_split, num_images, sampler, steps, seed, batch_size, extractor, loss_images)
+        *(source, data, split, held_out_split, num_images, sampler, steps, seed, batch_size, extractor, loss_images),
+        sigma_min=sigma_min,
     )
     output.mkdir(parents=True, exist_ok=True)
     with replacing(output / "audit.json") as path:
@@ -201,7 +209,7 @@ def audit(
     with replacing(output / "audit.png") as path:
         picture.save(path, "PNG")
     if is_folder:
-        provenance = {key: results[key] for key in ("sampler", "steps", "seeds")}
+        provenance = {key: results[key] for key in ("sampler", "steps", "seeds", "sigma_min") if key in results}
         write_metrics(Path(source, METRICS_NAME), {"memorisation": {"verdict": results["verdict"], **provenance}})
     typer.echo(results["verdict"])
     typer.echo(f"The closest pairs, which show training pictures: {output / 'audit.png'}")

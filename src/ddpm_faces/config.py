@@ -185,6 +185,11 @@ class TrainingConfig:
     sample_inference_steps: int = _field(
         20, "Validation", "Steps of DPM-Solver++ for the grids on the way; the last grid takes all T of DDPM."
     )
+    sample_sigma_min: float = _field(
+        0.02,
+        "Validation",
+        "Noise to picture at the last of these steps; 0.1 makes cleaner pictures of a short training.",
+    )
 
     evaluate_every_images: int = _field(
         0,
@@ -248,7 +253,7 @@ class TrainingConfig:
         for name in ("adam_beta1", "adam_beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
-        for name in ("beta_start", "beta_end"):
+        for name in ("beta_start", "beta_end", "sample_sigma_min"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must lie in (0, 1), got {getattr(self, name)}.")
         if not 0 <= self.augment_probability <= 1:

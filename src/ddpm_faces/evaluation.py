@@ -113,6 +113,7 @@ def evaluate(
     networks: Networks | None = None,
     cache_dir: str | None = None,
     num_likelihood_images: int = 0,
+    sigma_min: float | None = None,
 ) -> dict[str, Any]:
     """Measure how far faces are from real ones. Called by every process.
 
@@ -137,12 +138,13 @@ def evaluate(
         num_likelihood_images (`int`, defaults to 0):
             Of how many of the real faces to bound the bits per dimension (DDPM eq. 5), for a pipeline with a
             [`DDPMFacesScheduler`], of RGB and without classes. It takes 50 evaluations of the network for each.
+        sigma_min (`float`, *optional*): For `"dpm-solver++"`, as that of [`fast_solver`].
 
     Returns:
         `dict`: Plain values, ready for JSON. `metrics` is a list of figures: each has `name`, `type`, `value`, `error`
         (a standard error) and its provenance: `n`, `n_reference`, `image_size`, `extractor`, `resize`, `reference`,
-        `sampler`, `steps`, `seeds`, and `real_faces`, the value of the baseline. `channels` and `reference_channels`
-        are mean and deviation of red, green and blue, for pixels in [-1, 1].
+        `sampler`, `steps`, `seeds`, `sigma_min` of DPM-Solver++, and `real_faces`, the value of the baseline.
+        `channels` and `reference_channels` are mean and deviation of red, green and blue, for pixels in [-1, 1].
 
     Raises:
         ValueError: Fewer than 20 pictures on either side, pictures of several sizes, files that are none, a model
@@ -156,7 +158,7 @@ def evaluate(
     state = _process_state()
 
     # 1. What is measured
-    pictures = open_samples(source, sampler, num_inference_steps, seed, state.device)
+    pictures = open_samples(source, sampler, num_inference_steps, seed, state.device, sigma_min)
 
     if num_likelihood_images:
         _check_likelihood(num_likelihood_images, pictures)

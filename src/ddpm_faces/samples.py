@@ -22,6 +22,7 @@ def open_samples(
     num_inference_steps: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    sigma_min: float | None = None,
 ) -> "Generated | PictureFiles":
     """Open faces to look at; none is generated or read yet.
 
@@ -32,6 +33,7 @@ def open_samples(
         num_inference_steps (`int`, *optional*): By default all T.
         seed (`int`, defaults to 0): Of the first face.
         device (`str` or `torch.device`, defaults to `"cpu"`): Of a pipeline that is loaded.
+        sigma_min (`float`, *optional*): For `"dpm-solver++"`, as that of [`fast_solver`].
 
     Returns:
         What has `batches` (from indices to `torch.uint8` of shape `(batch, 3, height, width)`), `image_size` (height
@@ -48,18 +50,27 @@ def open_samples(
     for name, value, minimum in bounds:
         if type(value) is not int or value < minimum:
             raise ValueError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
+    if sigma_min is not None and sampler == "ddpm":
+        raise ValueError(f"`sigma_min` is for the sampler 'dpm-solver++', not 'ddpm', got {sigma_min}.")
     if not isinstance(source, DDPMFacesPipeline):
         path = Path(source).expanduser()
         if path.is_dir() and not (path / "model_index.json").exists():
             return PictureFiles(path)
         source = DDPMFacesPipeline.from_pretrained(source).to(device)
-    return Generated(source, sampler, num_inference_steps, seed)
+    return Generated(source, sampler, num_inference_steps, seed, sigma_min)
 
 
 class Generated:
     """Faces of a pipeline, one by one of its own seed, so that a batch does not decide what is in it."""
 
-    def __init__(self, pipeline: DDPMFacesPipeline, sampler: str, num_inference_steps: int | None, seed: int) -> None:
+    def __init__(
+        self,
+        pipeline: DDPMFacesPipeline,
+        sampler: str,
+        num_inference_steps: int | None,
+        seed: int,
+        sigma_min: float | None = None,
+    ) -> None:
         unet = pipeline.unet.config
         if unet.in_channels not in (1, 3):  # out of the network may come a variance as well
             raise ValueError(f"`source` makes pictures of {unet.in_channels} channels; 1 or 3 can be measured.")
@@ -71,7 +82,7 @@ class Generated:
                 f"that the network learned, got {self.steps}."
             )
         if sampler == "dpm-solver++":
-            pipeline = DDPMFacesPipeline(pipeline.unet, fast_solver(pipeline.scheduler))
+            pipeline = DDPMFacesPipeline(pipeline.unet, fast_solver(pipeline.scheduler, sigma_min))
         pipeline.set_progress_bar_config(disable=True)
         size = unet.sample_size
         self.pipeline, self.sampler, self.seed = pipeline, sampler, seed
@@ -91,7 +102,10 @@ class Generated:
 
     def provenance(self, num_images: int) -> dict[str, Any]:
         seeds = f"{self.seed} to {self.seed + num_images - 1}"
-        return {"sampler": self.sampler, "steps": self.steps, "seeds": seeds}
+        provenance = {"sampler": self.sampler, "steps": self.steps, "seeds": seeds}
+        if self.sampler == "dpm-solver++":
+            provenance["sigma_min"] = self.pipeline.scheduler.sigma_min
+        return provenance
 
 
 class PictureFiles:

@@ -454,8 +454,7 @@ class TrainingRun:
         if not (evaluates or audits):
             return False
         with self._paused():
-            solver, steps = fast_solver(self.objective.scheduler), self.config.sample_inference_steps
-            drawn = self._draw_samples(solver, steps, averaged=True, num_samples=self.config.num_evaluation_samples)
+            drawn = self._draw_samples(averaged=True, num_samples=self.config.num_evaluation_samples)
             samples = ((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
             if evaluates:
                 self._evaluate(samples.expand(-1, 3, -1, -1))
@@ -531,13 +530,11 @@ class TrainingRun:
 
     def _sample(self) -> None:
         """Draw the grid on the way: few steps of a fast solver, raw and averaged weights side by side."""
-        solver = fast_solver(self.objective.scheduler)
-        steps = self.config.sample_inference_steps
         samples = {}
         with self._paused():
             if self.ema is not None:
-                samples["weights"] = self._draw_samples(solver, steps, averaged=False)
-            samples["averaged weights"] = self._draw_samples(solver, steps, averaged=True)
+                samples["weights"] = self._draw_samples(averaged=False)
+            samples["averaged weights"] = self._draw_samples(averaged=True)
             self._show(samples)
 
     def _show(self, samples: dict[str, torch.Tensor]) -> Image.Image:
@@ -556,10 +553,17 @@ class TrainingRun:
         return list(grids.values())[-1]
 
     def _draw_samples(
-        self, scheduler: Any, num_inference_steps: int | None, averaged: bool, num_samples: int | None = None
+        self, averaged: bool, num_samples: int | None = None, scheduler: DDPMFacesScheduler | None = None
     ) -> torch.Tensor:
-        """x_0, `(num_samples, channels, height, width)`, on the CPU of each process."""
+        """x_0, `(num_samples, channels, height, width)`, on the CPU of each process.
+
+        By all T steps of `scheduler`, or by few of a fast solver.
+        """
         config, num_processes = self.config, self.accelerator.num_processes
+        num_inference_steps = None
+        if scheduler is None:
+            scheduler = fast_solver(self.objective.scheduler, config.sample_sigma_min)
+            num_inference_steps = config.sample_inference_steps
         num_samples = num_samples or config.num_samples
         per_process = -(-num_samples // num_processes)
         mine = [(k * num_processes + self.accelerator.process_index) % num_samples for k in range(per_process)]
@@ -691,7 +695,7 @@ class TrainingRun:
             # Copied, for the network goes on to hold other weights in the same memory.
             weights = {k: v.cpu().clone() for k, v in self.accelerator.get_state_dict(self.unet).items()}
         scheduler = DDPMFacesScheduler(**self.config.scheduler_config())
-        grid = self._show({"weights": self._draw_samples(scheduler, None, averaged=True)})
+        grid = self._show({"weights": self._draw_samples(averaged=True, scheduler=scheduler)})
         if self.accelerator.is_main_process:
             unet = DDPMFacesUNet(**self.config.unet_config())
             unet.load_state_dict(weights)
