@@ -296,7 +296,8 @@ def audit_model(
         source (`str`, `os.PathLike` or [`DDPMFacesPipeline`]):
             A pipeline, its folder or its name on the Hub; or a folder of pictures that something else has made.
         data (`str`): The data set of the training, on the Hub or in a folder.
-        split (`str`, defaults to `"train"`): What was trained on, all of it.
+        split (`str`, defaults to `"train"`):
+            What was trained on, all of it and no more: `"train[:500]"` for `--max_train_samples 500`.
         held_out_split (`str`, defaults to `"test"`): Faces that were not.
         num_images (`int`, defaults to 400): How many faces to search for, at least 100.
         sampler (`str`, defaults to `"dpm-solver++"`): Or `"ddpm"`.

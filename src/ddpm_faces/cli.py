@@ -170,7 +170,7 @@ def evaluate(
 def audit(
     source: Annotated[str, typer.Argument(help="A pipeline (folder or USER/NAME), or a folder of pictures.")],
     data: Annotated[str, typer.Argument(help="The data set that was trained on.")],
-    split: Annotated[str, typer.Option(help="What was trained on, all of it.")] = "train",
+    split: Annotated[str, typer.Option(help="What was trained on, and no more: 'train[:500]' are 500.")] = "train",
     held_out_split: Annotated[str, typer.Option(help="Faces that were not.")] = "test",
     num_images: Annotated[int, typer.Option(help="How many faces to search for.")] = 400,
     sampler: Annotated[str, typer.Option(help="ddpm or dpm-solver++.")] = "dpm-solver++",
