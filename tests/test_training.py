@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -379,6 +380,21 @@ def test_compiled_run_ends_like_any_other(finished, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     succeed(tmp_path / "run")
     assert_same_run(tmp_path / "run", finished)
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "processes", "expected"),
+    [(1, 4, 1, 4), (1, 4, 2, 2), (2, 1, 1, 1), (8, 4, 1, 4), (4, 4, 2, 2), (3, 4, 1, 3), (1, 1, 2, 1)],
+)
+def test_threads_are_no_more_than_cores(monkeypatch, threads, cores, processes, expected):
+    """The launcher's are one, or as many as the machine has; between them, somebody has chosen."""
+    chosen = [threads]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    runpy.run_path(str(SCRIPT))["use_all_cores"]()
+    assert chosen[-1] == expected
 
 
 def test_two_runs_in_one_folder(finished, tmp_path):

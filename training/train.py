@@ -289,13 +289,15 @@ def plan(config: TrainingConfig, run: TrainingRun, seconds: float) -> str:
 
 
 def use_all_cores() -> None:
-    """Undo `accelerate launch`'s single thread per process, which leaves the other cores of a CPU idle.
+    """Undo the threads of `accelerate launch`: one for each process, or as many as the machine has cores.
 
-    One thread that a user asked for looks the same from here: to keep a process on one core, use `taskset`.
+    The former leaves cores idle, the latter wait for one another where the process may use fewer. One thread that a
+    user asked for looks the same from here: to keep a process on one core, use `taskset`.
     """
-    if torch.get_num_threads() == 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if torch.get_num_threads() == 1 or torch.get_num_threads() > cores:
+        torch.set_num_threads(cores)
 
 
 def exit_code_of(config: TrainingConfig) -> int:
