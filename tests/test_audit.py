@@ -9,10 +9,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from ddpm_faces import DrawnFaces
+from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DrawnFaces
 from ddpm_faces import audit as audit_module
-from ddpm_faces.audit import AuditReport, audit, closest_pairs_picture, exceedance_p_value, nearest, wilson_interval
+from ddpm_faces.audit import (
+    AuditReport,
+    audit,
+    audit_model,
+    closest_pairs_picture,
+    exceedance_p_value,
+    nearest,
+    wilson_interval,
+)
+from ddpm_faces.data import picture_to_tensor
 
 
 HEIGHT, WIDTH = 20, 24
@@ -250,6 +263,39 @@ def test_one_exact_copy_is_found_though_the_rate_is_not_conspicuous(faces):
     assert space.num_plain_copies == 1
     assert report.found_copies
     assert "plain copies 1." in report.verdict
+
+
+class Memory(ModelMixin, ConfigMixin):
+    """The network that knows its training pictures and nothing else: the exact mean of x_0, given x_t, over them."""
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, sample_size: int = 16, in_channels: int = 3, out_channels: int = 3) -> None:
+        super().__init__()
+        self.alphas_cumprod = DDPMFacesScheduler().alphas_cumprod
+        self.register_buffer("pictures", torch.zeros(1, 3, 16, 16))
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, **kwargs) -> UNet2DOutput:
+        alpha_bar = self.alphas_cumprod[timestep].expand(len(sample)).view(-1, 1)
+        x, known = sample.flatten(1), self.pictures.flatten(1)
+        squares = ((x[:, None] - alpha_bar[:, :, None].sqrt() * known) ** 2).sum(dim=2)
+        x_0 = torch.softmax(-squares / (2 * (1 - alpha_bar)), dim=1) @ known
+        return UNet2DOutput(sample=((x - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()).view_as(sample))
+
+
+def test_model_that_knows_its_training_pictures_is_found(tmp_path):
+    faces = [face["image"] for face in DrawnFaces(240, resolution=16)]
+    for split, images in {"train": faces[:120], "test": faces[120:]}.items():
+        Dataset.from_list([{"image": image} for image in images]).to_parquet(tmp_path / f"{split}.parquet")
+    unet = Memory()
+    unet.pictures = torch.stack([picture_to_tensor(image, (16, 16)) for image in faces[:120]]) / 127.5 - 1
+    pipeline = DDPMFacesPipeline(unet, DDPMFacesScheduler())
+    report, results, _ = audit_model(pipeline, str(tmp_path), num_images=100, num_loss_images=100)
+    assert report.found_copies
+    assert report.spaces[0].num_plain_copies > 90
+    assert results["losses"]["held_out"]["loss"] > 2 * results["losses"]["train"]["loss"]
+    assert results["verdict"].endswith("on as many training pictures. It is learning these by heart.")
 
 
 def test_threshold_is_the_second_smallest_of_a_hundred_held_out_values(faces):

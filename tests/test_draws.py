@@ -7,8 +7,8 @@ from ddpm_faces.draws import draw_crops, draw_step
 SHAPE = (3, 4, 5)
 
 
-def draw(images_seen: int = 64, share: slice = slice(0, 8), batch_size: int = 8, seed: int = 0):
-    return draw_step(seed, images_seen, batch_size, share, 300, SHAPE)
+def draw(images_seen: int = 64, share: slice = slice(0, 8), batch_size: int = 8, seed: int = 0, **options):
+    return draw_step(seed, images_seen, batch_size, share, 300, SHAPE, **options)
 
 
 def test_shares_of_processes_are_parts_of_the_batch():
@@ -43,3 +43,24 @@ def test_distributions():
     assert abs(pictures.std() - 1) < 0.02
     assert abs(torch.corrcoef(pictures[:, :2].T)[0, 1]) < 4 / 64  # within a picture
     assert abs((pictures[1:] * pictures[:-1]).mean()) < 4 / pictures.numel() ** 0.5  # and between pictures
+
+
+def test_low_discrepancy_spreads_timesteps_and_nothing_else():
+    for images_seen, seed in ((0, 0), (64, 1), (10**9, 2)):
+        drawn = draw(images_seen, slice(0, 30), 30, seed)
+        spread = draw(images_seen, slice(0, 30), 30, seed, low_discrepancy=True)
+        # 30 of 300: were they a grid, all gaps would be 10; were each drawn by itself, one of 40 would be expected.
+        ends = torch.tensor([0, 300])
+        gaps = torch.cat([spread.timesteps, ends]).sort().values.diff()
+        assert 0 <= spread.timesteps.min()
+        assert spread.timesteps.max() < 300
+        assert gaps.max() <= 20
+        assert all(torch.equal(a, b) for a, b in zip(spread[1:], drawn[1:], strict=True))
+        # Whatever the size of the batches, image k meets the same timestep.
+        rest = draw(images_seen + 10, slice(5, 20), 20, seed, low_discrepancy=True)
+        assert torch.equal(rest.timesteps, spread.timesteps[15:])
+    # In the long run all timesteps are met equally often.
+    many = draw(0, slice(0, 30_000), 30_000, low_discrepancy=True).timesteps.bincount(minlength=300)
+    assert many.min() >= 97
+    assert many.max() <= 103
+    assert not torch.equal(draw(low_discrepancy=True).timesteps, draw(seed=1, low_discrepancy=True).timesteps)

@@ -126,7 +126,7 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> TrainingRun:
         batch = run.next_batch()
         draws = draw_step(
             *(config.seed, run.images_seen, config.train_batch_size, data.share, len(scheduler)),
-            *(batch["images"].shape[1:], accelerator.device),
+            *(batch["images"].shape[1:], accelerator.device, config.low_discrepancy_timesteps),
         )
         losses = []
         for images, labels, drawn, is_last in passes(batch, draws, run.images_per_pass):

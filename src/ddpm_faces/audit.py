@@ -436,6 +436,8 @@ def _losses(
         f" On {num_images} held-out faces the loss is higher by {gap:.4f} ± {error:.4f} than the "
         f"{losses['train']['loss']:.4f} on as many training pictures."
     )
+    if gap > 3 * error:
+        sentence += " It is learning these by heart."
     return {"num_images": num_images, **losses, "sentence": sentence}
 
 

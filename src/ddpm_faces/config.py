@@ -122,6 +122,9 @@ class TrainingConfig:
     rescale_betas_zero_snr: bool = _field(
         False, "Diffusion", "Rescale the betas so that the last timestep is pure noise."
     )
+    low_discrepancy_timesteps: bool = _field(
+        False, "Diffusion", "Spread the timesteps of pictures that follow one another evenly: less noise of gradients."
+    )
     loss_type: Literal["l2", "l1", "huber"] = _field("l2", "Diffusion", "Distance between prediction and target.")
     snr_gamma: float = _field(
         float("inf"),

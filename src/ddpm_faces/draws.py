@@ -13,7 +13,9 @@ from .augmentation import NonLeakingAugmentation
 
 
 # Keys of independent streams for the same step.
-_CROPS, _DRAWS = 0, 1
+_CROPS, _DRAWS, _TIMESTEPS = 0, 1, 2
+
+_GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples, modulo 1, leave no wide gap, wherever one begins and stops
 
 
 class StepDraws(NamedTuple):
@@ -44,6 +46,7 @@ def draw_step(
     num_train_timesteps: int,
     sample_shape: tuple[int, int, int],
     device: torch.device | str = "cpu",
+    low_discrepancy: bool = False,
 ) -> StepDraws:
     """Draw for the step that begins after `images_seen` images.
 
@@ -55,12 +58,20 @@ def draw_step(
         num_train_timesteps (`int`): T.
         sample_shape (`(int, int, int)`): Channels, height and width.
         device (`torch.device` or `str`, defaults to `"cpu"`): Where to. Noise differs between CPU and GPU.
+        low_discrepancy (`bool`, defaults to `False`):
+            Spread the timesteps of pictures that follow one another evenly, in place of drawing each by itself (as
+            https://huggingface.co/papers/2107.00630, appendix I.1, by another sequence): image k of the run meets
+            t = floor(T frac(u + k (sqrt(5) - 1) / 2)), with one u for the run.
 
     Returns:
         [`StepDraws`]
     """
     rng = np.random.default_rng((seed, images_seen, _DRAWS))
     timesteps = torch.from_numpy(rng.integers(num_train_timesteps, size=batch_size))
+    if low_discrepancy:
+        start = np.random.default_rng((seed, _TIMESTEPS)).random()
+        places = (start + (images_seen + np.arange(batch_size)) * _GOLDEN_RATIO) % 1
+        timesteps = torch.from_numpy((places * num_train_timesteps).astype(np.int64))
     flips = torch.from_numpy(rng.random(batch_size) < 0.5)
     noise_seeds = rng.integers(2**63, size=batch_size)
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
