@@ -416,7 +416,7 @@ def test_two_runs_in_one_folder(finished, tmp_path):
 # Hardware invariance
 
 
-INVARIANT = {"dropout": 0, "augment_probability": 0.5, "random_flip": None}
+INVARIANT = {"dropout": 0, "augment_probability": 0.5, "random_flip": None, "low_discrepancy_timesteps": "true"}
 
 
 @pytest.fixture(scope="session")
@@ -425,6 +425,16 @@ def reference(tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("reference") / "run"
     succeed(output_dir, **INVARIANT)
     return output_dir
+
+
+def test_low_discrepancy_meets_each_tenth_of_the_timesteps(finished, reference):
+    """Sixteen images between two entries of the log: multiples of the golden ratio leave no gap of a tenth."""
+
+    def missed(run: Path) -> int:
+        return sum(loss is None for entry in read_log(run) for loss in entry["loss_by_timestep"].values())
+
+    assert missed(reference) == 0
+    assert missed(finished) > 0
 
 
 @pytest.mark.parametrize(

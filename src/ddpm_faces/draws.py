@@ -60,7 +60,7 @@ def draw_step(
         device (`torch.device` or `str`, defaults to `"cpu"`): Where to. Noise differs between CPU and GPU.
         low_discrepancy (`bool`, defaults to `False`):
             Spread the timesteps of pictures that follow one another evenly, in place of drawing each by itself (as
-            https://huggingface.co/papers/2107.00630, appendix I.1, by another sequence): image k of the run meets
+            https://huggingface.co/papers/2107.00630 does, by another sequence): image k of the run meets
             t = floor(T frac(u + k (sqrt(5) - 1) / 2)), with one u for the run.
 
     Returns:
