@@ -7,7 +7,7 @@ processes, each makes and measures its share.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,18 +164,13 @@ def evaluate(
         _check_likelihood(num_likelihood_images, pictures)
 
     # 2. What it is compared with
+    _check_enough("source", pictures, num_images)  # before anything is decoded
     wanted = min(num_images or MAX_IMAGES, len(pictures))
     real, others, name = _real_faces(data, split, baseline_split, pictures.image_size, wanted, cache_dir)
-    num_images = min(wanted, len(real)) if num_images is None else num_images
-    sets = {"source": pictures, "data": real, "baseline_split": real if others is None else others}
-    for argument, available in ((argument, len(images)) for argument, images in sets.items()):
-        if available < max(num_images, MIN_IMAGES):
-            raise ValueError(
-                f"`{argument}` must have at least {max(num_images, MIN_IMAGES)} pictures, "
-                f"{'as many as `num_images`' if num_images >= MIN_IMAGES else 'or figures mean nothing'}, has "
-                f"{available}."
-            )
-
+    _check_enough("data", real, num_images)
+    num_images = min(wanted, len(real))
+    if others is not None:
+        _check_enough("baseline_split", others, num_images)
     if num_likelihood_images > len(real):
         raise ValueError(
             f"`num_likelihood_images` must be at most the number of real faces that are read, {len(real)}, got "
@@ -416,6 +411,13 @@ def _process_state() -> PartialState:
     """Of this process; an `Accelerator` sees the others on CPUs too, where `PartialState` alone does not."""
     Accelerator()
     return PartialState()
+
+
+def _check_enough(argument: str, images: Sized, num_images: int | None) -> None:
+    least = num_images or MIN_IMAGES
+    why = "as many as `num_images`" if num_images else "or figures mean nothing"
+    if len(images) < least:
+        raise ValueError(f"`{argument}` must have at least {least} pictures, {why}, has {len(images)}.")
 
 
 def _real_faces(
