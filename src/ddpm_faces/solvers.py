@@ -26,7 +26,7 @@ class FastSolver(DPMSolverMultistepScheduler):
     """
 
     sigma_max = 120.0
-    sigma_min = 0.02  # a little more than the rounding to 8 bits
+    sigma_min = 0.02  # two and a half of the 255 steps from black to white
 
     def set_timesteps(
         self,
