@@ -2,6 +2,7 @@ import io
 import logging
 import os
 import pickle
+import re
 import resource
 import shutil
 import struct
@@ -85,6 +86,14 @@ def test_data_set_folder(tmp_path, image_column):
         str(tmp_path / "set"), resolution=24, image_column=image_column, cache_dir=str(tmp_path / "c")
     )
     np.testing.assert_array_equal(dataset.images.permute(0, 2, 3, 1), np.stack(pictures))
+
+
+@pytest.mark.parametrize("split", ["", "train[:5", "train[:200%]"])
+def test_a_split_that_cannot_be_read_is_named(tmp_path, split):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train-00000-of-00001.parquet").touch()
+    with pytest.raises(ValueError, match=rf"`split` must be .* got {re.escape(repr(split))}"):
+        load_faces(str(tmp_path / "set"), split=split, cache_dir=str(tmp_path / "c"))
 
 
 @pytest.mark.skipif(not FFHQ.is_dir(), reason="the FFHQ subset is development data and not part of the project")

@@ -485,6 +485,19 @@ def choose_image_column(wanted: str | None, image_columns: list[str], columns: l
     return wanted
 
 
+def check_split(split: str) -> None:
+    """Raise a `ValueError` unless it is written as `datasets` writes splits and parts of them."""
+    from datasets import ReadInstruction
+
+    try:
+        ReadInstruction.from_spec(split)
+    except ValueError as error:
+        raise ValueError(
+            f"`split` must be the name of a split or a part of one, such as 'train' or 'train[:500]', got {split!r}: "
+            f"{error}"
+        ) from error
+
+
 def is_picture_folder(folder: Path) -> bool:
     """Whether the folder holds pictures alone, and no files of a data set.
 
@@ -560,6 +573,7 @@ def _dataset_source(
     from datasets import ClassLabel, Value, load_dataset
     from datasets import Image as ImageFeature
 
+    check_split(split)
     dataset = load_dataset(name, config_name, split=split, cache_dir=cache_dir)
     image_columns = [key for key, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
     image_column = choose_image_column(image_column, image_columns, dataset.column_names, repr(name))

@@ -166,6 +166,7 @@ class TrainingRun:
             initial=self.state.images_seen,
             unit="img",
             desc="Training",
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # a file of a job keeps every line
             disable=not self.accelerator.is_local_main_process,
         )
         self._batches = self.data.batches.batches(pin_memory=self.accelerator.device.type == "cuda")
