@@ -60,8 +60,8 @@ def test_source_never_imports_training(path):
         (
             "evaluation",
             {
-                *("data", "detection", "extractors", "files", "likelihood", "metrics", "pipeline_ddpm_faces"),
-                *("samples", "scheduling_ddpm_faces"),
+                *("data", "detection", "drawn_faces", "extractors", "files", "likelihood", "metrics"),
+                *("pipeline_ddpm_faces", "samples", "scheduling_ddpm_faces"),
             },
         ),
         ("samples", {"data", "pipeline_ddpm_faces", "solvers"}),

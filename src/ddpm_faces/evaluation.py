@@ -18,8 +18,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from .data import is_picture_folder, load_faces
+from .data import is_picture_folder, load_faces, picture_to_tensor
 from .detection import MTCNN
+from .drawn_faces import DrawnFaces
 from .extractors import EfficientNetLite0, Extractor, InceptionV3, MobileNetV2
 from .files import replacing
 from .likelihood import bits_per_dimension
@@ -430,9 +431,11 @@ def _real_faces(
 ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
     """The reference, other real faces where there are some, and what the reference is called."""
     with PartialState().main_process_first():  # which decodes them
-        if data is None:  # what train.py does not draw unless it is told to
-            load = {"resolution": size, "cache_dir": cache_dir, "num_drawn_images": 4096 + 2 * num_images}
-            reference, others = load_faces(**load).images[4096:].split(num_images)
+        if data is None:  # those after the ones that train.py draws unless it is told otherwise
+            faces = DrawnFaces(4096 + 2 * num_images, resolution=max(size))
+            indices = tqdm(range(4096, len(faces)), desc="Drawing faces", unit="img")
+            drawn = [picture_to_tensor(faces[index]["image"], size) for index in indices]
+            reference, others = torch.stack(drawn).split(num_images)
             return reference, others, "drawn faces"
         load = {"resolution": size, "cache_dir": cache_dir, "max_images": num_images}
         folder = Path(data).expanduser()
