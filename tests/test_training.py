@@ -203,6 +203,16 @@ def test_what_a_run_leaves(finished):
     assert not list(finished.rglob(".unfinished*"))
 
 
+def test_progress_in_the_log_of_a_job_is_short(tmp_path):
+    """Where standard error is a file, a line stays: no hundred of them for as many steps."""
+    lengths = {"train_batch_size": 1, "max_train_images": 300, "log_every_images": 300}
+    never = {f"{what}_every_images": 0 for what in ("sample", "checkpoint", "validate")}
+    result = train(tmp_path / "run", **lengths, **never, num_samples=1)
+    assert result.returncode == 0, result.stderr
+    assert "300/300" in result.stderr
+    assert result.stderr.count("Training:") < 10
+
+
 def test_saved_weights_are_the_average(finished):
     """Not the last ones: both lie in the checkpoint, and the average in the pipeline."""
     last = list_checkpoints(finished)[-1]
