@@ -485,7 +485,7 @@ def choose_image_column(wanted: str | None, image_columns: list[str], columns: l
     return wanted
 
 
-def check_split(split: str) -> None:
+def _check_split(split: str) -> None:
     """Raise a `ValueError` unless it is written as `datasets` writes splits and parts of them."""
     from datasets import ReadInstruction
 
@@ -573,7 +573,7 @@ def _dataset_source(
     from datasets import ClassLabel, Value, load_dataset
     from datasets import Image as ImageFeature
 
-    check_split(split)
+    _check_split(split)
     dataset = load_dataset(name, config_name, split=split, cache_dir=cache_dir)
     image_columns = [key for key, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
     image_column = choose_image_column(image_column, image_columns, dataset.column_names, repr(name))
