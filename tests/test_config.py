@@ -7,8 +7,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
+from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 
-from ddpm_faces import DDPMFacesScheduler, DDPMFacesUNet
+from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet
 from ddpm_faces.config import GROUPS, TrainingConfig, parse_training_config
 
 
@@ -61,6 +62,33 @@ def test_order_is_defaults_then_file_then_command_line(tmp_path):
     assert config.block_out_channels == [8, 16]
     assert config.use_ema is False
     assert config.train_batch_size == TrainingConfig().train_batch_size
+
+
+def test_pipeline_to_start_from_stands_between_defaults_and_file(tmp_path):
+    unet = DDPMFacesUNet((24, 16), 1, 1, (8, 16), ("conv",), None, "conv", 1, 8, 16, num_class_embeds=3, dropout=0.1)
+    scheduler = DPMSolverMultistepScheduler(num_train_timesteps=50, beta_schedule="linear", prediction_type="epsilon")
+    DDPMFacesPipeline(unet, scheduler).save_pretrained(tmp_path / "model")
+    (tmp_path / "config.yaml").write_text(f"pretrained_model_name_or_path: {tmp_path / 'model'}\ndropout: 0.3\n")
+    config = parse_training_config(["--config", str(tmp_path / "config.yaml"), "--time_proj_dim", "4"])
+    expected = {
+        "resolution": [24, 16], "in_channels": 1, "block_out_channels": [8, 16], "block_types": ["conv"],
+        "mid_block_type": "none", "time_embedding_dim": 16, "act_fn": "relu", "num_train_timesteps": 50,
+        "beta_schedule": "linear", "prediction_type": "epsilon", "num_class_embeds": None, "learning_rate": 1e-3,
+        "dropout": 0.3, "time_proj_dim": 4, "variance_type": "fixed_small", "clip_sample": True,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_what_cannot_be_started_from(tmp_path, capsys):
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    unet = UNet2DModel(16, norm_num_groups=4, **blocks)
+    DDPMFacesPipeline(unet, DDPMFacesScheduler()).save_pretrained(tmp_path / "other")
+    for name, reason in ((tmp_path / "no-such", ""), (tmp_path / "other", "does not know")):
+        with pytest.raises(SystemExit):
+            parse_training_config(["--pretrained_model_name_or_path", str(name)])
+        message = capsys.readouterr().err
+        assert f"error: `pretrained_model_name_or_path` '{name}' cannot be trained: " in message
+        assert reason in message
 
 
 def test_saved_configuration_is_a_file_for_config(tmp_path):

@@ -36,6 +36,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("home") / "my-model"
     DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=20), weights="ema").save_pretrained(folder)
     config = {"dataset_name": "user/people", "train_batch_size": 8, "seed": 5, "output_dir": "/home/alice/secret/run"}
+    config |= {"pretrained_model_name_or_path": "user/base"}
     (folder / "training_config.yaml").write_text(yaml.safe_dump({**config, "cache_dir": "/home/alice/cache"}))
     summary = {"data": "40 pictures", "images_seen": 96_000, "hours": 1.5, "processes": 2, "device": "NVIDIA H100"}
     (folder / "training_summary.json").write_text(json.dumps(summary))
@@ -127,13 +128,14 @@ def test_card(server, published):
     head = yaml.safe_load(card.split("---")[1])
     assert head["license"] == "cc-by-nc-sa-4.0"
     assert head["datasets"] == ["user/people"]
+    assert head["base_model"] == "user/base"
     assert (head["library_name"], head["pipeline_tag"]) == ("diffusers", "unconditional-image-generation")
     (result,) = head["model-index"][0]["results"]
     (metric,) = result["metrics"]
     assert (metric["type"], metric["value"], result["dataset"]["name"]) == ("fd", 12.5, "user/people, test")
     assert metric["args"]["n"] == 512
     for text in (
-        "| pictures | user/people: 40 pictures |",
+        "| pictures | user/people: 40 pictures |", "| started from | user/base |",
         "| images seen | 96,000 |", "| time | 1.5 h on 2 x NVIDIA H100 |", "| their licence | cc-by-4.0 |",
         "| Frechet distance | 12.5 ± 0.4 | n 512, seed 0, extractor efficientnet-lite0", "averaged weights (EMA)",
         "No copies were found among 512 faces.", "the seeds 5, 6, 7 and so on, all 20 steps", "loss_curve.png",
@@ -142,6 +144,23 @@ def test_card(server, published):
         assert text in card, text
     assert "{{" not in card
     assert "None" not in card
+
+
+def test_folders_of_this_machine_are_no_names_on_the_hub(pipeline, tmp_path):
+    """Though they may look like some."""
+    pipeline.save_pretrained(tmp_path / "model")
+    config = {"dataset_name": "user/people", "pretrained_model_name_or_path": "user/base"}
+    (tmp_path / "model" / "training_config.yaml").write_text(yaml.safe_dump(config))
+    summary = {"hours": 1, "processes": 1, "device": "CPU", "is_local_data": True, "is_local_pretrained": True}
+    (tmp_path / "model" / "training_summary.json").write_text(json.dumps(summary))
+    (tmp_path / "out").mkdir()
+    hub.export(tmp_path / "model", tmp_path / "out", "owner/faces", variants=())
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "| pictures | people |" in card
+    assert "| started from | base |" in card
+    head = yaml.safe_load(card.split("---")[1])
+    assert "datasets" not in head
+    assert "base_model" not in head
 
 
 def test_code_in_the_card_runs(client, bare_client, published, server):

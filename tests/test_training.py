@@ -628,6 +628,57 @@ def test_classes_random_crops_of_wide_pictures_and_augmentation(pictures, tmp_pa
     assert pipeline(2, class_labels=[0, 1]).images[0].size == (24, 16)
 
 
+# From a trained model
+
+# One step that changes nothing: the weights are what the run starts from.
+STILL = {
+    "learning_rate": 1e-30, "max_train_images": 8, "num_validation_images": 0, "checkpoint_every_images": 0,
+    "report_to": "none", "num_samples": 1,
+}  # fmt: skip
+
+
+def test_run_starts_from_a_trained_model(finished, pictures, tmp_path):
+    """With other pictures, of another size, with augmentations and classes, which at first say nothing."""
+    output = succeed(
+        tmp_path / "run", pretrained_model_name_or_path=finished, train_data_dir=pictures, resolution=[16, 24],
+        label_column="folder", augment_probability=0.3, random_flip=None, dropout=0.2, **STILL,
+    )  # fmt: skip
+    assert f"Starting from the weights of {finished}." in output
+    trained, started = weights(finished), weights(tmp_path / "run")
+    new = {name: started.pop(name) for name in ("class_embedding.weight", "augment_embedding.weight")}
+    assert_equal_weights(started, trained)
+    assert not any(weight.any() for weight in new.values())
+    network = dict.fromkeys(("resolution", "block_out_channels", "block_types", "norm_num_groups", "dropout"))
+    back = {**STILL, **network, "num_train_timesteps": None}  # which come from where it starts
+    succeed(tmp_path / "back", pretrained_model_name_or_path=tmp_path / "run", **back)
+    assert_equal_weights(weights(tmp_path / "back"), trained)
+    pipeline = DDPMFacesPipeline.from_pretrained(tmp_path / "back")
+    assert (pipeline.unet.config.sample_size, pipeline.unet.config.dropout) == ([16, 24], 0.2)
+
+
+def test_resumed_run_needs_its_pretrained_model_no_more(finished, tmp_path):
+    base = shutil.copytree(finished, tmp_path / "base")
+    run = {"pretrained_model_name_or_path": base, "learning_rate": 1e-4, "block_out_channels": None}
+    succeed(tmp_path / "whole", **run)
+    succeed(tmp_path / "run", **run)
+    for path in [*list_checkpoints(tmp_path / "run")[1:], base]:
+        shutil.rmtree(path)
+    assert "Going on from" in succeed(tmp_path / "run", **run)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_trained_model_of_another_kind_is_refused(finished, tmp_path):
+    output = fail(
+        tmp_path / "run", pretrained_model_name_or_path=finished, block_out_channels=[8, 12],
+        prediction_type="epsilon", beta_schedule="linear",
+    )  # fmt: skip
+    assert (
+        "is another model: `block_out_channels` is [8, 16] there and [8, 12] here; `prediction_type` is v_prediction "
+        "there and epsilon here; its noise schedule is another one." in output
+    )
+    assert not (tmp_path / "run").exists()
+
+
 # Validation
 
 

@@ -32,7 +32,7 @@ from accelerate.utils import (
 )
 from diffusers import EMAModel
 
-from ddpm_faces import DDPMFacesObjective, DDPMFacesScheduler, DDPMFacesUNet
+from ddpm_faces import DDPMFacesObjective, DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet
 from ddpm_faces.augmentation import NonLeakingAugmentation
 from ddpm_faces.checkpoint import list_checkpoints, read_state
 from ddpm_faces.config import TrainingConfig, parse_training_config
@@ -44,6 +44,8 @@ from ddpm_faces.training_data import load_training_data
 from ddpm_faces.training_run import TrainingRun, locked, optimizer_settings, read_jsonl
 
 
+# What a pretrained network may have other than the one that is trained from it
+FREE_TO_CHANGE = ("sample_size", "dropout", "num_class_embeds", "augment_dim")
 X86 = ("x86_64", "AMD64")  # where PyTorch tells what a CPU can do
 
 # Networks in here are not taken apart before the process ends. DistributedDataParallel would, with the interpreter's
@@ -82,6 +84,10 @@ def main(config: TrainingConfig) -> None:
 
 def train(config: TrainingConfig, accelerator: Accelerator) -> TrainingRun:
     checkpoint = checkpoint_to_resume(config, accelerator)
+    pretrained = None
+    if config.pretrained_model_name_or_path is not None and checkpoint is None:
+        pretrained = load_pretrained(config)
+        accelerator.print(f"Starting from the weights of {config.pretrained_model_name_or_path}.")
 
     # 1. Data
     data = load_training_data(config, accelerator)
@@ -95,6 +101,8 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> TrainingRun:
     scheduler = DDPMFacesScheduler(**config.scheduler_config())
     objective = DDPMFacesObjective(scheduler, config.loss_type, config.snr_gamma or None)
     unet = DDPMFacesUNet(**config.unet_config())
+    if pretrained is not None:
+        copy_weights(pretrained, unet)
     set_seed(config.seed, device_specific=True)  # equal weights on all processes, but each its own dropout
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -187,6 +195,38 @@ def checkpoint_to_resume(config: TrainingConfig, accelerator: Accelerator) -> Pa
             "overwrite: choose another folder, or delete them."
         )
     return newest
+
+
+def load_pretrained(config: TrainingConfig) -> DDPMFacesUNet:
+    """The network that the run starts from.
+
+    Raises:
+        ValueError: It is of another architecture, or has learned another noise schedule or prediction.
+        OSError: There is none, or it cannot be had.
+    """
+    name = config.pretrained_model_name_or_path
+    pipeline = DDPMFacesPipeline.from_pretrained(os.path.expanduser(name))
+    here = {**config.unet_config(), "prediction_type": config.prediction_type}
+    there = {**pipeline.unet.config, "prediction_type": pipeline.scheduler.config.get("prediction_type")}
+    differences = [
+        f"`{name}` is {there.get(name)} there and {value} here"
+        for name, value in here.items()
+        if name not in FREE_TO_CHANGE and there.get(name) != value
+    ]
+    betas_there, betas_here = pipeline.scheduler.betas, DDPMFacesScheduler(**config.scheduler_config()).betas
+    if betas_there.shape != betas_here.shape or not torch.allclose(betas_there, betas_here):
+        differences.append("its noise schedule is another one")
+    if differences:
+        raise ValueError(f"`pretrained_model_name_or_path` {name!r} is another model: {'; '.join(differences)}.")
+    return pipeline.unet
+
+
+def copy_weights(pretrained: DDPMFacesUNet, unet: DDPMFacesUNet) -> None:
+    """Take over what both have. Layers for classes and augmentation that are new start by saying nothing."""
+    expected, found = unet.state_dict(), pretrained.state_dict()
+    same = {k: v for k, v in found.items() if k in expected and v.shape == expected[k].shape}
+    new = {k: torch.zeros_like(v) for k, v in expected.items() if k not in same}
+    unet.load_state_dict({**same, **new})
 
 
 def check_same_model(config: TrainingConfig, checkpoint: Path) -> None:

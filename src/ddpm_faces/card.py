@@ -43,6 +43,7 @@ def model_card(
     metrics: list[dict[str, Any]] | None = None,
     license: str | None = None,
     datasets: list[str] | None = None,
+    base_model: str | None = None,
 ) -> ModelCard:
     """Fill the template.
 
@@ -52,6 +53,7 @@ def model_card(
         metrics (`list[dict]`, *optional*): Entries of `metrics.json`: `name`, `type`, `value`, and where it is from.
         license (`str`, *optional*): Identifier of the Hub, such as "cc-by-nc-sa-4.0".
         datasets (`list[str]`, *optional*): Names of data sets on the Hub.
+        base_model (`str`, *optional*): "user/name" of the model on the Hub that the training started from.
     """
     results = [
         EvalResult(
@@ -71,6 +73,7 @@ def model_card(
         pipeline_tag="unconditional-image-generation",
         tags=TAGS,
         datasets=datasets or None,
+        base_model=base_model,
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
     )

@@ -81,6 +81,9 @@ class TrainingConfig:
         0, "Data", "Processes that fetch batches; needed for streaming, and where the pictures do not fit in memory."
     )
 
+    pretrained_model_name_or_path: str | None = _field(
+        None, "Network", "Pipeline to start from, a folder or on the Hub: its network, its noise schedule."
+    )
     in_channels: Literal[1, 3, 4] = _field(3, "Network", "Channels of the pictures: grey, RGB or RGBA.")
     block_out_channels: list[int] = _field([32, 64, 128], "Network", "Width of each level.")
     block_types: list[str] = _field(
@@ -438,7 +441,7 @@ def _in_words(hint) -> str:
 
 
 def parse_training_config(argv: Sequence[str] | None = None) -> TrainingConfig:
-    """Read the configuration: defaults, then the file of `--config`, then the other flags.
+    """Read the configuration: defaults, then the pipeline to start from, the file of `--config`, the other flags.
 
     Args:
         argv (`Sequence[str]`, *optional*): The arguments; by default those of the command line.
@@ -454,6 +457,7 @@ def parse_training_config(argv: Sequence[str] | None = None) -> TrainingConfig:
         if file_args.config is not None:
             # As flags, so that a file is read by the same rules as the command line.
             flags = [*_flags_of_yaml(Path(file_args.config)), *flags]
+        flags = [*_flags_of_pretrained(flags), *flags]
         config, *_, unknown = parser.parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
         )
@@ -542,14 +546,52 @@ def _flags_of_yaml(path: Path) -> list[str]:
         items = value if isinstance(value, list) else [value]
         if not items or any(item is None or isinstance(item, (list, dict)) for item in items):
             raise ValueError(f"{path}: `{key}` must be a value or a list of values, got {value!r}.")
-        words = ["no" if item is False else str(item) for item in items]  # YAML takes `no` for false
-        if len(words) == 1:  # in one piece, because a value may begin with a dash
-            flags.append(f"--{key}={words[0]}")
-        elif any(isinstance(item, str) and item.startswith("-") for item in items):  # argparse would see flags
+        if len(items) > 1 and any(isinstance(item, str) and item.startswith("-") for item in items):
             raise ValueError(f"{path}: `{key}` must hold no values that begin with a dash, got {value!r}.")
-        else:
-            flags += [f"--{key}", *words]
+        flags += _flag(key, items)
     return flags
+
+
+def _flag(name: str, items: list) -> list[str]:
+    words = ["no" if item is False else str(item) for item in items]  # YAML takes `no` for false
+    if len(words) == 1:  # in one piece, because a value may begin with a dash
+        return [f"--{name}={words[0]}"]
+    return [f"--{name}", *words]
+
+
+def _flags_of_pretrained(flags: list[str]) -> list[str]:
+    """Size, network and schedule of the pipeline that a run starts from; or of the run itself, where it goes on."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--pretrained_model_name_or_path", default="")
+    peek.add_argument("--output_dir", default=TrainingConfig.output_dir)
+    given, _ = peek.parse_known_args(flags)
+    name = given.pretrained_model_name_or_path
+    if not name.strip():
+        return []
+    from .checkpoint import list_checkpoints, read_state
+    from .scheduling_ddpm_faces import DDPMFacesScheduler
+    from .unet_ddpm_faces import DDPMFacesUNet
+
+    checkpoints = list_checkpoints(given.output_dir)
+    if checkpoints:
+        values = read_state(checkpoints[-1])["config"]
+    else:
+        try:
+            folder = Path(name).expanduser()
+            unet, scheduler = (
+                cls.load_config(folder if folder.is_dir() else name, subfolder=subfolder)
+                for cls, subfolder in ((DDPMFacesUNet, "unet"), (DDPMFacesScheduler, "scheduler"))
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`pretrained_model_name_or_path` {name!r} cannot be trained: {error}") from error
+        values = {**scheduler, **unet, "mid_block_type": unet.get("mid_block_type") or "none"}
+        size = unet.get("sample_size")
+        values["resolution"] = [size] if isinstance(size, int) else size
+    types = get_type_hints(TrainingConfig)
+    arguments = {*inspect.signature(DDPMFacesUNet).parameters, *inspect.signature(DDPMFacesScheduler).parameters}
+    taken = [key for key in types if key in {*arguments, "resolution"} - {"num_class_embeds"}]
+    found = {key: values[key] for key in taken if values.get(key) is not None and _is_a(values[key], types[key])}
+    return [word for key, value in found.items() for word in _flag(key, value if isinstance(value, list) else [value])]
 
 
 def _unknown(what: str, name: str, prefix: str = "") -> str:

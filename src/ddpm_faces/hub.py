@@ -197,8 +197,7 @@ def export(
     config, metrics, summary = {}, {}, {}
     if home is not None:
         metrics, summary = (_json_of(home / name, folder / name) for name in ("metrics.json", "training_summary.json"))
-        is_local = summary.get("is_local_data", False)
-        config = _portable_config(home / "training_config.yaml", folder / "training_config.yaml", is_local)
+        config = _portable_config(home / "training_config.yaml", folder / "training_config.yaml", summary)
         for name in ("samples.png", "loss_curve.png"):
             if (home / name).is_file():
                 _copy_pixels(home / name, folder / name)
@@ -233,7 +232,9 @@ def export(
     values |= {"variants": list(variants), "loss_curve": (folder / "loss_curve.png").exists()}
     dataset = config.get("dataset_name") or ""  # without a folder where it is a local one
     datasets = [dataset] if dataset.count("/") == 1 else None
-    card = str(model_card(repo_id, values, metrics.get("metrics"), license, datasets))
+    pretrained = config.get("pretrained_model_name_or_path") or ""
+    base_model = pretrained if pretrained.count("/") == 1 else None
+    card = str(model_card(repo_id, values, metrics.get("metrics"), license, datasets, base_model))
     (folder / "README.md").write_text(card if old_card is None else merge_cards(old_card, card), "utf-8")
 
 
@@ -659,7 +660,7 @@ def _copy_pixels(source: Path, destination: Path) -> None:
     pixels.save(destination)
 
 
-def _portable_config(source: Path, destination: Path, is_local: bool) -> dict[str, Any]:
+def _portable_config(source: Path, destination: Path, summary: dict) -> dict[str, Any]:
     """The settings of the training, less what names places on this machine."""
     if not source.is_file():
         return {}
@@ -673,10 +674,15 @@ def _portable_config(source: Path, destination: Path, is_local: bool) -> dict[st
         raise ValueError(f"{source} must hold settings of a training, got {type(config).__name__}.")
     for name in ("output_dir", "cache_dir"):
         config.pop(name, None)
-    for name in ("dataset_name", "train_data_dir"):
+    is_local = {
+        "dataset_name": summary.get("is_local_data", False),
+        "train_data_dir": True,
+        "pretrained_model_name_or_path": summary.get("is_local_pretrained", False),
+    }
+    for name in is_local:
         value = config.get(name)
         is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(value)) and not Path(str(value)).exists()
-        if value is not None and (name == "train_data_dir" or is_local or not is_name):
+        if value is not None and (is_local[name] or not is_name):
             config[name] = re.split(r"[/\\]", str(value).rstrip("/\\"))[-1]
     destination.write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
     return config
@@ -760,6 +766,7 @@ def _card_values(
     is_drawn = bool(config) and source is None
     training = {
         "pictures": ": ".join(filter(None, (source, summary.get("data")))),
+        "started from": config.get("pretrained_model_name_or_path"),
         "their licence": dataset_license or ("not stated" if config and not is_drawn else None),
         "images seen": _thousands(summary.get("images_seen")),
         "time": summary and f"{_duration(summary['hours'])} on {summary['processes']} x {summary['device']}",

@@ -762,10 +762,12 @@ class TrainingRun:
         """What the card says of the training, and a person may want to know years later."""
         is_cuda = self.accelerator.device.type == "cuda"
         source = self.config.dataset_name or self.config.train_data_dir
+        pretrained = self.config.pretrained_model_name_or_path
         threads = f"CPU ({torch.get_num_threads()} threads)"
         summary = {
             "data": self.data.description,
             "is_local_data": source is not None and Path(source).expanduser().is_dir(),
+            "is_local_pretrained": pretrained is not None and Path(pretrained).expanduser().is_dir(),
             "fingerprint": self.data.fingerprint,
             "images_seen": self.state.images_seen if returns_to is None else returns_to,
             "skipped_steps": self.state.skipped_steps,
