@@ -824,6 +824,12 @@ def test_finished_run_is_published(hub, tmp_path):
     assert str(tmp_path).encode() not in b"".join(repo.files.values())
     assert not any("checkpoint" in name or "optimizer" in name for name in repo.files)
 
+    # And another run starts from it.
+    base = {"pretrained_model_name_or_path": "owner/my-faces", "block_out_channels": None}
+    succeed(tmp_path / "next", push_to_hub="true", **base, **STILL)
+    assert_equal_weights(weights(tmp_path / "next"), weights(run))
+    assert "base_model: owner/my-faces\n" in hub.repos["models", "owner/next"].files["README.md"].decode()
+
 
 @slow
 def test_dry_run_asks_the_hub(hub, tmp_path, monkeypatch):
