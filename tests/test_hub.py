@@ -742,7 +742,7 @@ def test_token_that_is_none_is_not_shown(folder):
         ("---\n{{ x\n---\nMine", "cannot be read"),
         ("---\ntags: [[\n---\nMine", "cannot be read"),
         ("---\ntags: one\ndatasets: user/people\nmodel-index: [1]\n---\nMine", None),
-        ("---\nlicense: other\nlicense_name: mine\n---\n<!-- generated: use -->\nMine", None),
+        ("---\nbase_model: user/former\nlicense: other\nlicense_name: mine\n---\n<!-- generated: use -->\nMine", None),
     ],
 )
 def test_odd_cards(old, says, exported):
@@ -756,6 +756,7 @@ def test_odd_cards(old, says, exported):
     assert merged.count("<!-- end: summary -->") == 1
     head = yaml.safe_load(merged.split("---")[1])
     assert "license_name" not in head
+    assert head["base_model"] == "user/base"
     if "one" in old:
         assert head["tags"][0] == "one"
         assert head["datasets"] == ["user/people"]

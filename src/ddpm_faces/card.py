@@ -108,6 +108,8 @@ def merge_cards(old: str, new: str) -> str:
         if new_data["license"] != "other":
             for key in ("license_name", "license_link"):
                 data.pop(key, None)
+    if "base_model" in new_data:
+        data["base_model"] = new_data["base_model"]
     if "datasets" in new_data:
         data["datasets"] = list(dict.fromkeys(new_data["datasets"] + _list(old_data.get("datasets"))))
     # Through a bare card: ModelCardData would take a person's model-index apart.
