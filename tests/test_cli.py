@@ -198,6 +198,15 @@ def test_evaluate(command, model, faces, tmp_path):
     assert command("evaluate", faces, faces, "--against", output)[0] == 1
     code, text = command("evaluate", model, faces, "--sigma-min", 0.1)
     assert (code, text) == (1, "error: `sigma_min` is for the sampler 'dpm-solver++', not 'ddpm', got 0.1.")
+    code, text = command("evaluate", model, faces, "--num-images", 20, "--steps", 2, "--guide", model,
+                         "--guidance-scale", 1.5)  # fmt: skip
+    assert code == 0, text
+    figure = json.loads((model / "metrics.json").read_text())["metrics"][0]
+    assert (figure["guide"], figure["guidance_scale"]) == (model.name, 1.5)
+    code, text = command("evaluate", model, faces, "--guidance-scale", 1.5)
+    assert (code, text) == (1, "error: `guidance_scale` must be 1 for a model without a guide, got 1.5.")
+    code, text = command("evaluate", faces, faces, "--guidance-scale", 1.5)
+    assert (code, "error: `guidance_scale` is for a pipeline, and" in text) == (1, True)
     code, text = command("evaluate", model, faces, "--num-images", 19)
     assert (code, text) == (1, "error: `num_images` must be a whole number of at least 20, got 19.")
 
@@ -220,6 +229,14 @@ def test_audit(command, model, tmp_path):
     assert memorisation["verdict"].startswith("No more copies than among unseen real faces")
     assert "On 8 held-out faces the loss is higher by" in memorisation["verdict"]
     assert Image.open(model / "audit.png").width > 400
+    guidance = ["--guide", model, "--guidance-scale", 1.5]
+    code, text = command("audit", model, tmp_path / "set", "--steps", 2, *guidance, *options)
+    assert code == 0, text
+    for report in (
+        json.loads((model / "audit.json").read_text()),
+        json.loads((model / "metrics.json").read_text())["memorisation"],
+    ):
+        assert (report["guide"], report["guidance_scale"]) == (model.name, 1.5)
 
     # Pictures in a folder, which are copies
     (tmp_path / "copies").mkdir()

@@ -103,6 +103,30 @@ def test_figures_of_a_pipeline(folder, sampler, sigma_min):
     assert results["metrics"][0]["resize"] == "to 64 pixels, bicubic"
 
 
+def test_guidance(folder, tmp_path):
+    """As of a pipeline that has its guide; one that is passed in stays as it is."""
+    pipeline = tiny()
+    guide = tiny(block_out_channels=(4, 4))
+    guide.save_pretrained(tmp_path / "weaker")
+    arguments = {"num_images": 20, "num_inference_steps": 4, "networks": Plain()}
+    alone = evaluate(pipeline, str(folder), **arguments)
+    guided = evaluate(pipeline, str(folder), **arguments, guide=tmp_path / "weaker", guidance_scale=1.5)
+    assert (pipeline.guide, pipeline.config.guidance_scale) == (None, 1)
+    assert guided["channels"] != alone["channels"]
+    figure = guided["metrics"][0]
+    assert (figure["guidance_scale"], figure["guide"]) == (1.5, "weaker")
+    assert not {"guidance_scale", "guide"} & alone["metrics"][0].keys()
+
+    pipeline.set_guide(guide, 1.5)
+    own = evaluate(pipeline, str(folder), **arguments)
+    assert own["channels"] == guided["channels"]
+    assert own["metrics"][0]["guidance_scale"] == 1.5
+    without = evaluate(pipeline, str(folder), **arguments, guidance_scale=1)
+    assert without["metrics"] == alone["metrics"]
+    fast = {**arguments, "sampler": "dpm-solver++"}
+    assert evaluate(pipeline, str(folder), **fast)["channels"] != evaluate(tiny(), str(folder), **fast)["channels"]
+
+
 def test_equal_pictures_are_at_no_distance_and_others_are(folder):
     same = evaluate(folder, str(folder), networks=Plain())
     assert value(same, "frechet_distance") == pytest.approx(0, abs=1e-9)
@@ -274,6 +298,10 @@ class Never(Networks):
         ({"num_inference_steps": 11}, "`num_inference_steps` must be from 1 to 10, .*, got 11"),
         ({"sigma_min": 0.1}, "`sigma_min` is for the sampler 'dpm-solver\\+\\+', not 'ddpm', got 0.1"),
         ({"sigma_min": 1, "sampler": "dpm-solver++"}, "`sigma_min` must lie in \\(0, 1\\), got 1"),
+        ({"guidance_scale": 1.5}, "`guidance_scale` must be 1 for a model without a guide, got 1.5"),
+        ({"guidance_scale": -1}, "`guidance_scale` must be a number of at least 0, got -1"),
+        ({"guide": tiny()}, "`guidance_scale` must be given with `guide`"),
+        ({"guide": tiny(channels=1), "guidance_scale": 1.5}, "`guide` must be of pictures of the shape"),
         ({"seed": -1}, "`seed` must be a whole number of at least 0, got -1"),
         ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, got 0"),
         ({"num_likelihood_images": 1}, "`num_likelihood_images` must be 0 or a whole number of at least 2, got 1"),

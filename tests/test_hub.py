@@ -230,6 +230,63 @@ def test_pictures_are_those_of_the_model(tmp_path):
     assert all(torch.equal(weight, state[name]) for name, weight in pipeline.unet.state_dict().items())
 
 
+GUIDED = """
+import torch
+def faces(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    return images.double().mean(dim=(1, 2, 3))
+"""
+
+
+def test_guide_is_published_too(server, client, bare_client, published, folder, tmp_path):
+    torch.manual_seed(1)
+    pipeline = DDPMFacesPipeline.from_pretrained(folder)
+    guide = DDPMFacesPipeline(tiny_unet(block_out_channels=(4, 8)), DDPMFacesScheduler(num_train_timesteps=20))
+    pipeline.set_guide(guide, guidance_scale=1.5)
+    home = shutil.copytree(folder, tmp_path / "home")
+    pipeline.save_pretrained(home)  # into the folder of the training, which has more to tell
+    outcome = client.run("result = hub.push(folder, 'owner/guided')", OWNER_TOKEN, folder=str(home))
+    assert outcome.error is None, outcome.output
+    files = server.repos["models", "owner/guided"].files
+    weights = [f"guide/diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".bf16", ".fp16")]
+    assert {name for name in files if name.startswith("guide/")} == {
+        "guide/config.json", "guide/unet_ddpm_faces.py", *weights
+    }  # fmt: skip
+    assert load(files[weights[1]])["conv_in.weight"].dtype == torch.bfloat16
+    card = files["README.md"].decode()
+    assert "| guide | DDPMFacesUNet, 0.0 M parameters, guidance scale 1.5 |" in card
+    assert "the seeds 0, 1, 2 and so on, 20 steps of DPM-Solver++" in card  # those of the training had no guide
+    expected = pipeline(2, generator=torch.Generator().manual_seed(0), output_type="pt").images.double()
+    for code, by in (
+        ("from ddpm_faces import DDPMFacesPipeline as P; pipeline = P.from_pretrained('owner/guided')", client),
+        ("pipeline = DiffusionPipeline.from_pretrained('owner/guided', trust_remote_code=True)", bare_client),
+    ):
+        code = f"{GUIDED}\nfrom diffusers import DiffusionPipeline\n{code}\nresult = faces(pipeline).tolist()"
+        outcome = by.run(code)
+        assert outcome.error is None, outcome.output
+        assert outcome.value == pytest.approx(expected.mean(dim=(1, 2, 3)).tolist(), abs=1e-6)
+
+    # Without it again
+    outcome = client.run("result = hub.push(folder, 'owner/guided')", OWNER_TOKEN, folder=str(folder))
+    assert outcome.error is None, outcome.output
+    files = server.repos["models", "owner/guided"].files
+    assert not [name for name in files if name.startswith("guide/")]
+    assert json.loads(files["model_index.json"]) == json.loads(
+        server.repos["models", "owner/faces"].files["model_index.json"]
+    )
+
+
+def test_guide_whose_weights_are_not_finite_is_not_published(folder, tmp_path):
+    pipeline = DDPMFacesPipeline.from_pretrained(folder)
+    pipeline.set_guide(DDPMFacesPipeline(tiny_unet(), pipeline.scheduler), guidance_scale=1.5)
+    with torch.no_grad():
+        pipeline.guide.conv_in.weight[0] = float("inf")
+    with pytest.raises(ValueError, match="Weights that are not finite are not published: conv_in.weight"):
+        hub.export(pipeline, tmp_path, "owner/faces")
+    assert not list(tmp_path.iterdir())
+
+
 def test_saved_and_published_under_the_name_of_the_folder(server, client, published, tmp_path):
     """`save_pretrained(..., push_to_hub=True)`, as in diffusers."""
     code = """
@@ -914,7 +971,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         ("unet/config.json", {"block_out_channels": [8000, 16000]}, "shape"),
         ("unet/config.json", {"new_trick": 1}, "does not know: new_trick. It is of another network"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "`num_train_timesteps` must be at most"),
-        ("model_index.json", {"_format_version": 2}, "saved in format 2, by a later version of ddpm-faces"),
+        ("model_index.json", {"_format_version": 3}, "saved in format 3, by a later version of ddpm-faces"),
         ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, "of another kind of pipeline: it has vae"),
         ("model_index.json", b'{"_class_name": "DDPMPipeline"}', "of another kind of pipeline: it has no unet"),
         ("model_index.json", {"unet": ["../../evil", "DDPMFacesUNet"]}, "`unet` must name a library and a class"),
@@ -924,6 +981,9 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         ("model_index.json", {"scheduler": ["diffusers", "DiffusionPipeline"]}, "`scheduler` must name a library"),
         ("model_index.json", {"scheduler": ["diffusers", ["DDPMScheduler"]]}, "`scheduler` must name a library"),
         ("model_index.json", {"weights": ["diffusers", "UNet2DModel"]}, "`weights` must be 'ema', 'raw' or nothing"),
+        ("model_index.json", {"guide": ["os", "system"]}, "`guide` must name a library and a class"),
+        ("model_index.json", {"guidance_scale": 1.5}, "`guidance_scale` must be 1 for a model without a guide"),
+        ("model_index.json", {"guidance_scale": ["a", "b"]}, "`guidance_scale` must be a number"),
         ("model_index.json", b"[]", "must hold a JSON object"),
         ("unet/config.json", b"[1]", "must hold a JSON object"),
         ("scheduler/scheduler_config.json", b"[1]", "must hold a JSON object"),
@@ -954,6 +1014,7 @@ def test_strange_configurations_take_no_memory(strange, file, change, says):
         ("unet", "UNet2DModel", {"layers_per_block": 10**6}, "`layers_per_block` must be at most 64"),
         ("unet", "UNet2DModel", {"block_out_channels": [32, 10**9]}, "`block_out_channels` must be at most 16384"),
         ("unet", "UNet2DModel", {"down_block_types": ["DownBlock2D"] * 99}, "`down_block_types` has 99 entries"),
+        ("guide", "UNet2DModel", {"block_out_channels": [32, 10**9]}, "`block_out_channels` must be at most 16384"),
         ("unet", "UNet2DModel", DEEP, "no JSON that can be read"),
         ("scheduler", "DDPMScheduler", b"[]", "must hold a JSON object"),
     ],
@@ -961,7 +1022,7 @@ def test_strange_configurations_take_no_memory(strange, file, change, says):
 )
 def test_strange_configurations_of_diffusers_classes(strange, name, class_name, config, says):
     """diffusers itself checks nothing, and takes gigabytes."""
-    file = "unet/config.json" if name == "unet" else "scheduler/scheduler_config.json"
+    file = "scheduler/scheduler_config.json" if name == "scheduler" else f"{name}/config.json"
     config = config if isinstance(config, bytes) else json.dumps(config).encode()
     outcome = strange({"model_index.json": {name: ["diffusers", class_name]}, file: config})
     assert outcome.kind == "ValueError", outcome.output

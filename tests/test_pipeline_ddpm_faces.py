@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
@@ -224,6 +226,162 @@ def test_class_labels():
             images(labels)
 
 
+# Guidance
+
+
+def a_guide(**overrides) -> DDPMFacesPipeline:
+    """Another network, narrower, of the same noise."""
+    torch.manual_seed(1)
+    unet = tiny_unet(**{"block_out_channels": (4, 8), **overrides})
+    return DDPMFacesPipeline(unet, DDPMFacesScheduler(num_train_timesteps=20))
+
+
+class Stub(torch.nn.Module):
+    dtype, device = torch.float32, torch.device("cpu")
+
+
+class Combined(Stub):
+    """One network in place of two, by eq. 3 of https://huggingface.co/papers/2406.02507."""
+
+    def __init__(self, unet, guide, scale):
+        super().__init__()
+        self.unet, self.guide, self.scale = unet, guide, scale
+        self.config = unet.config
+
+    def forward(self, x, t, **kwargs):
+        better, worse = self.unet(x, t, **kwargs).sample, self.guide(x, t).sample
+        better[:, :3] = self.scale * better[:, :3] + (1 - self.scale) * worse[:, :3]
+        return UNet2DOutput(sample=better)
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+@pytest.mark.parametrize("learns_variance", [False, True])
+@pytest.mark.parametrize("scale", [1.5, 0.3])
+def test_guidance_goes_on_from_the_guide(learns_variance, scale, is_fast):
+    unet = tiny_unet(out_channels=6 if learns_variance else 3)
+    scheduler = DDPMFacesScheduler(20, variance_type="learned_range" if learns_variance else "fixed_small")
+    pipeline = quiet(DDPMFacesPipeline(unet, fast_solver(scheduler) if is_fast else scheduler))
+    pipeline.set_guide(a_guide(), guidance_scale=scale)
+    expected = quiet(DDPMFacesPipeline(unet, pipeline.scheduler))
+    expected.unet = Combined(unet, pipeline.guide, scale)
+    images = pipeline(2, 6, generators(0, 1), output_type="pt").images
+    torch.testing.assert_close(images, expected(2, 6, generators(0, 1), output_type="pt").images, atol=1e-5, rtol=0)
+    alone = pipeline(2, 6, generators(0, 1), output_type="pt", guidance_scale=1).images
+    expected.unet = unet
+    assert torch.equal(alone, expected(2, 6, generators(0, 1), output_type="pt").images)
+    assert not torch.allclose(images, alone, atol=0.01)
+
+
+def test_guide_alone_and_no_guide(pipeline):
+    guide = a_guide()
+    pipeline.set_guide(guide)
+    of_guide = pipeline(2, generator=generators(0, 1), output_type="pt", guidance_scale=0).images
+    expected = quiet(guide)(2, generator=generators(0, 1), output_type="pt").images
+    torch.testing.assert_close(of_guide, expected, atol=1e-5, rtol=0)
+    guide.unet.forward = None  # what is not asked for is not evaluated
+    pipeline(2)
+
+
+def test_guidance_leads_away_from_the_guides_mistakes():
+    """In closed form: each network knows one picture, and what comes out is as much further on."""
+
+    class OnePicture(Stub):
+        """Predicts the noise on a picture that is `value` all over."""
+
+        def __init__(self, value):
+            super().__init__()
+            self.value, self.config = value, tiny_unet().config
+
+        def forward(self, x, t):
+            alpha_bar = scheduler.alphas_cumprod[t]
+            return UNet2DOutput(sample=(x - alpha_bar.sqrt() * self.value) / (1 - alpha_bar).sqrt())
+
+    scheduler = DDPMFacesScheduler(20)
+    pipeline = quiet(DDPMFacesPipeline(tiny_unet(), scheduler))
+    pipeline.set_guide(a_guide(), guidance_scale=1.5)
+    pipeline.unet, pipeline.guide = OnePicture(0.2), OnePicture(-0.2)
+    images = pipeline(2, generator=generators(0, 1), output_type="latent").images
+    torch.testing.assert_close(images, torch.full_like(images, 1.5 * 0.2 - 0.5 * -0.2), atol=1e-5, rtol=0)
+
+
+def test_classes_of_a_guide():
+    """As many as the network has, or none: the guide of classifier-free guidance."""
+    pipeline = quiet(DDPMFacesPipeline(tiny_unet(num_class_embeds=2), DDPMFacesScheduler(20)))
+    images = {}
+    for classes in (None, 2):
+        pipeline.set_guide(a_guide(num_class_embeds=classes), 1.5)
+        images[classes] = pipeline(2, 3, generators(0, 0), output_type="pt", class_labels=[0, 1]).images
+        assert not torch.allclose(*images[classes], atol=1e-3)
+    assert not torch.allclose(images[None], images[2], atol=1e-3)
+    with pytest.raises(ValueError, match="`guide` must have no classes or as many as this model, 2, got 3"):
+        pipeline.set_guide(a_guide(num_class_embeds=3), 1.5)
+
+
+def test_guide_is_saved_with_the_pipeline(pipeline, tmp_path):
+    before = pipeline.to_json_string()
+    pipeline.set_guide(a_guide(), guidance_scale=1.25)
+    expected = pipeline(2, generator=generators(0, 1), output_type="pt").images
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_format_version"] == 2  # which an earlier version of this package refuses, and says so
+    loaded = quiet(DDPMFacesPipeline.from_pretrained(tmp_path))
+    assert loaded.config.guidance_scale == 1.25
+    assert torch.equal(loaded(2, generator=generators(0, 1), output_type="pt").images, expected)
+    script = (
+        "import sys, numpy, torch\n"
+        "sys.modules['ddpm_faces'] = None\n"  # with diffusers alone
+        "from diffusers import DiffusionPipeline\n"
+        "torch.set_num_threads(1)\n"
+        "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]\n"
+        "numpy.save(sys.argv[2], pipeline(2, generator=generators, output_type='pt').images.numpy())\n"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path, tmp_path / "images.npy"], check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), expected.numpy())
+
+    loaded.set_guide(None)
+    assert loaded.config.guidance_scale == 1
+    without = json.loads(loaded.to_json_string())
+    without.pop("_name_or_path")
+    assert without == json.loads(before)  # what earlier versions load
+
+
+def test_networks_are_kept_where_the_scheduler_is_exchanged(pipeline):
+    pipeline.set_guide(a_guide(), 1.5)
+    fast = pipeline.with_scheduler(fast_solver(pipeline.scheduler))
+    assert (fast.unet, fast.guide, fast.config.guidance_scale) == (pipeline.unet, pipeline.guide, 1.5)
+    assert type(pipeline.scheduler) is DDPMFacesScheduler
+
+
+@pytest.mark.parametrize(
+    ("guide", "scale", "message"),
+    [
+        (lambda: a_guide(sample_size=32), 1.5, r"of pictures of the shape \(3, 16, 16\).* \(3, 32, 32\)"),
+        (lambda: a_guide(in_channels=1, out_channels=1), 1.5, r"`guide` must be of pictures of .*\(1, 16, 16"),
+        (lambda: a_guide(num_class_embeds=2), 1.5, "`guide` must have no classes or .*, None, got 2"),
+        (lambda: a_guide().with_scheduler(DDPMFacesScheduler(10)), 1.5, "a `num_train_timesteps` of 20, got 10"),
+        (lambda: a_guide().with_scheduler(DDPMFacesScheduler(20, beta_end=0.5)), 1.5, "with the same noise at each"),
+        (
+            lambda: a_guide().with_scheduler(DDPMFacesScheduler(20, prediction_type="v_prediction")), 1.5,
+            "a `prediction_type` of 'epsilon', got 'v_prediction'",
+        ),
+        (lambda: tiny_unet(), 1.5, "`guide` must be a DDPMFacesPipeline or None, got DDPMFacesUNet"),
+        (a_guide, -0.1, "`guidance_scale` must be a number of at least 0, got -0.1"),
+        (a_guide, float("nan"), "`guidance_scale` must be a number of at least 0, got nan"),
+        (a_guide, float("inf"), "`guidance_scale` must be a number of at least 0, got inf"),
+        (a_guide, True, "`guidance_scale` must be a number of at least 0, got True"),
+        (a_guide, "2", "`guidance_scale` must be a number of at least 0, got '2'"),
+        (lambda: None, 1.5, "`guidance_scale` must be 1 for a model without a guide, got 1.5"),
+    ],
+)  # fmt: skip
+def test_what_cannot_guide(pipeline, guide, scale, message):
+    kept = a_guide()
+    pipeline.set_guide(kept, 1.25)
+    with pytest.raises(ValueError, match=message):
+        pipeline.set_guide(guide(), scale)
+    assert (pipeline.guide, pipeline.config.guidance_scale) == (kept.unet, 1.25)
+
+
 # Bad input
 
 
@@ -238,6 +396,8 @@ def test_class_labels():
         ({"generator": 0}, "must be a torch.Generator, .* got 0"),
         ({"eta": 1.5}, r"`eta` must lie in \[0, 1\], got 1.5"),
         ({"latents": torch.zeros(1, 3, 16, 8)}, r"shape \(1, 3, 16, 16\), got \(1, 3, 16, 8\)"),
+        ({"guidance_scale": 1.5}, "`guidance_scale` must be 1 for a model without a guide, got 1.5"),
+        ({"guidance_scale": -1}, "`guidance_scale` must be a number of at least 0, got -1"),
         ({"output_type": "jpeg"}, "'pil', 'np', 'pt', 'latent', got 'jpeg'"),
         ({"class_labels": [0]}, "has no classes"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"got \['noise'\]"),

@@ -289,6 +289,8 @@ def audit_model(
     num_loss_images: int = 100,
     cache_dir: str | None = None,
     sigma_min: float | None = None,
+    guide: str | os.PathLike | DDPMFacesPipeline | None = None,
+    guidance_scale: float | None = None,
 ) -> tuple[AuditReport, dict[str, Any], Image.Image]:
     """Generate faces, and search the training pictures for them.
 
@@ -309,6 +311,8 @@ def audit_model(
             Of how many pictures on either side to compare the loss, where `source` is a pipeline; 0: do not.
         cache_dir (`str`, *optional*): As that of [`load_faces`].
         sigma_min (`float`, *optional*): For `"dpm-solver++"`, as that of [`fast_solver`].
+        guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*): As that of [`open_samples`].
+        guidance_scale (`float`, *optional*): As that of [`open_samples`].
 
     Returns:
         `(AuditReport, dict, PIL.Image.Image)`: What was found; the same in plain values, with the sampler, the seeds,
@@ -330,7 +334,9 @@ def audit_model(
             "pictures: `ddpm-faces prepare FOLDER --output SET --num-test-images 400` makes one."
         )
     accelerator = Accelerator()
-    pictures = open_samples(source, sampler, num_inference_steps, seed, accelerator.device, sigma_min)
+    pictures = open_samples(
+        *(source, sampler, num_inference_steps, seed, accelerator.device, sigma_min, guide, guidance_scale)
+    )
     if len(pictures) < num_images:
         raise ValueError(f"`source` must have `num_images` ({num_images}) pictures, has {len(pictures)}.")
     load = {"dataset_name": data, "resolution": pictures.image_size, "cache_dir": cache_dir}

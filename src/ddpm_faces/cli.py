@@ -23,6 +23,13 @@ SigmaMin = Annotated[
     float | None,
     typer.Option(help="Noise to picture at the last step of dpm-solver++ (0.02; for short trainings 0.1)."),
 ]
+Guide = Annotated[
+    str | None,
+    typer.Option(help="A weaker pipeline, folder or USER/NAME, to be guided by (default: its own, if any)."),
+]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="1: no guidance; 1.2 is much (default: as the pipeline says).")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit (default: the main branch).")]
 
 
@@ -130,6 +137,8 @@ def evaluate(
     sampler: Annotated[str, typer.Option(help="ddpm or dpm-solver++.")] = "ddpm",
     steps: Annotated[int | None, typer.Option(help="Of sampling (default: all that were trained).")] = None,
     sigma_min: SigmaMin = None,
+    guide: Guide = None,
+    guidance_scale: GuidanceScale = None,
     seed: Annotated[int, typer.Option(help="Of the first face; the next has the next.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 64,
     inception: Annotated[
@@ -154,6 +163,8 @@ def evaluate(
         *(source, data, split, baseline_split or None, num_images, sampler, steps, seed, batch_size, networks),
         num_likelihood_images=likelihood_images,
         sigma_min=sigma_min,
+        guide=guide,
+        guidance_scale=guidance_scale,
     )
     if os.environ.get("RANK", "0") != "0":
         return
@@ -176,6 +187,8 @@ def audit(
     sampler: Annotated[str, typer.Option(help="ddpm or dpm-solver++.")] = "dpm-solver++",
     steps: Annotated[int, typer.Option(help="Of sampling.")] = 20,
     sigma_min: SigmaMin = None,
+    guide: Guide = None,
+    guidance_scale: GuidanceScale = None,
     seed: Annotated[int, typer.Option(help="Of the first face; the next has the next.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 32,
     features: Annotated[bool, typer.Option(help="Search by a network too, and not by pixels alone.")] = True,
@@ -202,6 +215,8 @@ def audit(
     report, results, picture = audit_model(
         *(source, data, split, held_out_split, num_images, sampler, steps, seed, batch_size, extractor, loss_images),
         sigma_min=sigma_min,
+        guide=guide,
+        guidance_scale=guidance_scale,
     )
     output.mkdir(parents=True, exist_ok=True)
     with replacing(output / "audit.json") as path:
@@ -209,7 +224,8 @@ def audit(
     with replacing(output / "audit.png") as path:
         picture.save(path, "PNG")
     if is_folder:
-        provenance = {key: results[key] for key in ("sampler", "steps", "seeds", "sigma_min") if key in results}
+        keys = ("sampler", "steps", "seeds", "sigma_min", "guidance_scale", "guide")
+        provenance = {key: results[key] for key in keys if key in results}
         write_metrics(Path(source, METRICS_NAME), {"memorisation": {"verdict": results["verdict"], **provenance}})
     typer.echo(results["verdict"])
     typer.echo(f"The closest pairs, which show training pictures: {output / 'audit.png'}")

@@ -115,6 +115,8 @@ def evaluate(
     cache_dir: str | None = None,
     num_likelihood_images: int = 0,
     sigma_min: float | None = None,
+    guide: str | os.PathLike | DDPMFacesPipeline | None = None,
+    guidance_scale: float | None = None,
 ) -> dict[str, Any]:
     """Measure how far faces are from real ones. Called by every process.
 
@@ -140,11 +142,14 @@ def evaluate(
             Of how many of the real faces to bound the bits per dimension (DDPM eq. 5), for a pipeline with a
             [`DDPMFacesScheduler`], of RGB and without classes. It takes 50 evaluations of the network for each.
         sigma_min (`float`, *optional*): For `"dpm-solver++"`, as that of [`fast_solver`].
+        guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*): As that of [`open_samples`].
+        guidance_scale (`float`, *optional*): As that of [`open_samples`].
 
     Returns:
         `dict`: Plain values, ready for JSON. `metrics` is a list of figures: each has `name`, `type`, `value`, `error`
         (a standard error) and its provenance: `n`, `n_reference`, `image_size`, `extractor`, `resize`, `reference`,
-        `sampler`, `steps`, `seeds`, `sigma_min` of DPM-Solver++, and `real_faces`, the value of the baseline.
+        `sampler`, `steps`, `seeds`, `sigma_min` of DPM-Solver++, `guidance_scale` where there is guidance, and
+        `real_faces`, the value of the baseline.
         `channels` and `reference_channels` are mean and deviation of red, green and blue, for pixels in [-1, 1].
 
     Raises:
@@ -159,7 +164,9 @@ def evaluate(
     state = _process_state()
 
     # 1. What is measured
-    pictures = open_samples(source, sampler, num_inference_steps, seed, state.device, sigma_min)
+    pictures = open_samples(
+        *(source, sampler, num_inference_steps, seed, state.device, sigma_min, guide, guidance_scale)
+    )
 
     if num_likelihood_images:
         _check_likelihood(num_likelihood_images, pictures)

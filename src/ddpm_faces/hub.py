@@ -35,7 +35,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from .card import check_license, merge_cards, model_card
-from .pipeline_ddpm_faces import DDPMFacesPipeline
+from .pipeline_ddpm_faces import NETWORKS, DDPMFacesPipeline
 from .plots import image_grid
 from .solvers import fast_solver
 
@@ -50,6 +50,10 @@ MODEL_FILES = (
     "unet/*.safetensors",
     "unet/*.safetensors.index*.json",
     "unet/unet_ddpm_faces.py",
+    "guide/config.json",
+    "guide/*.safetensors",
+    "guide/*.safetensors.index*.json",
+    "guide/unet_ddpm_faces.py",
     "scheduler/scheduler_config.json",
     "scheduler/scheduling_ddpm_faces.py",
     "training_config.yaml",
@@ -174,31 +178,42 @@ def export(
             pipeline.to(torch.accelerator.current_accelerator())
 
     # 1. Weights, configurations and code
-    unet = getattr(pipeline.unet, "_orig_mod", pipeline.unet)  # of torch.compile
-    state = unet.state_dict()
-    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if bad:
-        raise ValueError(f"Weights that are not finite are not published: {', '.join(bad[:5])} ({len(bad)} in all).")
-    unet = type(unet).from_config(_portable(unet.config))
+    networks, states = {}, {}
+    for name in NETWORKS:
+        network = getattr(
+            pipeline.components.get(name), "_orig_mod", pipeline.components.get(name)
+        )  # of torch.compile
+        if network is None:
+            continue
+        states[name] = network.state_dict()
+        bad = [k for k, v in states[name].items() if v.is_floating_point() and not v.isfinite().all()]
+        if bad:
+            raise ValueError(
+                f"Weights that are not finite are not published: {', '.join(bad[:5])} ({len(bad)} in all)."
+            )
+        networks[name] = type(network).from_config(_portable(network.config))
     scheduler = type(pipeline.scheduler).from_config(_portable(pipeline.scheduler.config))
-    full = DDPMFacesPipeline(unet, scheduler, pipeline.config.get("weights"))
+    settings = {name: pipeline.config[name] for name in ("weights", "guidance_scale") if name in pipeline.config}
+    full = DDPMFacesPipeline(**networks, scheduler=scheduler, **settings)
     _check_drawing(full)
     for variant in (None, *variants):
         dtype = VARIANTS.get(variant, torch.float32)
-        cast = {k: v.to("cpu", dtype) if v.is_floating_point() else v.cpu() for k, v in state.items()}
-        lost = [k for k, v in cast.items() if v.is_floating_point() and not v.isfinite().all()]
-        if lost:
-            raise ValueError(f"`variants`: {variant} cannot hold {', '.join(lost[:5])}; leave it out.")
-        torch.nn.Module.to(unet, dtype).load_state_dict(cast)
+        for name, network in networks.items():
+            cast = {k: v.to("cpu", dtype) if v.is_floating_point() else v.cpu() for k, v in states[name].items()}
+            lost = [k for k, v in cast.items() if v.is_floating_point() and not v.isfinite().all()]
+            if lost:
+                raise ValueError(f"`variants`: {variant} cannot hold {', '.join(lost[:5])}; leave it out.")
+            torch.nn.Module.to(network, dtype).load_state_dict(cast)
         full.save_pretrained(folder, variant=variant)
-    torch.nn.Module.to(unet, pipeline.device, torch.float32).load_state_dict(state)  # for the pictures
+    for name, network in networks.items():  # for the pictures
+        torch.nn.Module.to(network, pipeline.device, torch.float32).load_state_dict(states[name])
 
     # 2. What training left
     config, metrics, summary = {}, {}, {}
     if home is not None:
         metrics, summary = (_json_of(home / name, folder / name) for name in ("metrics.json", "training_summary.json"))
         config = _portable_config(home / "training_config.yaml", folder / "training_config.yaml", summary)
-        for name in ("samples.png", "loss_curve.png"):
+        for name in ("samples.png", "loss_curve.png") if full.guide is None else ("loss_curve.png",):
             if (home / name).is_file():
                 _copy_pixels(home / name, folder / name)
 
@@ -704,7 +719,7 @@ def _check_drawing(pipeline: DDPMFacesPipeline) -> None:
 
 def _draw_grid(pipeline: DDPMFacesPipeline, path: Path) -> str:
     scheduler = pipeline.scheduler
-    fast = DDPMFacesPipeline(pipeline.unet, fast_solver(scheduler))
+    fast = pipeline.with_scheduler(fast_solver(scheduler))
     steps = min(_GRID_STEPS, scheduler.config.num_train_timesteps)
     fast.set_progress_bar_config(desc="Drawing faces for the card", leave=False)
     images = fast(_GRID_FACES, steps, _seeds(_GRID_FACES), class_labels=_labels(fast, _GRID_FACES)).images
@@ -759,7 +774,6 @@ def _card_values(
     unet, scheduler = pipeline.unet.config, pipeline.scheduler.config
     size = unet.sample_size if isinstance(unet.sample_size, int) else tuple(unet.sample_size)
     height, width = (size, size) if isinstance(size, int) else size
-    parameters = sum(parameter.numel() for parameter in pipeline.unet.parameters())
     classes = unet.get("num_class_embeds")
     kind = {"ema": ", averaged weights (EMA)", "raw": ", the last weights"}.get(pipeline.config.get("weights"), "")
     source = config.get("dataset_name") or config.get("train_data_dir")
@@ -774,7 +788,8 @@ def _card_values(
         "batch size": config.get("train_batch_size"),
         "learning rate": config.get("learning_rate"),
         "held-out loss": summary.get("held_out_loss") and f"{summary['held_out_loss']:.4g}",
-        "network": f"{type(pipeline.unet).__name__}, {parameters / 1e6:.1f} M parameters{kind}",
+        "network": _network(pipeline.unet) + kind,
+        "guide": pipeline.guide and f"{_network(pipeline.guide)}, guidance scale {pipeline.config.guidance_scale:g}",
         "noise schedule": f"{scheduler.beta_schedule}, T = {scheduler.num_train_timesteps}",
         "predicts": scheduler.prediction_type,
         "made with": summary.get("versions"),
@@ -795,6 +810,10 @@ def _card_values(
         "metrics": [_metric_row(metric) for metric in entries],
         "memorisation": metrics.get("memorisation", {}).get("verdict", "Not measured. Assume that they can be."),
     }
+
+
+def _network(network: torch.nn.Module) -> str:
+    return f"{type(network).__name__}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters"
 
 
 def _metric_row(metric: dict[str, Any]) -> dict[str, str]:

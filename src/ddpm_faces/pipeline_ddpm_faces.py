@@ -7,6 +7,7 @@
 import importlib
 import inspect
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Sequence
@@ -43,9 +44,11 @@ CODE_FILES = {
 }
 # What diffusers' own components may be configured with at most, for they check nothing, and a configuration from a
 # stranger must not take memory. (Ours check themselves.)
-MAX_NUMBER = {"unet": 16_384, "scheduler": 1_000_000}
+MAX_NUMBER = {"unet": 16_384, "guide": 16_384, "scheduler": 1_000_000}
 MAX_LAYERS_PER_BLOCK, MAX_BLOCKS = 64, 12
-FORMAT_VERSION = 1  # of a saved folder; a later one says what an earlier version of this file cannot load
+NETWORKS = ("unet", "guide")
+# Of a saved folder: what an earlier version of this file cannot load, it refuses by this. 2 has a guide.
+FORMAT_VERSION = 2
 
 
 class DDPMFacesPipeline(DiffusionPipeline):
@@ -58,15 +61,73 @@ class DDPMFacesPipeline(DiffusionPipeline):
         weights (`str`, *optional*):
             Which weights of a training these are: `"ema"`, the averaged ones, or `"raw"`, the last. For the record, in
             `pipeline.config`.
+        guide ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`], *optional*):
+            A weaker network of the same pictures and the same noise, which shows by its mistakes which way is worse
+            (autoguidance, https://huggingface.co/papers/2406.02507). [`set_guide`] says more.
+        guidance_scale (`float`, defaults to 1.0): What `__call__` takes where it is told nothing else.
+
+    Raises:
+        ValueError: A guide of other pictures, or a `guidance_scale` that is negative, or not 1 without a guide.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "guide->unet"
     _callback_tensor_inputs = ["latents"]
+    _optional_components = ["guide"]
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, weights: str | None = None) -> None:
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        weights: str | None = None,
+        guide: ModelMixin | None = None,
+        guidance_scale: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(weights=weights)
+        self.register_modules(unet=unet, scheduler=scheduler, guide=guide)
+        self.register_to_config(weights=weights, guidance_scale=guidance_scale)
+        self.check_guide(guide, guidance_scale)
+
+    def set_guide(self, guide: "DDPMFacesPipeline | None", guidance_scale: float = 1.0) -> None:
+        """Take a weaker model as a guide, which is saved and published with this one; `None` sends it away.
+
+        Where the weaker network is wrong, the stronger one is often wrong in the same way, though less. Each step goes
+        on from the guide's prediction beyond that of this pipeline (autoguidance,
+        https://huggingface.co/papers/2406.02507, eq. 3):
+
+            guide + guidance_scale (unet - guide)
+
+        A good guide is a small network that was trained on the same pictures for a short time. A step then takes an
+        evaluation of either. `ddpm-faces evaluate MODEL DATA --guide GUIDE --guidance-scale 1.2` tells what it gains.
+
+        Args:
+            guide ([`DDPMFacesPipeline`], *optional*): Its network is taken, not copied.
+            guidance_scale (`float`, defaults to 1.0): 1 does without it; 1.2 is much.
+
+        Raises:
+            ValueError: A model of other pictures, another noise schedule or another kind of prediction, or a
+                `guidance_scale` that is negative, or not 1 where there is no guide.
+        """
+        if guide is not None:
+            if not isinstance(guide, DDPMFacesPipeline):
+                raise ValueError(f"`guide` must be a DDPMFacesPipeline or None, got {type(guide).__name__}.")
+            for name in ("num_train_timesteps", "prediction_type"):
+                ours, theirs = (pipeline.scheduler.config.get(name) for pipeline in (self, guide))
+                if ours != theirs:
+                    raise ValueError(
+                        f"`guide` must be trained as this model was, with a `{name}` of {ours!r}, got {theirs!r}."
+                    )
+            ours, theirs = (pipeline.scheduler.alphas_cumprod.cpu() for pipeline in (self, guide))
+            if not torch.allclose(ours, theirs, atol=1e-4):
+                raise ValueError("`guide` must be trained as this model was, with the same noise at each timestep.")
+        network = None if guide is None else guide.unet.to(self.unet.device)
+        self.check_guide(network, guidance_scale)
+        self.register_modules(guide=network)
+        self.register_to_config(guidance_scale=guidance_scale)
+
+    def with_scheduler(self, scheduler: SchedulerMixin) -> "DDPMFacesPipeline":
+        """The same networks, with another way through the timesteps."""
+        components = {**self.components, "scheduler": scheduler}
+        return type(self)(**components, weights=self.config.weights, guidance_scale=self.config.guidance_scale)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DDPMFacesPipeline":
@@ -149,13 +210,15 @@ class DDPMFacesPipeline(DiffusionPipeline):
     def to_json_string(self) -> str:
         """The text of `model_index.json`."""
         index = json.loads(super().to_json_string())
+        if self.guide is None:  # as before there were any: earlier versions load it
+            del index["guide"], index["guidance_scale"]
         for name, part in self.components.items():
             if type(part).__name__ in CODE_FILES:
                 index[name] = [CODE_FILES[type(part).__name__], type(part).__name__]
                 if name == "unet":
                     index["auto_map"] = {"AutoModel": ".".join(index[name])}  # diffusers looks for it here
         index["_class_name"] = [CODE_FILES["DDPMFacesPipeline"], "DDPMFacesPipeline"]
-        index["_format_version"] = FORMAT_VERSION
+        index["_format_version"] = 1 if self.guide is None else 2
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -210,6 +273,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         class_labels: Sequence[int] | torch.Tensor | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
         eta: float,
+        guidance_scale: float = 1.0,
     ) -> None:
         """Raise a `ValueError` that says what is wrong, before any work starts."""
         scheduler_name = type(self.scheduler).__name__
@@ -262,6 +326,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             )
         if not 0 <= eta <= 1:
             raise ValueError(f"`eta` must lie in [0, 1], got {eta}.")
+        self.check_guide(self.guide, guidance_scale)
         if not hasattr(self.scheduler, "betas"):
             raise ValueError(
                 f"`scheduler` {scheduler_name} is not defined by betas: it steps along noise levels of its own and "
@@ -273,15 +338,29 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 "terminal SNR) make zero: use DDPMFacesScheduler, DDIMScheduler or UniPCMultistepScheduler."
             )
 
+    def check_guide(self, guide: ModelMixin | None, guidance_scale: float) -> None:
+        """Raise a `ValueError` that says why this network cannot guide this pipeline so."""
+        is_number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
+        if not is_number or not 0 <= guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` must be a number of at least 0, got {guidance_scale!r}.")
+        if guide is None:
+            if guidance_scale != 1:
+                raise ValueError(f"`guidance_scale` must be 1 for a model without a guide, got {guidance_scale}.")
+            return
+        ours, theirs = self._image_shape, _image_shape(guide)
+        if ours != theirs:
+            raise ValueError(f"`guide` must be of pictures of the shape {ours}, as this model, got {theirs}.")
+        classes, known = (network.config.get("num_class_embeds") for network in (guide, self.unet))
+        if classes not in (None, known):
+            raise ValueError(f"`guide` must have no classes or as many as this model, {known}, got {classes}.")
+
     def _scheduler_is_of(self, names: Collection[str]) -> bool:
         return any(cls.__name__ in names for cls in type(self.scheduler).__mro__)
 
     @property
     def _image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)"""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
+        return _image_shape(self.unet)
 
     def prepare_latents(
         self,
@@ -313,6 +392,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         class_labels: Sequence[int] | torch.Tensor | None = None,
         eta: float = 0.0,
+        guidance_scale: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate faces.
 
@@ -333,6 +413,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): The tensors it is given.
             class_labels (`list[int]` or `torch.Tensor`, *optional*): Class of each picture, for a model with classes.
             eta (`float`, defaults to 0.0): Noise of DDIM, 0 to 1; other schedulers have no such parameter.
+            guidance_scale (`float`, *optional*):
+                How far to go from the guide's prediction towards that of the network, and beyond: at least 0; 1 does
+                without the guide. By default that of the pipeline.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, as `output_type` says.
@@ -343,6 +426,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
         # 0. Check
         if num_inference_steps is None:
             num_inference_steps = self.scheduler.config.num_train_timesteps
+        if guidance_scale is None:
+            guidance_scale = self.config.guidance_scale
         self.check_inputs(
             batch_size,
             num_inference_steps,
@@ -352,6 +437,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             class_labels,
             callback_on_step_end_tensor_inputs,
             eta,
+            guidance_scale,
         )
 
         # 1. Timesteps first: some schedulers know their initial scale only then
@@ -359,9 +445,11 @@ class DDPMFacesPipeline(DiffusionPipeline):
         step_kwargs = {"generator": generator, "eta": eta}
         step_parameters = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_parameters}
-        model_kwargs = {}
+        model_kwargs, guide_kwargs = {}, {}
         if class_labels is not None:
             model_kwargs["class_labels"] = torch.as_tensor(class_labels, device=self._execution_device)
+            if guidance_scale != 1 and self.guide.config.get("num_class_embeds") is not None:
+                guide_kwargs = model_kwargs
 
         takes_variance = self._scheduler_is_of(VARIANCE_SCHEDULERS)
 
@@ -375,6 +463,11 @@ class DDPMFacesPipeline(DiffusionPipeline):
             model_output = self.unet(model_input, t, **model_kwargs).sample.float()
             if not takes_variance:
                 model_output = model_output[:, : latents.shape[1]]
+            if guidance_scale != 1:
+                worse = self.guide(model_input.to(self.guide.dtype), t, **guide_kwargs).sample.float()
+                prediction, variance = model_output.tensor_split([latents.shape[1]], dim=1)
+                prediction = worse[:, : latents.shape[1]].lerp(prediction, guidance_scale)
+                model_output = torch.cat([prediction, variance], dim=1)
 
             # 3.2 x_t -> x_t-1
             latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
@@ -401,6 +494,13 @@ class DDPMFacesPipeline(DiffusionPipeline):
             return images
         images = images.cpu().permute(0, 2, 3, 1).float().numpy()
         return images if output_type == "np" else DiffusionPipeline.numpy_to_pil(images)
+
+
+def _image_shape(network: ModelMixin) -> tuple[int, int, int]:
+    """(channels, height, width)"""
+    size = network.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return network.config.in_channels, height, width
 
 
 def _is_installed() -> bool:
@@ -431,7 +531,7 @@ def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
             f"{json_file} is of another kind of pipeline: it has {', '.join(unknown) or f'no {missing[0]}'}; a "
             f"DDPMFacesPipeline has {', '.join(sorted(allowed - {'auto_map'}))}."
         )
-    for name in ("unet", "scheduler"):
+    for name in [name for name in (*NETWORKS, "scheduler") if name in index]:
         if not _is_component(name, index[name]):
             raise ValueError(
                 f"{json_file}: `{name}` must name a library and a class, one of this package, diffusers' UNet2DModel, "
@@ -439,6 +539,8 @@ def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
             )
     if not isinstance(index.get("weights"), str | None):
         raise ValueError(f"{json_file}: `weights` must be 'ema', 'raw' or nothing, got {index['weights']!r}.")
+    if not isinstance(index.get("guidance_scale", 1.0), int | float):
+        raise ValueError(f"{json_file}: `guidance_scale` must be a number, got {index['guidance_scale']!r}.")
 
 
 def _is_component(name: str, value: Any) -> bool:
@@ -448,20 +550,20 @@ def _is_component(name: str, value: Any) -> bool:
     library, class_name = value
     if (library, class_name) == (None, None):  # saved without; to be passed in
         return True
-    ours, theirs = ("DDPMFacesUNet", "UNet2DModel") if name == "unet" else ("DDPMFacesScheduler", None)
+    ours, theirs = ("DDPMFacesUNet", "UNet2DModel") if name in NETWORKS else ("DDPMFacesScheduler", None)
     if class_name == ours:
         return library in ("diffusers", CODE_FILES[ours], f"ddpm_faces.{CODE_FILES[ours]}")
     if library != "diffusers" or class_name is None:
         return False
     found = getattr(diffusers, class_name, None)
     is_scheduler = isinstance(found, type) and issubclass(found, SchedulerMixin)
-    return class_name == theirs if name == "unet" else is_scheduler
+    return class_name == theirs if name in NETWORKS else is_scheduler
 
 
 def _check_components(index: dict[str, Any], folder: Path) -> None:
     """Refuse configurations of diffusers' components that would take memory; ours check themselves."""
-    for name, file in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
-        path = folder / name / file
+    for name in [name for name in (*NETWORKS, "scheduler") if name in index]:
+        path = folder / name / ("config.json" if name in NETWORKS else "scheduler_config.json")
         if index[name][1] in (None, *CODE_FILES) or not path.is_file():
             continue
         try:
@@ -473,7 +575,7 @@ def _check_components(index: dict[str, Any], folder: Path) -> None:
         for key, value in config.items():
             values = value if isinstance(value, list) else [value]
             limit = MAX_LAYERS_PER_BLOCK if key == "layers_per_block" else MAX_NUMBER[name]
-            if len(values) > (MAX_BLOCKS if name == "unet" else limit):
+            if len(values) > (MAX_BLOCKS if name in NETWORKS else limit):
                 raise ValueError(f"{path}: `{key}` has {len(values)} entries, which is more than is loaded.")
             if any(isinstance(number, int | float) and not abs(number) <= limit for number in values):
                 raise ValueError(f"{path}: `{key}` must be at most {limit}, got {value!r}.")

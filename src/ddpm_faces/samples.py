@@ -23,6 +23,8 @@ def open_samples(
     seed: int = 0,
     device: str | torch.device = "cpu",
     sigma_min: float | None = None,
+    guide: str | os.PathLike | DDPMFacesPipeline | None = None,
+    guidance_scale: float | None = None,
 ) -> "Generated | PictureFiles":
     """Open faces to look at; none is generated or read yet.
 
@@ -34,6 +36,9 @@ def open_samples(
         seed (`int`, defaults to 0): Of the first face.
         device (`str` or `torch.device`, defaults to `"cpu"`): Of a pipeline that is loaded.
         sigma_min (`float`, *optional*): For `"dpm-solver++"`, as that of [`fast_solver`].
+        guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*):
+            A weaker model to be guided by, as that of [`DDPMFacesPipeline.set_guide`]; by default the pipeline's own.
+        guidance_scale (`float`, *optional*): By default that of the pipeline; needed with `guide`.
 
     Returns:
         What has `batches` (from indices to `torch.uint8` of shape `(batch, 3, height, width)`), `image_size` (height
@@ -52,12 +57,24 @@ def open_samples(
             raise ValueError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
     if sigma_min is not None and sampler == "ddpm":
         raise ValueError(f"`sigma_min` is for the sampler 'dpm-solver++', not 'ddpm', got {sigma_min}.")
+    if guide is not None and guidance_scale is None:
+        raise ValueError("`guidance_scale` must be given with `guide`: 1.2, say.")
     if not isinstance(source, DDPMFacesPipeline):
         path = Path(source).expanduser()
         if path.is_dir() and not (path / "model_index.json").exists():
+            if guidance_scale is not None:
+                raise ValueError(f"`guidance_scale` is for a pipeline, and {str(source)!r} is a folder of pictures.")
             return PictureFiles(path)
         source = DDPMFacesPipeline.from_pretrained(source).to(device)
-    return Generated(source, sampler, num_inference_steps, seed, sigma_min)
+    name = None
+    if guide is not None:
+        if not isinstance(guide, DDPMFacesPipeline):
+            folder = Path(guide).expanduser()
+            name = folder.resolve().name if folder.is_dir() else str(guide)
+            guide = DDPMFacesPipeline.from_pretrained(guide)
+        source = source.with_scheduler(source.scheduler)  # which is the caller's, and stays as it is
+        source.set_guide(guide, guidance_scale)
+    return Generated(source, sampler, num_inference_steps, seed, sigma_min, guidance_scale, name)
 
 
 class Generated:
@@ -70,6 +87,8 @@ class Generated:
         num_inference_steps: int | None,
         seed: int,
         sigma_min: float | None = None,
+        guidance_scale: float | None = None,
+        guide_name: str | None = None,
     ) -> None:
         unet = pipeline.unet.config
         if unet.in_channels not in (1, 3):  # out of the network may come a variance as well
@@ -82,7 +101,11 @@ class Generated:
                 f"that the network learned, got {self.steps}."
             )
         if sampler == "dpm-solver++":
-            pipeline = DDPMFacesPipeline(pipeline.unet, fast_solver(pipeline.scheduler, sigma_min))
+            pipeline = pipeline.with_scheduler(fast_solver(pipeline.scheduler, sigma_min))
+        if guidance_scale is None:
+            guidance_scale = pipeline.config.guidance_scale
+        pipeline.check_guide(pipeline.guide, guidance_scale)
+        self.guidance_scale, self.guide_name = guidance_scale, guide_name
         pipeline.set_progress_bar_config(disable=True)
         size = unet.sample_size
         self.pipeline, self.sampler, self.seed = pipeline, sampler, seed
@@ -96,7 +119,10 @@ class Generated:
         classes = self.pipeline.unet.config.get("num_class_embeds")
         labels = None if classes is None else [index % classes for index in indices]
         images = self.pipeline(
-            len(indices), self.steps, generators, output_type="pt", class_labels=labels
+            *(len(indices), self.steps, generators),
+            output_type="pt",
+            class_labels=labels,
+            guidance_scale=self.guidance_scale,
         ).images  # in [0, 1]
         return (images.float() * 255).round().to("cpu", torch.uint8).expand(-1, 3, -1, -1)
 
@@ -105,6 +131,9 @@ class Generated:
         provenance = {"sampler": self.sampler, "steps": self.steps, "seeds": seeds}
         if self.sampler == "dpm-solver++":
             provenance["sigma_min"] = self.pipeline.scheduler.sigma_min
+        if self.guidance_scale != 1:
+            provenance["guidance_scale"] = self.guidance_scale
+            provenance |= {"guide": self.guide_name} if self.guide_name else {}
         return provenance
 
 
