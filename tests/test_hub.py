@@ -214,12 +214,15 @@ result = pipeline.push_to_hub("owner/again", commit_message="Once more", private
     assert client.run('pipeline = DDPMFacesPipeline.from_pretrained("owner/again")', OWNER_TOKEN).error is None
 
 
-def test_pictures_are_those_of_the_model(tmp_path):
+@pytest.mark.parametrize("is_guided", [False, True])
+def test_pictures_are_those_of_the_model(tmp_path, is_guided):
     """Of its weights in float32, which a user draws again from the seeds that the card names."""
     torch.manual_seed(1)
     pipeline = DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=20))
     with torch.no_grad():
         pipeline.unet.conv_out.weight.mul_(300)  # such that half precision shows
+    if is_guided:
+        pipeline.set_guide(DDPMFacesPipeline(tiny_unet(), pipeline.scheduler), guidance_scale=1.5)
     hub.export(pipeline, tmp_path, "owner/faces")
     published = Image.open(tmp_path / "samples.png")
     pipeline.scheduler = fast_solver(pipeline.scheduler)
@@ -950,7 +953,11 @@ def strange(server, client, exported):
         server.repos.pop(("models", "owner/strange"), None)
         server.put("models", "owner/strange", files)
         before = "import resource\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\ntry:\n    "
-        after = "\nfinally:\n    print('grown by', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, 'KB')"
+        after = (
+            "\nfinally:\n"
+            "    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before\n"
+            "    print('grown by', grown, 'KB', flush=True)"
+        )
         return client.run(before + code + after, repo_id="owner/strange")
 
     return strange
