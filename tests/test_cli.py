@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_unet
 from datasets import Dataset
 from hub_server import OWNER_TOKEN, READER_TOKEN
 from PIL import Image
 from test_convert import ArticleUNet
 
-from ddpm_faces import DDPMFacesPipeline, DrawnFaces
+from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DrawnFaces
 from ddpm_faces.evaluation import read_metrics
 
 
@@ -53,7 +54,16 @@ def test_installed_command():
     environment = {**os.environ, "COLUMNS": "200"}
     result = subprocess.run([executable, "--help"], capture_output=True, text=True, env=environment)
     assert result.returncode == 0
-    for name in ("audit", "evaluate", "push", "verify", "prepare", "convert", "accelerate launch training/train.py"):
+    for name in (
+        "audit",
+        "evaluate",
+        "guide",
+        "push",
+        "verify",
+        "prepare",
+        "convert",
+        "accelerate launch training/train.py",
+    ):
         assert name in result.stdout
     result = subprocess.run([executable, "convert", "none.pt", "out"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
@@ -128,6 +138,39 @@ def test_convert(command, tmp_path):
     x, t = torch.randn(1, 3, 32, 32), torch.tensor([100])
     with torch.no_grad():
         torch.testing.assert_close(pipeline.unet(x, t).sample, network(x, t), atol=1e-5, rtol=1e-4)
+
+
+def test_guide(command, model, tmp_path):
+    """Which lies beside the weights, and leaves them alone."""
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    index, before = (model / "model_index.json").read_text(), weights.stat().st_mtime_ns
+    torch.manual_seed(1)
+    weaker = DDPMFacesPipeline(tiny_unet(block_out_channels=(4, 8)), DDPMFacesScheduler(num_train_timesteps=20))
+    weaker.save_pretrained(tmp_path / "weaker")
+    for scale in (1.5, 1.25):  # the second takes the place of the first
+        code, text = command("guide", model, tmp_path / "weaker", "--guidance-scale", scale)
+        assert code == 0, text
+        pipeline = DDPMFacesPipeline.from_pretrained(model)
+        assert pipeline.config.guidance_scale == scale
+        expected = weaker.unet.state_dict()
+        assert all(torch.equal(weight, expected[name]) for name, weight in pipeline.guide.state_dict().items())
+    assert str(tmp_path) not in (model / "model_index.json").read_text()
+    assert weights.stat().st_mtime_ns == before
+    for arguments, says in (
+        ((model, tmp_path / "weaker"), "`guidance_scale` must be given with a guide: 1.2, say."),
+        ((model, tmp_path / "weaker", "--guidance-scale", -1), "`guidance_scale` must be a number of at least 0"),
+        ((model, tmp_path / "none", "--guidance-scale", 1.5), "none"),
+        ((model, "--guidance-scale", 1.5), "`guidance_scale` must be 1 for a model without a guide, got 1.5."),
+        ((tmp_path, model, "--guidance-scale", 1.5), "must be a folder that holds a pipeline"),
+    ):
+        code, text = command("guide", *arguments)
+        assert (code, says in text, len(text.splitlines()) <= 3) == (1, True, True), text
+    assert DDPMFacesPipeline.from_pretrained(model).config.guidance_scale == 1.25
+    code, text = command("guide", model)
+    assert code == 0, text
+    assert (model / "model_index.json").read_text() == index
+    assert not (model / "guide").exists()
+    assert not [path for folder in (model, model.parent) for path in folder.glob(".unfinished*")]
 
 
 def test_mistakes_are_told_in_one_line(server, command, model, tmp_path):

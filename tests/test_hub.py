@@ -259,6 +259,7 @@ def test_guide_is_published_too(server, client, bare_client, published, folder, 
     assert load(files[weights[1]])["conv_in.weight"].dtype == torch.bfloat16
     card = files["README.md"].decode()
     assert "| guide | DDPMFacesUNet, 0.0 M parameters, guidance scale 1.5 |" in card
+    assert "steps 20, guidance scale 1 |" in card  # of a figure that was measured before
     assert "the seeds 0, 1, 2 and so on, 20 steps of DPM-Solver++" in card  # those of the training had no guide
     expected = pipeline(2, generator=torch.Generator().manual_seed(0), output_type="pt").images.double()
     for code, by in (

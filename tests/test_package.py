@@ -76,7 +76,8 @@ def test_source_never_imports_training(path):
         ("convert", {"pipeline_ddpm_faces", "scheduling_ddpm_faces", "unet_ddpm_faces"}),
         ("hub", {"card", "pipeline_ddpm_faces", "plots", "solvers"}),
         ("prepare", {"card", "data", "files", "hub"}),
-        ("cli", {"audit", "convert", "evaluation", "extractors", "files", "hub", "prepare"}),
+        ("guidance", {"files", "pipeline_ddpm_faces"}),
+        ("cli", {"audit", "convert", "evaluation", "extractors", "files", "guidance", "hub", "prepare"}),
     ],
 )
 def test_data_flows_one_way(module, may_import):

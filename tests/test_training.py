@@ -22,6 +22,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
+from diffusers import DiffusionPipeline
 from forked import run_script
 from hub_server import OWNER_TOKEN, READER_TOKEN, HubServer
 from PIL import Image
@@ -179,6 +180,8 @@ def test_what_a_run_leaves(finished):
     assert pipeline(2).images[0].size == (16, 16)
     assert pipeline.scheduler.config.num_train_timesteps == 20
     assert pipeline.config.weights == "ema"
+    alone = DiffusionPipeline.from_pretrained(finished, trust_remote_code=True)  # by the code in the folder
+    assert alone(2).images[0].size == (16, 16)
 
     log = read_log(finished)
     assert [entry["images_seen"] for entry in log] == list(range(16, 97, 16))

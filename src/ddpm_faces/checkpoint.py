@@ -143,9 +143,11 @@ def save_pipeline(pipeline, output_dir: str | os.PathLike) -> None:
         index = Path(output_dir, "model_index.json")
         index.unlink(missing_ok=True)
         for part in list(unfinished.iterdir()):
+            sync(part)
             if part.is_dir():
                 commit(Path(output_dir, part.name), part)
-        sync(unfinished / index.name)
+            elif part.name != index.name:
+                part.replace(Path(output_dir, part.name))
         (unfinished / index.name).replace(index)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

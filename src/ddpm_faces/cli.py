@@ -9,7 +9,8 @@ import typer
 
 
 app = typer.Typer(
-    help="DDPM for faces: evaluate, audit, publish, prepare, convert. To train: accelerate launch training/train.py.",
+    help="DDPM for faces: evaluate, audit, guide, publish, prepare, convert. To train: "
+    "accelerate launch training/train.py.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -231,6 +232,23 @@ def audit(
     typer.echo(f"The closest pairs, which show training pictures: {output / 'audit.png'}")
     if report.found_copies:
         raise typer.Exit(3)
+
+
+@app.command()
+def guide(
+    folder: Annotated[Path, typer.Argument(help="A pipeline.", exists=True, file_okay=False)],
+    weaker: Annotated[
+        str | None, typer.Argument(metavar="[GUIDE]", help="A weaker one, folder or USER/NAME; none: take it away.")
+    ] = None,
+    guidance_scale: GuidanceScale = None,
+) -> None:
+    """Give a pipeline a guide (autoguidance), with which it is loaded and published from now on."""
+    from .guidance import save_guide
+
+    if weaker is not None and guidance_scale is None:
+        raise ValueError("`guidance_scale` must be given with a guide: 1.2, say.")
+    save_guide(folder, weaker, 1.0 if guidance_scale is None else guidance_scale)
+    typer.echo(f"The guide of {folder} is {weaker or 'away'}. Figures that were measured before are of how it was.")
 
 
 @app.command()

@@ -795,6 +795,8 @@ def _card_values(
         "made with": summary.get("versions"),
     }
     entries = metrics.get("metrics", [])
+    if pipeline.guide is not None:  # whether a figure was measured with it
+        entries = [{**entry, "guidance_scale": entry.get("guidance_scale", 1)} for entry in entries]
     betas = "" if scheduler.beta_schedule != "sigmoid" else ", trained_betas=pipeline.scheduler.betas.tolist()"
     return {
         "title": repo_id.split("/")[-1],

@@ -1,0 +1,46 @@
+"""Giving a pipeline in a folder the guide that it is saved, loaded and published with."""
+
+import json
+import os
+from pathlib import Path
+
+from .files import commit, delete, replacing, unfinished_path
+from .pipeline_ddpm_faces import DDPMFacesPipeline
+
+
+def save_guide(
+    folder: str | os.PathLike, guide: str | os.PathLike | DDPMFacesPipeline | None, guidance_scale: float = 1.0
+) -> None:
+    """Write a guide into the folder of a pipeline, in place of the one that is there, or take that away.
+
+    Its own weights are not touched. An interruption leaves the old guide, the new one, or a folder that says that it
+    lacks one.
+
+    Args:
+        folder (`str` or `os.PathLike`): What training, `save_pretrained` or a download left.
+        guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*):
+            A weaker model, its folder or its name on the Hub; `None` takes the guide away.
+        guidance_scale (`float`, defaults to 1.0): As that of [`DDPMFacesPipeline.set_guide`].
+
+    Raises:
+        ValueError: A folder without a pipeline, or what [`DDPMFacesPipeline.set_guide`] refuses.
+        OSError: A guide that cannot be loaded.
+    """
+    folder = Path(folder)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"`folder` must be a folder that holds a pipeline: {str(folder)!r} has no model_index.json.")
+    pipeline = DDPMFacesPipeline.from_pretrained(folder)
+    if guide is not None and not isinstance(guide, DDPMFacesPipeline):
+        guide = DDPMFacesPipeline.from_pretrained(guide)
+    pipeline.set_guide(guide, guidance_scale)
+    values = json.loads(pipeline.to_json_string())
+    values.pop("_name_or_path", None)
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    if guide is not None:
+        pipeline.guide.save_pretrained(unfinished_path(folder / "guide"))
+        commit(folder / "guide")
+    with replacing(index) as path:
+        path.write_text(text, "utf-8")
+    if guide is None and (folder / "guide").is_dir():
+        delete(folder / "guide")
