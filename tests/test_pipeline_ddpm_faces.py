@@ -12,6 +12,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
@@ -380,6 +381,12 @@ def test_what_cannot_guide(pipeline, guide, scale, message):
     with pytest.raises(ValueError, match=message):
         pipeline.set_guide(guide(), scale)
     assert (pipeline.guide, pipeline.config.guidance_scale) == (kept.unet, 1.25)
+
+
+def test_schedulers_without_betas_know_no_noise_to_compare():
+    pipelines = [a_guide().with_scheduler(FlowMatchEulerDiscreteScheduler(20)) for _ in range(2)]
+    with pytest.raises(ValueError, match="with the same noise at each timestep"):
+        pipelines[0].set_guide(pipelines[1], 1.5)
 
 
 # Bad input

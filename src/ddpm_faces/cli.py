@@ -29,7 +29,7 @@ Guide = Annotated[
     typer.Option(help="A weaker pipeline, folder or USER/NAME, to be guided by (default: its own, if any)."),
 ]
 GuidanceScale = Annotated[
-    float | None, typer.Option(help="1: no guidance; 1.2 is much (default: as the pipeline says).")
+    float | None, typer.Option(help="1: no guidance; 1.2 to 1.5 is much (default: as the pipeline says).")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit (default: the main branch).")]
 

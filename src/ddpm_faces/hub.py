@@ -180,11 +180,10 @@ def export(
     # 1. Weights, configurations and code
     networks, states = {}, {}
     for name in NETWORKS:
-        network = getattr(
-            pipeline.components.get(name), "_orig_mod", pipeline.components.get(name)
-        )  # of torch.compile
+        network = pipeline.components.get(name)
         if network is None:
             continue
+        network = getattr(network, "_orig_mod", network)  # of torch.compile
         states[name] = network.state_dict()
         bad = [k for k, v in states[name].items() if v.is_floating_point() and not v.isfinite().all()]
         if bad:

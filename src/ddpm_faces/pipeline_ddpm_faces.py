@@ -97,11 +97,11 @@ class DDPMFacesPipeline(DiffusionPipeline):
             guide + guidance_scale (unet - guide)
 
         A good guide is a small network that was trained on the same pictures for a short time. A step then takes an
-        evaluation of either. `ddpm-faces evaluate MODEL DATA --guide GUIDE --guidance-scale 1.2` tells what it gains.
+        evaluation of each. `ddpm-faces evaluate MODEL DATA --guide GUIDE --guidance-scale 1.2` tells what it gains.
 
         Args:
             guide ([`DDPMFacesPipeline`], *optional*): Its network is taken, not copied.
-            guidance_scale (`float`, defaults to 1.0): 1 does without it; 1.2 is much.
+            guidance_scale (`float`, defaults to 1.0): 1 does without it; 1.2 to 1.5 is much.
 
         Raises:
             ValueError: A model of other pictures, another noise schedule or another kind of prediction, or a
@@ -116,8 +116,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
                     raise ValueError(
                         f"`guide` must be trained as this model was, with a `{name}` of {ours!r}, got {theirs!r}."
                     )
-            ours, theirs = (pipeline.scheduler.alphas_cumprod.cpu() for pipeline in (self, guide))
-            if not torch.allclose(ours, theirs, atol=1e-4):
+            ours, theirs = (getattr(pipeline.scheduler, "alphas_cumprod", None) for pipeline in (self, guide))
+            if ours is None or theirs is None or not torch.allclose(ours.cpu(), theirs.cpu(), atol=1e-4):
                 raise ValueError("`guide` must be trained as this model was, with the same noise at each timestep.")
         network = None if guide is None else guide.unet.to(self.unet.device)
         self.check_guide(network, guidance_scale)

@@ -1,0 +1,43 @@
+import pytest
+import torch
+from conftest import tiny_unet
+
+from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, guidance
+from ddpm_faces.guidance import save_guide
+
+
+def a_guide(seed: int) -> DDPMFacesPipeline:
+    torch.manual_seed(seed)
+    return DDPMFacesPipeline(tiny_unet(block_out_channels=(4, 8)), DDPMFacesScheduler(num_train_timesteps=20))
+
+
+def guide_of(folder) -> tuple[torch.Tensor | None, float]:
+    pipeline = DDPMFacesPipeline.from_pretrained(folder)
+    return pipeline.guide and pipeline.guide.conv_in.weight, pipeline.config.guidance_scale
+
+
+@pytest.mark.parametrize("step", ["commit", "replacing", "delete"])
+def test_interrupted_in_the_middle(pipeline, tmp_path, monkeypatch, step):
+    """What is there loads, and nothing is mixed that was not asked for; the next try ends it."""
+    pipeline.save_pretrained(tmp_path)
+    first, second = a_guide(1), a_guide(2)
+    wanted = None if step == "delete" else second
+    if step == "delete":
+        save_guide(tmp_path, first, 1.5)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(guidance, step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_guide(tmp_path, wanted, 1.0 if wanted is None else 1.25)
+    assert guide_of(tmp_path) == (None, 1)
+
+    monkeypatch.undo()
+    save_guide(tmp_path, second, 1.25)
+    weight, scale = guide_of(tmp_path)
+    assert (torch.equal(weight, second.unet.conv_in.weight), scale) == (True, 1.25)
+    save_guide(tmp_path, first, 1.5)
+    weight, scale = guide_of(tmp_path)
+    assert (torch.equal(weight, first.unet.conv_in.weight), scale) == (True, 1.5)
+    assert not list(tmp_path.glob(".unfinished*"))
