@@ -24,6 +24,12 @@ def test_it_makes_faces_in_ten_steps():
     assert faces.float().std(dim=(1, 2, 3)).min() > 30  # and no grey ones
 
 
+def test_its_guide_is_as_its_figures_say():
+    pipeline = DDPMFacesPipeline.from_pretrained(MODEL)
+    assert pipeline.config.guidance_scale == 1.2
+    assert pipeline.guide.num_parameters() < pipeline.unet.num_parameters() / 10
+
+
 def test_it_is_small_and_says_what_it_is():
     assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) < 40e6
     card = (MODEL / "README.md").read_text()
@@ -31,7 +37,7 @@ def test_it_is_small_and_says_what_it_is():
     assert head["license"] == "cc-by-nc-sa-4.0"
     assert "Not measured" not in card
     for metric in read_metrics(MODEL / "metrics.json")["metrics"]:
-        assert (metric["n"], metric["steps"]) == (400, 300)
+        assert (metric["n"], metric["steps"], metric["guidance_scale"]) == (400, 300, 1.2)
         assert metric["real_faces"] is not None
     assert value("face_rate") >= 0.95
 
