@@ -249,6 +249,9 @@ def test_guide_is_published_too(server, client, bare_client, published, folder, 
     pipeline.set_guide(guide, guidance_scale=1.5)
     home = shutil.copytree(folder, tmp_path / "home")
     pipeline.save_pretrained(home)  # into the folder of the training, which has more to tell
+    metrics = json.loads((home / "metrics.json").read_text())
+    metrics["metrics"].append({**metrics["metrics"][0], "steps": 19, "guidance_scale": 1.5})
+    (home / "metrics.json").write_text(json.dumps(metrics))
     outcome = client.run("result = hub.push(folder, 'owner/guided')", OWNER_TOKEN, folder=str(home))
     assert outcome.error is None, outcome.output
     files = server.repos["models", "owner/guided"].files
@@ -260,6 +263,7 @@ def test_guide_is_published_too(server, client, bare_client, published, folder, 
     card = files["README.md"].decode()
     assert "| guide | DDPMFacesUNet, 0.0 M parameters, guidance scale 1.5 |" in card
     assert "steps 20, guidance scale 1 |" in card  # of a figure that was measured before
+    assert "steps 19, guidance scale 1.5 |" in card
     assert "the seeds 0, 1, 2 and so on, 20 steps of DPM-Solver++" in card  # those of the training had no guide
     expected = pipeline(2, generator=torch.Generator().manual_seed(0), output_type="pt").images.double()
     for code, by in (
