@@ -32,6 +32,7 @@ def test_interrupted_in_the_middle(pipeline, tmp_path, monkeypatch, step):
     with pytest.raises(KeyboardInterrupt):
         save_guide(tmp_path, wanted, 1.0 if wanted is None else 1.25)
     assert guide_of(tmp_path) == (None, 1)
+    assert step == "delete" or not list(tmp_path.glob(".unfinished*"))
 
     monkeypatch.undo()
     save_guide(tmp_path, second, 1.25)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from .files import commit, delete, replacing, unfinished_path
@@ -38,8 +39,13 @@ def save_guide(
     values.pop("_name_or_path", None)
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     if guide is not None:
-        pipeline.guide.save_pretrained(unfinished_path(folder / "guide"))
-        commit(folder / "guide")
+        unfinished = unfinished_path(folder / "guide")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            pipeline.guide.save_pretrained(unfinished)
+            commit(folder / "guide")
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     with replacing(index) as path:
         path.write_text(text, "utf-8")
     if guide is None and (folder / "guide").is_dir():

@@ -119,9 +119,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
             ours, theirs = (getattr(pipeline.scheduler, "alphas_cumprod", None) for pipeline in (self, guide))
             if ours is None or theirs is None or not torch.allclose(ours.cpu(), theirs.cpu(), atol=1e-4):
                 raise ValueError("`guide` must be trained as this model was, with the same noise at each timestep.")
-        network = None if guide is None else guide.unet.to(self.unet.device)
+        network = None if guide is None else guide.unet
         self.check_guide(network, guidance_scale)
-        self.register_modules(guide=network)
+        self.register_modules(guide=network and network.to(self.unet.device))
         self.register_to_config(guidance_scale=guidance_scale)
 
     def with_scheduler(self, scheduler: SchedulerMixin) -> "DDPMFacesPipeline":
