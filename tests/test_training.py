@@ -256,6 +256,44 @@ def test_validation_and_samples_leave_training_alone(finished, tmp_path):
     assert np.abs(np.asarray(averaged, dtype=int) - np.asarray(expected)).max() <= 1
 
 
+# A guide
+
+
+def test_early_average_guides_what_comes_out(finished, tmp_path):
+    """Kept over an interruption, drawn with, saved; and nothing that is learned is changed by it."""
+    run = tmp_path / "run"
+    settings = {"guidance_scale": 1.5, "guide_images": 30, "checkpoints_total_limit": 9}
+    fail(run, 1, {"in_step": {"at": 72}}, **settings)
+    succeed(run, **settings)
+    assert_equal_weights(weights(run), weights(finished))
+
+    pipeline = DDPMFacesPipeline.from_pretrained(run)
+    assert pipeline.config.guidance_scale == 1.5
+    assert_equal_weights(pipeline.guide.state_dict(), load_file(run / "checkpoint-0000000032" / "ema.safetensors"))
+    expected = image_grid(pipeline(1, generator=torch.Generator().manual_seed(0)).images, scale=8)
+    drawn = Image.open(run / "samples.png").crop((0, 0, *expected.size))
+    assert np.abs(np.asarray(drawn, dtype=int) - np.asarray(expected)).max() <= 1
+    for name, is_guided in {"0000000048.png": True, "0000000096.png": True}.items():
+        unguided = finished / "samples" / name
+        assert ((run / "samples" / name).read_bytes() != unguided.read_bytes()) == is_guided
+    assert json.loads((run / "training_summary.json").read_text())["guide_images_seen"] == 32
+
+
+def test_guide_without_averages_and_of_a_run_that_no_longer_wants_one(tmp_path):
+    run = tmp_path / "run"
+    fail(run, 1, {"in_step": {"at": 72}}, guidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
+    output = succeed(run, guidance_scale=1, use_ema="false", checkpoints_total_limit=9)
+    assert "`guidance_scale` was 1.5 and is 1.0: nothing that is learned changes" in output
+    assert DDPMFacesPipeline.from_pretrained(run).guide is None
+    # The last checkpoint has none, so none comes back; the one after 64 images has that of a quarter of the run.
+    output = succeed(run, guidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
+    assert "Note: the pipeline has no guide: none was kept after 24 images" in output
+    shutil.rmtree(run / "checkpoint-0000000096")
+    succeed(run, guidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
+    guide = DDPMFacesPipeline.from_pretrained(run).guide.state_dict()
+    assert_equal_weights(guide, load_file(run / "checkpoint-0000000064" / "guide.safetensors"))
+
+
 # Exact resume
 
 
@@ -472,12 +510,15 @@ def test_layout_changes_rounding_only(tmp_path, reference, num_processes, device
 def test_sharded_over_processes(tmp_path, reference):
     """FSDP: parameters, gradients, moments and averages in shares; saved, resumed, and whole in the pipeline."""
     run = tmp_path / "run"
-    fail(run, 2, {"fsdp": True, "in_step": {"at": 72}}, launch_config="fsdp.yaml", **INVARIANT)
+    settings = {**INVARIANT, "guidance_scale": 1.5}
+    fail(run, 2, {"fsdp": True, "in_step": {"at": 72}}, launch_config="fsdp.yaml", **settings)
     assert not (list_checkpoints(run)[-1] / "model.safetensors").exists()
-    assert "after 64 images" in succeed(run, 2, {"fsdp": True}, launch_config="fsdp.yaml", **INVARIANT)
+    assert "after 64 images" in succeed(run, 2, {"fsdp": True}, launch_config="fsdp.yaml", **settings)
     assert_close_weights(weights(run), weights(reference))
     losses = [[entry["held_out_loss"] for entry in read_log(folder, "held_out_loss")] for folder in (run, reference)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+    guide = DDPMFacesPipeline.from_pretrained(run).guide.state_dict()
+    assert_equal_weights(guide, load_file(list_checkpoints(run)[-1] / "guide.safetensors"))
 
 
 ARTICLE = {
@@ -711,7 +752,7 @@ def test_run_stops_on_copies_with_the_weights_from_before(tmp_path):
     run = tmp_path / "run"
     output = succeed(
         run, faults={"copies": {"from": 40}}, audit_every_images=16, stop_on_copies=True, checkpoints_total_limit=1,
-        **ASSESSED,
+        guidance_scale=1.5, guide_images=33, **ASSESSED,
     )  # fmt: skip
     found = {entry["images_seen"]: entry["copies_found"] for entry in read_log(run, "copies_found")}
     assert found == {16: 0, 32: 0, 48: 1}
@@ -722,6 +763,8 @@ def test_run_stops_on_copies_with_the_weights_from_before(tmp_path):
     verdict = json.loads((run / "metrics.json").read_text())["memorisation"]["verdict"]
     assert verdict.startswith("No more copies than among unseen real faces: by pixels")
     assert Image.open(run / "audits" / "0000000048.png").width > 400
+    assert "Note: the pipeline has no guide: none was kept after 33 images, or not before the weights" in output
+    assert DDPMFacesPipeline.from_pretrained(run).guide is None
 
 
 def test_samples_are_measured_and_searched_on_the_way(tmp_path):
@@ -729,7 +772,7 @@ def test_samples_are_measured_and_searched_on_the_way(tmp_path):
     run = tmp_path / "run"
     succeed(
         run, num_processes=2, faults={"copies": {"from": 40}}, audit_every_images=32, evaluate_every_images=32,
-        variance_type="learned_range", **{**ASSESSED, "num_evaluation_samples": 101},
+        variance_type="learned_range", guidance_scale=1.5, **{**ASSESSED, "num_evaluation_samples": 101},
     )  # fmt: skip
     assert {entry["images_seen"]: entry["copies_found"] for entry in read_log(run, "copies_found")} == {32: 0, 64: 1}
     entries = read_log(run, "evaluation")
@@ -782,7 +825,7 @@ def test_earlier_run_is_not_overwritten(finished, tmp_path):
 
 
 def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path):
-    output = succeed(tmp_path / "run", dry_run="true", checkpoint_every_images=0)
+    output = succeed(tmp_path / "run", dry_run="true", checkpoint_every_images=0, guidance_scale=1.2, guide_images=90)
     assert "All of it works" in output
     assert "checkpoints  never" in output
     assert re.search(r"run +96 images in 12 steps of 8", output)

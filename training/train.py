@@ -280,6 +280,7 @@ def rehearse(config: TrainingConfig, accelerator: Accelerator) -> None:
         hub_dataset_license=None,
         time_limit_minutes=None,
         early_stopping_patience=None,
+        guide_images=None,  # a quarter of the rehearsal
         audit_every_images=0,
         stop_on_copies=False,
         num_evaluation_samples=20,

@@ -17,6 +17,7 @@ from .files import commit, delete, delete_unfinished, sync, unfinished_path
 STATE_NAME = "run_state.json"
 WEIGHTS_NAME = "model.safetensors"  # as accelerate calls it
 EMA_NAME = "ema.safetensors"
+GUIDE_NAME = "guide.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -60,6 +61,7 @@ def save_checkpoint(
     state: dict[str, Any],
     ema_weights: dict[str, torch.Tensor] | None = None,
     process_state: dict[str, Any] | None = None,
+    guide_weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Save a run, or nothing. Called by every process.
 
@@ -69,6 +71,7 @@ def save_checkpoint(
         state (`dict`): What the main process knows, plain enough for JSON.
         ema_weights (`dict[str, torch.Tensor]`, *optional*): Averaged weights, by the names of the parameters.
         process_state (`dict`, *optional*): What each process knows on its own, plain enough for JSON.
+        guide_weights (`dict[str, torch.Tensor]`, *optional*): Of the guide, whole on the main process.
 
     Raises:
         OSError: It could not be written, such as to a full disk, by this process or another. What was written is
@@ -86,6 +89,8 @@ def save_checkpoint(
         if process_state is not None:
             _write_json(unfinished / _process_name(accelerator.process_index), process_state)
         if accelerator.is_main_process:
+            if guide_weights is not None:
+                _save_whole(guide_weights, unfinished / GUIDE_NAME)
             _write_json(unfinished / STATE_NAME, state)
     except (OSError, RuntimeError, SafetensorError) as error:  # what Python, torch and safetensors make of a full disk
         problem = error
@@ -114,6 +119,14 @@ def load_checkpoint(accelerator, checkpoint: Path, ema_weights: dict[str, torch.
         _load_ema(checkpoint, ema_weights)
     paths = [checkpoint / _process_name(index) for index in (accelerator.process_index, 0)]
     return next((json.loads(path.read_text()) for path in paths if path.is_file()), None)
+
+
+def load_guide_weights(checkpoint: Path) -> dict[str, torch.Tensor] | None:
+    """The `guide_weights` that [`save_checkpoint`] was given, if any."""
+    from safetensors.torch import load_file
+
+    path = checkpoint / GUIDE_NAME
+    return load_file(path) if path.is_file() else None
 
 
 def load_weights(accelerator, checkpoint: Path, unet: torch.nn.Module) -> None:
@@ -185,9 +198,13 @@ def _save_ema(accelerator, folder: Path, weights: dict[str, torch.Tensor]) -> No
 
         dcp.save(weights, checkpoint_id=folder / "ema")  # each process its part
     elif accelerator.is_main_process:
-        from safetensors.torch import save_file
+        _save_whole(weights, folder / EMA_NAME)
 
-        save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / EMA_NAME)
+
+def _save_whole(weights: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, path)
 
 
 def _load_ema(checkpoint: Path, weights: dict[str, torch.Tensor]) -> None:

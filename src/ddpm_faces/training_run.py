@@ -68,6 +68,7 @@ class RunState:
     best_images_seen: int | None = None
     validations_since_best: int = 0
     audits: list[dict] = field(default_factory=list)
+    guide_images_seen: int | None = None  # by the weights that are kept as a guide
     is_maintained: bool = True  # whether what is due after `images_seen` has been done
     unlogged_steps: list[dict] = field(default_factory=list)
     seconds: float = 0.0  # that its processes have been at work, up to the last save
@@ -137,6 +138,7 @@ class TrainingRun:
         self.last_image = config.max_train_steps * config.train_batch_size
         self.preemption = Preemption(config.time_limit_minutes)
         self._began = time.time()
+        self._guide: DDPMFacesUNet | None = None
         self._reference: tuple | None = None  # what samples are measured with and beside
         self._steps: list[dict] = []  # since the last exchange; tensors are still on the device
 
@@ -203,6 +205,9 @@ class TrainingRun:
         for group in self.optimizer.param_groups:
             group.update(optimizer_settings(self.config))
         self.state = RunState(**saved["run"])
+        guide_weights = checkpoints.load_guide_weights(checkpoint)
+        if guide_weights is not None and self.config.guide_after_images is not None:
+            self._guide = self._network(guide_weights).to(self.accelerator.device)
         notes = self._differences(saved)
         if isinstance(self.data.batches, FaceBatches):
             self.data.batches.images_seen = self.state.images_seen
@@ -309,6 +314,9 @@ class TrainingRun:
         config, is_last = self.config, self.state.images_seen >= self.last_image
         if self._is_due(config.log_every_images) or is_last:
             self._log()
+        guide_after = config.guide_after_images
+        if guide_after is not None and self._is_passed(guide_after):
+            self._keep_guide()
         is_best = False
         if self.data.held_out is not None and (self._is_due(config.validate_every_images) or is_last):
             is_best = self._validate()
@@ -322,8 +330,30 @@ class TrainingRun:
 
     def _is_due(self, every_images: int) -> bool:
         """Whether the last step passed a multiple of `every_images`; 0 is never."""
-        images_seen, step = self.state.images_seen, self.config.train_batch_size
-        return every_images > 0 and images_seen // every_images > (images_seen - step) // every_images
+        return every_images > 0 and self._is_passed(self.state.images_seen // every_images * every_images)
+
+    def _is_passed(self, images_seen: int) -> bool:
+        """Whether it was the last step that reached `images_seen`."""
+        return self.state.images_seen - self.config.train_batch_size < images_seen <= self.state.images_seen
+
+    def _keep_guide(self) -> None:
+        """Keep the weights of now, averaged ones where there are any, to guide what comes out of this run."""
+        with self._paused():
+            (weights,) = broadcast_object_list([self._whole_weights()])
+            self._guide = self._network(weights).to(self.accelerator.device)
+            self.state.guide_images_seen = self.state.images_seen
+
+    def _network(self, weights: dict[str, torch.Tensor]) -> DDPMFacesUNet:
+        """One of its own beside the one that learns."""
+        with torch.random.fork_rng(devices=[]):  # the weights that it is made with draw nothing of the training's
+            unet = DDPMFacesUNet(**self.config.unet_config())
+        unet.load_state_dict(weights)
+        return unet.eval().requires_grad_(False)
+
+    def _whole_weights(self) -> dict[str, torch.Tensor]:
+        """The averaged weights where there are some, copied to the CPU; whole on the main process."""
+        with self.evaluating():
+            return {k: v.cpu().clone() for k, v in self.accelerator.get_state_dict(self.unet).items()}
 
     # Log
 
@@ -570,7 +600,8 @@ class TrainingRun:
         mine = [(k * num_processes + self.accelerator.process_index) % num_samples for k in range(per_process)]
         samples = []
         with self.evaluating(averaged) as unet:
-            pipeline = DDPMFacesPipeline(unet, scheduler)
+            scale = 1.0 if self._guide is None else config.guidance_scale
+            pipeline = DDPMFacesPipeline(unet, scheduler, guide=self._guide, guidance_scale=scale)
             pipeline.set_progress_bar_config(
                 desc="Sampling", leave=False, disable=not self.accelerator.is_main_process
             )
@@ -641,6 +672,7 @@ class TrainingRun:
                     },
                     self._ema_weights(),
                     None if isinstance(self.data.batches, FaceBatches) else self.data.batches.state_dict(),
+                    None if self._guide is None else self._guide.state_dict(),
                 )
                 if self.accelerator.is_main_process:
                     keep = self.config.checkpoints_total_limit
@@ -692,16 +724,19 @@ class TrainingRun:
         self.bar.close()
         returns_to = self._choose_weights()
         self._check_finite()
-        with self.evaluating():
-            # Copied, for the network goes on to hold other weights in the same memory.
-            weights = {k: v.cpu().clone() for k, v in self.accelerator.get_state_dict(self.unet).items()}
+        self._choose_guide(returns_to)
+        weights = self._whole_weights()
         scheduler = DDPMFacesScheduler(**self.config.scheduler_config())
         grid = self._show({"weights": self._draw_samples(averaged=True, scheduler=scheduler)})
         if self.accelerator.is_main_process:
-            unet = DDPMFacesUNet(**self.config.unet_config())
-            unet.load_state_dict(weights)
-            kind = "ema" if self.config.use_ema else "raw"
-            checkpoints.save_pipeline(DDPMFacesPipeline(unet, scheduler, weights=kind), self.output_dir)
+            pipeline = DDPMFacesPipeline(
+                self._network(weights),
+                scheduler,
+                weights="ema" if self.config.use_ema else "raw",
+                guide=self._guide,
+                guidance_scale=1.0 if self._guide is None else self.config.guidance_scale,
+            )
+            checkpoints.save_pipeline(pipeline, self.output_dir)
             grid.save(self.output_dir / "samples.png")
             self._draw_loss_curve()
             self._summarize(returns_to)
@@ -731,6 +766,17 @@ class TrainingRun:
         checkpoints.load_weights(self.accelerator, path, self.unet)
         self.ema = None  # the network itself has the averaged weights now
         return images_seen
+
+    def _choose_guide(self, returns_to: int | None) -> None:
+        """Go without a guide that is no weaker than the weights of the pipeline, and say why there is none."""
+        guide_after = self.config.guide_after_images
+        if self._guide is not None and returns_to is not None and self.state.guide_images_seen >= returns_to:
+            self._guide = None
+        if guide_after is not None and self._guide is None:
+            self.accelerator.print(
+                f"Note: the pipeline has no guide: none was kept after {guide_after} images, or not before the "
+                "weights that it has."
+            )
 
     def _publish(self) -> None:
         """Put the finished pipeline on the Hub; what was trained stays whole if that fails."""
@@ -770,6 +816,7 @@ class TrainingRun:
             "is_local_pretrained": pretrained is not None and Path(pretrained).expanduser().is_dir(),
             "fingerprint": self.data.fingerprint,
             "images_seen": self.state.images_seen if returns_to is None else returns_to,
+            "guide_images_seen": None if self._guide is None else self.state.guide_images_seen,
             "skipped_steps": self.state.skipped_steps,
             "held_out_loss": self._held_out_loss(returns_to),
             "hours": self._seconds / 3600,
