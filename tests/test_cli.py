@@ -242,10 +242,10 @@ def test_evaluate(command, model, faces, tmp_path):
     code, text = command("evaluate", model, faces, "--sigma-min", 0.1)
     assert (code, text) == (1, "error: `sigma_min` is for the sampler 'dpm-solver++', not 'ddpm', got 0.1.")
     code, text = command("evaluate", model, faces, "--num-images", 20, "--steps", 2, "--guide", model,
-                         "--guidance-scale", 1.5)  # fmt: skip
+                         "--guidance-scale", 1.5, "--sampler", "dpm-solver++", "--epsilon-scaling", 1.01)  # fmt: skip
     assert code == 0, text
     figure = json.loads((model / "metrics.json").read_text())["metrics"][0]
-    assert (figure["guide"], figure["guidance_scale"]) == (model.name, 1.5)
+    assert (figure["guide"], figure["guidance_scale"], figure["epsilon_scaling"]) == (model.name, 1.5, 1.01)
     code, text = command("evaluate", model, faces, "--guidance-scale", 1.5)
     assert (code, text) == (1, "error: `guidance_scale` must be 1 for a model without a guide, got 1.5.")
     code, text = command("evaluate", faces, faces, "--guidance-scale", 1.5)
@@ -260,7 +260,8 @@ def test_audit(command, model, tmp_path):
     for split, images in {"train": faces[:200], "test": faces[200:]}.items():
         Dataset.from_list([{"image": image} for image in images]).to_parquet(tmp_path / "set" / f"{split}.parquet")
     options = ["--num-images", 100, "--loss-images", 8, "--no-features"]
-    code, text = command("audit", model, tmp_path / "set", "--steps", 2, "--sigma-min", 0.1, *options)
+    code, text = command("audit", model, tmp_path / "set", "--steps", 2, "--sigma-min", 0.1,
+                         "--epsilon-scaling", 1.01, *options)  # fmt: skip
     assert code == 0, text
     results = json.loads((model / "audit.json").read_text())
     assert [space["name"] for space in results["spaces"]] == ["pixels"]
@@ -268,6 +269,7 @@ def test_audit(command, model, tmp_path):
     assert results["losses"]["held_out"]["loss"] > 0
     memorisation = json.loads((model / "metrics.json").read_text())["memorisation"]
     assert results["sigma_min"] == memorisation["sigma_min"] == 0.1
+    assert results["epsilon_scaling"] == memorisation["epsilon_scaling"] == 1.01
     assert memorisation["verdict"] == results["verdict"] == text.splitlines()[-2]
     assert memorisation["verdict"].startswith("No more copies than among unseen real faces")
     assert "On 8 held-out faces the loss is higher by" in memorisation["verdict"]

@@ -73,14 +73,18 @@ def value(results: dict, kind: str) -> float:
     return next(metric["value"] for metric in results["metrics"] if metric["type"] == kind)
 
 
-@pytest.mark.parametrize(("sampler", "sigma_min"), [("ddpm", None), ("dpm-solver++", None), ("dpm-solver++", 0.3)])
-def test_figures_of_a_pipeline(folder, sampler, sigma_min):
+@pytest.mark.parametrize(
+    ("sampler", "sigma_min", "epsilon_scaling"),
+    [("ddpm", None, None), ("dpm-solver++", None, None), ("dpm-solver++", 0.3, 1.05), ("dpm-solver++", 0.3, 1)],
+)
+def test_figures_of_a_pipeline(folder, sampler, sigma_min, epsilon_scaling):
     pipeline = tiny()
     results = evaluate(pipeline, str(folder), num_images=24, sampler=sampler, num_inference_steps=5, seed=7,
-                       batch_size=10, networks=Plain(), sigma_min=sigma_min)  # fmt: skip
+                       batch_size=10, networks=Plain(), sigma_min=sigma_min,
+                       epsilon_scaling=epsilon_scaling)  # fmt: skip
 
     if sampler != "ddpm":
-        pipeline = DDPMFacesPipeline(pipeline.unet, fast_solver(pipeline.scheduler, sigma_min))
+        pipeline = DDPMFacesPipeline(pipeline.unet, fast_solver(pipeline.scheduler, sigma_min, epsilon_scaling))
     faces = [pipeline(1, 5, torch.Generator().manual_seed(7 + i), output_type="np").images[0] for i in range(24)]
     images = torch.from_numpy((np.stack(faces) * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
     reference = drawn(24)
@@ -98,6 +102,8 @@ def test_figures_of_a_pipeline(folder, sampler, sigma_min):
         assert (metric["n"], metric["n_reference"], metric["image_size"]) == (24, 24, "16x16")
         assert (metric["sampler"], metric["steps"], metric["seeds"]) == (sampler, 5, "7 to 30")
         assert metric.get("sigma_min") == (None if sampler == "ddpm" else sigma_min or 0.02)
+        scaling = None if sampler == "ddpm" or epsilon_scaling == 1 else epsilon_scaling or 1.003
+        assert metric.get("epsilon_scaling") == scaling
         assert metric["reference"].startswith("faces (")
         assert metric["error"] >= 0
     assert results["metrics"][0]["resize"] == "to 64 pixels, bicubic"
@@ -297,6 +303,7 @@ class Never(Networks):
         ({"num_inference_steps": 0}, "`num_inference_steps` must be a whole number of at least 1, got 0"),
         ({"num_inference_steps": 11}, "`num_inference_steps` must be from 1 to 10, .*, got 11"),
         ({"sigma_min": 0.1}, "`sigma_min` is for the sampler 'dpm-solver\\+\\+', not 'ddpm', got 0.1"),
+        ({"epsilon_scaling": 1.01}, "`epsilon_scaling` is for the sampler 'dpm-solver\\+\\+', not 'ddpm', got 1.01"),
         ({"sigma_min": 1, "sampler": "dpm-solver++"}, "`sigma_min` must lie in \\(0, 1\\), got 1"),
         ({"guidance_scale": 1.5}, "`guidance_scale` must be 1 for a model without a guide, got 1.5"),
         ({"guidance_scale": -1}, "`guidance_scale` must be a number of at least 0, got -1"),

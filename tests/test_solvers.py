@@ -50,6 +50,42 @@ def test_impossible_sigma_min(sigma_min):
         fast_solver(DDPMFacesScheduler(), sigma_min)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("epsilon_scaling", [None, 1.0, 0.95])
+def test_predicted_noise_is_divided(prediction_type, epsilon_scaling):
+    """Against diffusers' solver with a network whose noise is smaller by itself, in all steps but the first."""
+    scheduler = DDPMFacesScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type)
+    solver = fast_solver(scheduler, epsilon_scaling=epsilon_scaling)
+    plain = DPMSolverMultistepScheduler.from_config(scheduler.config, trained_betas=scheduler.betas.tolist())
+    scaling = 1.003 if epsilon_scaling is None else epsilon_scaling
+    solver.set_timesteps(6)
+    plain.set_timesteps(timesteps=solver.timesteps.tolist())
+    generator = torch.Generator().manual_seed(0)
+    x = expected = torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    for i, t in enumerate(solver.timesteps):
+        alpha_bar = scheduler.alphas_cumprod[t].double()
+        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        network = torch.tanh(torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64) + x)  # of any x
+        outputs = []
+        for sample, factor in ((x, 1.0), (expected, 1.0 if i == 0 else 1 / scaling)):
+            epsilon = {
+                "epsilon": network,
+                "sample": (sample - alpha * network) / sigma,
+                "v_prediction": alpha * network + sigma * sample,
+            }[prediction_type] * factor
+            x0 = (sample - sigma * epsilon) / alpha
+            outputs.append({"epsilon": epsilon, "sample": x0, "v_prediction": alpha * epsilon - sigma * x0})
+        x = solver.step(outputs[0][prediction_type], t, x).prev_sample
+        expected = plain.step(outputs[1][prediction_type], t, expected).prev_sample
+        assert torch.allclose(x, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("epsilon_scaling", [0, 0.89, 1.2, float("nan")])
+def test_impossible_epsilon_scaling(epsilon_scaling):
+    with pytest.raises(ValueError, match="`epsilon_scaling` must lie in \\[0.9, 1.1\\], got"):
+        fast_solver(DDPMFacesScheduler(), epsilon_scaling=epsilon_scaling)
+
+
 def gaussian_faces(solver, scheduler, deviation: float, num_steps: int, noise: torch.Tensor) -> torch.Tensor:
     """Solve from `noise` with the exact prediction for data of N(0.5, deviation^2), times the deviation: x_0."""
     solver.set_timesteps(num_steps)

@@ -291,6 +291,7 @@ def audit_model(
     sigma_min: float | None = None,
     guide: str | os.PathLike | DDPMFacesPipeline | None = None,
     guidance_scale: float | None = None,
+    epsilon_scaling: float | None = None,
 ) -> tuple[AuditReport, dict[str, Any], Image.Image]:
     """Generate faces, and search the training pictures for them.
 
@@ -313,6 +314,7 @@ def audit_model(
         sigma_min (`float`, *optional*): For `"dpm-solver++"`, as that of [`fast_solver`].
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*): As that of [`open_samples`].
         guidance_scale (`float`, *optional*): As that of [`open_samples`].
+        epsilon_scaling (`float`, *optional*): As that of [`open_samples`].
 
     Returns:
         `(AuditReport, dict, PIL.Image.Image)`: What was found; the same in plain values, with the sampler, the seeds,
@@ -335,7 +337,8 @@ def audit_model(
         )
     accelerator = Accelerator()
     pictures = open_samples(
-        *(source, sampler, num_inference_steps, seed, accelerator.device, sigma_min, guide, guidance_scale)
+        *(source, sampler, num_inference_steps, seed, accelerator.device, sigma_min, guide, guidance_scale),
+        epsilon_scaling=epsilon_scaling,
     )
     if len(pictures) < num_images:
         raise ValueError(f"`source` must have `num_images` ({num_images}) pictures, has {len(pictures)}.")

@@ -24,6 +24,10 @@ SigmaMin = Annotated[
     float | None,
     typer.Option(help="Noise to picture at the last step of dpm-solver++ (0.02; for short trainings 0.1)."),
 ]
+EpsilonScaling = Annotated[
+    float | None,
+    typer.Option(help="By what dpm-solver++ divides the predicted noise (1.003); 1: as it is."),
+]
 Guide = Annotated[
     str | None,
     typer.Option(help="A weaker pipeline, folder or USER/NAME, to be guided by (default: its own, if any)."),
@@ -138,6 +142,7 @@ def evaluate(
     sampler: Annotated[str, typer.Option(help="ddpm or dpm-solver++.")] = "ddpm",
     steps: Annotated[int | None, typer.Option(help="Of sampling (default: all that were trained).")] = None,
     sigma_min: SigmaMin = None,
+    epsilon_scaling: EpsilonScaling = None,
     guide: Guide = None,
     guidance_scale: GuidanceScale = None,
     seed: Annotated[int, typer.Option(help="Of the first face; the next has the next.")] = 0,
@@ -166,6 +171,7 @@ def evaluate(
         sigma_min=sigma_min,
         guide=guide,
         guidance_scale=guidance_scale,
+        epsilon_scaling=epsilon_scaling,
     )
     if os.environ.get("RANK", "0") != "0":
         return
@@ -188,6 +194,7 @@ def audit(
     sampler: Annotated[str, typer.Option(help="ddpm or dpm-solver++.")] = "dpm-solver++",
     steps: Annotated[int, typer.Option(help="Of sampling.")] = 20,
     sigma_min: SigmaMin = None,
+    epsilon_scaling: EpsilonScaling = None,
     guide: Guide = None,
     guidance_scale: GuidanceScale = None,
     seed: Annotated[int, typer.Option(help="Of the first face; the next has the next.")] = 0,
@@ -218,6 +225,7 @@ def audit(
         sigma_min=sigma_min,
         guide=guide,
         guidance_scale=guidance_scale,
+        epsilon_scaling=epsilon_scaling,
     )
     output.mkdir(parents=True, exist_ok=True)
     with replacing(output / "audit.json") as path:
@@ -225,7 +233,7 @@ def audit(
     with replacing(output / "audit.png") as path:
         picture.save(path, "PNG")
     if is_folder:
-        keys = ("sampler", "steps", "seeds", "sigma_min", "guidance_scale", "guide")
+        keys = ("sampler", "steps", "seeds", "sigma_min", "epsilon_scaling", "guidance_scale", "guide")
         provenance = {key: results[key] for key in keys if key in results}
         write_metrics(Path(source, METRICS_NAME), {"memorisation": {"verdict": results["verdict"], **provenance}})
     typer.echo(results["verdict"])

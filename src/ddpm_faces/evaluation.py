@@ -117,6 +117,7 @@ def evaluate(
     sigma_min: float | None = None,
     guide: str | os.PathLike | DDPMFacesPipeline | None = None,
     guidance_scale: float | None = None,
+    epsilon_scaling: float | None = None,
 ) -> dict[str, Any]:
     """Measure how far faces are from real ones. Called by every process.
 
@@ -144,12 +145,13 @@ def evaluate(
         sigma_min (`float`, *optional*): For `"dpm-solver++"`, as that of [`fast_solver`].
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*): As that of [`open_samples`].
         guidance_scale (`float`, *optional*): As that of [`open_samples`].
+        epsilon_scaling (`float`, *optional*): As that of [`open_samples`].
 
     Returns:
         `dict`: Plain values, ready for JSON. `metrics` is a list of figures: each has `name`, `type`, `value`, `error`
         (a standard error) and its provenance: `n`, `n_reference`, `image_size`, `extractor`, `resize`, `reference`,
-        `sampler`, `steps`, `seeds`, `sigma_min` of DPM-Solver++, `guidance_scale` where there is guidance, and
-        `real_faces`, the value of the baseline.
+        `sampler`, `steps`, `seeds`, `sigma_min` and `epsilon_scaling` (unless it is 1) of DPM-Solver++,
+        `guidance_scale` where there is guidance, and `real_faces`, the value of the baseline.
         `channels` and `reference_channels` are mean and deviation of red, green and blue, for pixels in [-1, 1].
 
     Raises:
@@ -165,7 +167,7 @@ def evaluate(
 
     # 1. What is measured
     pictures = open_samples(
-        *(source, sampler, num_inference_steps, seed, state.device, sigma_min, guide, guidance_scale)
+        *(source, sampler, num_inference_steps, seed, state.device, sigma_min, guide, guidance_scale, epsilon_scaling)
     )
 
     if num_likelihood_images:

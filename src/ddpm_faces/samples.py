@@ -25,6 +25,7 @@ def open_samples(
     sigma_min: float | None = None,
     guide: str | os.PathLike | DDPMFacesPipeline | None = None,
     guidance_scale: float | None = None,
+    epsilon_scaling: float | None = None,
 ) -> "Generated | PictureFiles":
     """Open faces to look at; none is generated or read yet.
 
@@ -39,6 +40,7 @@ def open_samples(
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*):
             A weaker model to be guided by, as that of [`DDPMFacesPipeline.set_guide`]; by default the pipeline's own.
         guidance_scale (`float`, *optional*): By default that of the pipeline; needed with `guide`.
+        epsilon_scaling (`float`, *optional*): For `"dpm-solver++"`, as that of [`fast_solver`].
 
     Returns:
         What has `batches` (from indices to `torch.uint8` of shape `(batch, 3, height, width)`), `image_size` (height
@@ -55,8 +57,9 @@ def open_samples(
     for name, value, minimum in bounds:
         if type(value) is not int or value < minimum:
             raise ValueError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
-    if sigma_min is not None and sampler == "ddpm":
-        raise ValueError(f"`sigma_min` is for the sampler 'dpm-solver++', not 'ddpm', got {sigma_min}.")
+    for name, value in {"sigma_min": sigma_min, "epsilon_scaling": epsilon_scaling}.items():
+        if value is not None and sampler == "ddpm":
+            raise ValueError(f"`{name}` is for the sampler 'dpm-solver++', not 'ddpm', got {value}.")
     if guide is not None and guidance_scale is None:
         raise ValueError("`guidance_scale` must be given with `guide`: 1.2, say.")
     if not isinstance(source, DDPMFacesPipeline):
@@ -74,7 +77,7 @@ def open_samples(
             guide = DDPMFacesPipeline.from_pretrained(guide)
         source = source.with_scheduler(source.scheduler)  # which is the caller's, and stays as it is
         source.set_guide(guide, guidance_scale)
-    return Generated(source, sampler, num_inference_steps, seed, sigma_min, guidance_scale, name)
+    return Generated(source, sampler, num_inference_steps, seed, sigma_min, guidance_scale, name, epsilon_scaling)
 
 
 class Generated:
@@ -89,6 +92,7 @@ class Generated:
         sigma_min: float | None = None,
         guidance_scale: float | None = None,
         guide_name: str | None = None,
+        epsilon_scaling: float | None = None,
     ) -> None:
         unet = pipeline.unet.config
         if unet.in_channels not in (1, 3):  # out of the network may come a variance as well
@@ -101,7 +105,7 @@ class Generated:
                 f"that the network learned, got {self.steps}."
             )
         if sampler == "dpm-solver++":
-            pipeline = pipeline.with_scheduler(fast_solver(pipeline.scheduler, sigma_min))
+            pipeline = pipeline.with_scheduler(fast_solver(pipeline.scheduler, sigma_min, epsilon_scaling))
         if guidance_scale is None:
             guidance_scale = pipeline.config.guidance_scale
         pipeline.check_guide(pipeline.guide, guidance_scale)
@@ -130,7 +134,10 @@ class Generated:
         seeds = f"{self.seed} to {self.seed + num_images - 1}"
         provenance = {"sampler": self.sampler, "steps": self.steps, "seeds": seeds}
         if self.sampler == "dpm-solver++":
-            provenance["sigma_min"] = self.pipeline.scheduler.sigma_min
+            solver = self.pipeline.scheduler
+            provenance["sigma_min"] = solver.sigma_min
+            # Not said where there is none, as before there was any.
+            provenance |= {"epsilon_scaling": solver.epsilon_scaling} if solver.epsilon_scaling != 1 else {}
         if self.guidance_scale != 1:
             provenance["guidance_scale"] = self.guidance_scale
             provenance |= {"guide": self.guide_name} if self.guide_name else {}

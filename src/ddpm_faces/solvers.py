@@ -20,13 +20,20 @@ class FastSolver(DPMSolverMultistepScheduler):
 
     Each is a timestep that the network was trained at, and none comes twice. From the last, the picture is predicted.
 
+    The noise that the network predicts is divided by `epsilon_scaling` in each step but the first (Epsilon Scaling,
+    https://huggingface.co/papers/2308.15321). A sampler arrives at each step with the errors of those before, and not
+    with the noise that the network was told of in training; it takes a little too much for noise, and faces come out
+    too smooth.
+
     Attributes:
         sigma_max (`float`): Where the first step is: 120, or the most that the schedule has.
         sigma_min (`float`): Where the last step is, or the least that the schedule has.
+        epsilon_scaling (`float`): By what the predicted noise is divided.
     """
 
     sigma_max = 120.0
     sigma_min = 0.02  # two and a half of the 255 steps from black to white
+    epsilon_scaling = 1.003
 
     def set_timesteps(
         self,
@@ -45,6 +52,16 @@ class FastSolver(DPMSolverMultistepScheduler):
             timesteps = self._spaced(num_inference_steps)
         super().set_timesteps(device=device, timesteps=timesteps)
 
+    def convert_model_output(self, model_output: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """x_0, of the shape of `model_output`: the sample less its noise, as [`DPMSolverMultistepScheduler`] says."""
+        x0 = super().convert_model_output(model_output, *args, **kwargs)
+        if self.step_index == 0:
+            return x0
+        sample = kwargs["sample"] if "sample" in kwargs else args[1]
+        alpha, _ = self._sigma_to_alpha_sigma_t(self.sigmas[self.step_index])
+        # epsilon = (x - alpha x_0) / sigma, and x_0 = (x - sigma epsilon / scaling) / alpha
+        return torch.lerp(sample / alpha, x0, 1 / self.epsilon_scaling)
+
     def save_pretrained(self, *args, **kwargs) -> None:
         """Refuse: without this package it could not be loaded."""
         raise ValueError("A FastSolver is made anew by `fast_solver`, not saved: save the scheduler of the training.")
@@ -62,7 +79,9 @@ class FastSolver(DPMSolverMultistepScheduler):
         return timesteps
 
 
-def fast_solver(scheduler: DDPMFacesScheduler, sigma_min: float | None = None) -> FastSolver:
+def fast_solver(
+    scheduler: DDPMFacesScheduler, sigma_min: float | None = None, epsilon_scaling: float | None = None
+) -> FastSolver:
     """A [`FastSolver`] for the schedule that a network was trained with; 10 to 20 steps are enough.
 
     Args:
@@ -70,16 +89,23 @@ def fast_solver(scheduler: DDPMFacesScheduler, sigma_min: float | None = None) -
         sigma_min (`float`, *optional*, defaults to 0.02):
             Noise to picture at the last step, above 0 and below 1. A network that has learned too little to tell
             fine detail from noise leaves noise behind there, and makes cleaner pictures with 0.1.
+        epsilon_scaling (`float`, *optional*, defaults to 1.003):
+            By what the predicted noise is divided, 0.9 to 1.1: more leaves more of it, and makes richer detail; 1
+            takes the network at its word.
 
     Raises:
-        ValueError: `sigma_min` outside of that.
+        ValueError: `sigma_min` or `epsilon_scaling` outside of that.
     """
     if sigma_min is not None and not 0 < sigma_min < 1:
         raise ValueError(f"`sigma_min` must lie in (0, 1), got {sigma_min}.")
+    if epsilon_scaling is not None and not 0.9 <= epsilon_scaling <= 1.1:
+        raise ValueError(f"`epsilon_scaling` must lie in [0.9, 1.1], got {epsilon_scaling}.")
     solver = FastSolver.from_config(
         scheduler.config,
         trained_betas=scheduler.betas.tolist(),  # which it knows, whatever the schedule is called
     )
     if sigma_min is not None:
         solver.sigma_min = sigma_min
+    if epsilon_scaling is not None:
+        solver.epsilon_scaling = epsilon_scaling
     return solver
