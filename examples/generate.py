@@ -1,6 +1,6 @@
 """Generate faces from a trained model.
 
-$ python examples/generate.py models/faces64 --num_images 16 --num_inference_steps 10 --output faces.png
+$ python examples/generate.py models/faces64 --num_images 16 --num_inference_steps 10 --epsilon_scaling 1.003
 """
 
 import argparse
@@ -21,16 +21,20 @@ def main() -> None:
     parser.add_argument(
         "--sigma_min", type=float, default=None, help="noise at the last of these steps; for short trainings 0.1"
     )
+    parser.add_argument(
+        "--epsilon_scaling", type=float, default=None, help="divide the noise that is predicted in these steps"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="faces.png")
     args = parser.parse_args()
-    if args.sigma_min is not None and args.num_inference_steps is None:
-        parser.error("--sigma_min is for few steps: give --num_inference_steps too")
+    for name in ("sigma_min", "epsilon_scaling"):
+        if getattr(args, name) is not None and args.num_inference_steps is None:
+            parser.error(f"--{name} is for few steps: give --num_inference_steps too")
 
     pipeline = DDPMFacesPipeline.from_pretrained(args.model)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     if args.num_inference_steps is not None:
-        pipeline.scheduler = fast_solver(pipeline.scheduler, args.sigma_min)
+        pipeline.scheduler = fast_solver(pipeline.scheduler, args.sigma_min, args.epsilon_scaling)
     # A generator per picture: face i of this seed stays the same, however many are drawn with it.
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_images)]
     images = pipeline(args.num_images, args.num_inference_steps, generators).images

@@ -51,13 +51,13 @@ def test_impossible_sigma_min(sigma_min):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("epsilon_scaling", [None, 1.0, 0.95])
+@pytest.mark.parametrize("epsilon_scaling", [None, 1.003, 0.95])
 def test_predicted_noise_is_divided(prediction_type, epsilon_scaling):
     """Against diffusers' solver with a network whose noise is smaller by itself, in all steps but the first."""
     scheduler = DDPMFacesScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type)
     solver = fast_solver(scheduler, epsilon_scaling=epsilon_scaling)
     plain = DPMSolverMultistepScheduler.from_config(scheduler.config, trained_betas=scheduler.betas.tolist())
-    scaling = 1.003 if epsilon_scaling is None else epsilon_scaling
+    scaling = epsilon_scaling or 1.0
     solver.set_timesteps(6)
     plain.set_timesteps(timesteps=solver.timesteps.tolist())
     generator = torch.Generator().manual_seed(0)

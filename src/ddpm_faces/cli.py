@@ -26,7 +26,7 @@ SigmaMin = Annotated[
 ]
 EpsilonScaling = Annotated[
     float | None,
-    typer.Option(help="By what dpm-solver++ divides the predicted noise (1.003); 1: as it is."),
+    typer.Option(help="By what dpm-solver++ divides the predicted noise (1; models/faces64: 1.003)."),
 ]
 Guide = Annotated[
     str | None,

@@ -136,7 +136,7 @@ class Generated:
         if self.sampler == "dpm-solver++":
             solver = self.pipeline.scheduler
             provenance["sigma_min"] = solver.sigma_min
-            # Not said where there is none, as before there was any.
+            # Where there is any: figures from before there was compare with those without.
             provenance |= {"epsilon_scaling": solver.epsilon_scaling} if solver.epsilon_scaling != 1 else {}
         if self.guidance_scale != 1:
             provenance["guidance_scale"] = self.guidance_scale
