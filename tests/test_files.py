@@ -13,6 +13,19 @@ def test_folder_takes_the_place_of_another(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
+def test_who_may_read_the_folder_may_read_its_files(tmp_path):
+    unfinished = unfinished_path(tmp_path / "folder")
+    (unfinished / "part").mkdir(parents=True)
+    for path, mode in ((unfinished / "a", 0o600), (unfinished / "part" / "b", 0o600)):
+        path.touch()
+        path.chmod(mode)
+    unfinished.chmod(0o750)
+    (unfinished / "part").chmod(0o755)
+    commit(tmp_path / "folder")
+    modes = [(tmp_path / "folder" / name).stat().st_mode & 0o777 for name in ("a", "part/b")]
+    assert modes == [0o640, 0o644]
+
+
 def test_file_is_replaced_or_stays(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")

@@ -180,6 +180,8 @@ def test_what_a_run_leaves(finished):
     assert pipeline(2).images[0].size == (16, 16)
     assert pipeline.scheduler.config.num_train_timesteps == 20
     assert pipeline.config.weights == "ema"
+    for path in finished.rglob("*.safetensors"):  # are read by whoever the umask allows to
+        assert path.stat().st_mode & 0o666 == path.parent.stat().st_mode & 0o666
     alone = DiffusionPipeline.from_pretrained(finished, trust_remote_code=True)  # by the code in the folder
     assert alone(2).images[0].size == (16, 16)
 

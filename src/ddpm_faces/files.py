@@ -19,7 +19,8 @@ def unfinished_path(path: str | os.PathLike) -> Path:
 def commit(path: str | os.PathLike, unfinished: str | os.PathLike | None = None) -> None:
     """Give a finished folder its name, and only then delete what stood there before.
 
-    Whoever dies in between leaves the old one, the new one, or neither, but never half of one.
+    Whoever dies in between leaves the old one, the new one, or neither, but never half of one. Who may read the folder
+    may read its files.
 
     Args:
         path (`str` or `os.PathLike`): The name.
@@ -28,6 +29,8 @@ def commit(path: str | os.PathLike, unfinished: str | os.PathLike | None = None)
     path = Path(path)
     unfinished = Path(unfinished or unfinished_path(path))
     for root, _, names in os.walk(unfinished):
+        for name in names:  # safetensors writes for its owner alone, whatever the umask is
+            os.chmod(os.path.join(root, name), os.stat(root).st_mode & 0o666)
         for name in (*names, "."):
             sync(os.path.join(root, name))
     replaced = unfinished_path(path.with_name(f"replaced-{path.name}"))
