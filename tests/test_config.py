@@ -275,9 +275,10 @@ def test_half_life_of_the_average(batch_size):
         ("num_class_embeds: 3", "needs a `label_column`"),
         ("push_to_hub: true\nhub_license: Apache 2", "`hub_license` must be an identifier of the Hub"),
         ("early_stopping_patience: 2\nnum_validation_images: 0", "`early_stopping_patience` needs"),
-        ("guide_images: 100", r"`guide_images` \(100\) needs a `guidance_scale` other than 1"),
+        ("guide_images: 100", r"`guide_images` \(100\) needs a `guidance_scale` above 1"),
         ("guidance_scale: 1.5\nguide_images: 40000", r"`guide_images` \(40000\) must be below `max_train_images`"),
-        ("guidance_scale: -1", "`guidance_scale` must be at least 0 and finite, got -1.0"),
+        ("guidance_scale: 0", r"`guidance_scale` must be at least 1 \(no guide\) and finite, got 0.0"),
+        ("guidance_scale: .nan", r"`guidance_scale` must be at least 1 \(no guide\) and finite, got nan"),
         ("stop_on_copies: true", "`stop_on_copies` needs `audit_every_images` and `checkpoint_every_images` above 0"),
         ("audit_every_images: 8", "`audit_every_images` needs `num_validation_images` of at least 100, got 64"),
         (

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from conftest import tiny_unet
@@ -9,6 +11,14 @@ from ddpm_faces.guidance import save_guide
 def a_guide(seed: int) -> DDPMFacesPipeline:
     torch.manual_seed(seed)
     return DDPMFacesPipeline(tiny_unet(block_out_channels=(4, 8)), DDPMFacesScheduler(num_train_timesteps=20))
+
+
+def test_what_training_said_of_its_guide_and_pictures_holds_no_more(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    summary = tmp_path / "training_summary.json"
+    summary.write_text(json.dumps({"images_seen": 96, "guide_images_seen": 24, "guidance_scale": 1.5}))
+    save_guide(tmp_path, None)
+    assert json.loads(summary.read_text()) == {"images_seen": 96, "guide_images_seen": None, "guidance_scale": None}
 
 
 def guide_of(folder) -> tuple[torch.Tensor | None, float]:

@@ -21,6 +21,7 @@ from safetensors.torch import load, load_file, save
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet, hub
 from ddpm_faces.card import merge_cards
+from ddpm_faces.guidance import save_guide
 from ddpm_faces.plots import image_grid
 from ddpm_faces.solvers import fast_solver
 
@@ -283,6 +284,35 @@ def test_guide_is_published_too(server, client, bare_client, published, folder, 
     assert json.loads(files["model_index.json"]) == json.loads(
         server.repos["models", "owner/faces"].files["model_index.json"]
     )
+
+
+@pytest.mark.parametrize("changed", [None, "guide", "no guide"])
+def test_pictures_of_a_training_are_published_as_long_as_its_guide_is_there(folder, tmp_path, changed):
+    home = shutil.copytree(folder, tmp_path / "home")
+    pipeline = DDPMFacesPipeline.from_pretrained(home)
+    pipeline.set_guide(DDPMFacesPipeline(tiny_unet(), pipeline.scheduler), guidance_scale=1.5)
+    pipeline.save_pretrained(home)
+    summary = json.loads((home / "training_summary.json").read_text())
+    summary |= {"guide_images_seen": 24_000, "guidance_scale": 1.5}  # as a training with a guide of its own leaves it
+    (home / "training_summary.json").write_text(json.dumps(summary))
+    config = yaml.safe_load((home / "training_config.yaml").read_text())
+    (home / "training_config.yaml").write_text(yaml.safe_dump({**config, "sample_sigma_min": 0.5}))
+    if changed is not None:
+        save_guide(home, pipeline if changed == "guide" else None, 1.5 if changed == "guide" else 1.0)
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    hub.export(home, exported, "owner/faces")
+    card = (exported / "README.md").read_text()
+    picture = Image.open(exported / "samples.png")
+    if changed is None:
+        assert picture.getpixel((0, 0)) == (255, 0, 0)
+        assert "| guide | this network after 24,000 images, guidance scale 1.5 |" in card
+        return
+    assert "this network after" not in card
+    pipeline = DDPMFacesPipeline.from_pretrained(home)
+    pipeline.scheduler = fast_solver(pipeline.scheduler, sigma_min=0.5)  # as the training's own grids
+    drawn = pipeline(16, 20, [torch.Generator().manual_seed(seed) for seed in range(16)]).images
+    assert np.array_equal(np.asarray(picture), np.asarray(image_grid(drawn, scale=6)))
 
 
 def test_guide_whose_weights_are_not_finite_is_not_published(folder, tmp_path):

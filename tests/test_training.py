@@ -265,8 +265,10 @@ def test_early_average_guides_what_comes_out(finished, tmp_path):
     """Kept over an interruption, drawn with, saved; and nothing that is learned is changed by it."""
     run = tmp_path / "run"
     settings = {"guidance_scale": 1.5, "guide_images": 30, "checkpoints_total_limit": 9}
-    fail(run, 1, {"in_step": {"at": 72}}, **settings)
-    succeed(run, **settings)
+    fail(run, 1, {"in_step": {"at": 24, "signal": "SIGUSR1"}}, **settings)  # before what is due after 32
+    output = fail(run, 1, {"in_step": {"at": 72}}, **settings)
+    assert "The weights after 32 images are kept as the guide." in output
+    assert "as the guide" not in succeed(run, **settings)
     assert_equal_weights(weights(run), weights(finished))
 
     pipeline = DDPMFacesPipeline.from_pretrained(run)
@@ -278,7 +280,10 @@ def test_early_average_guides_what_comes_out(finished, tmp_path):
     for name, is_guided in {"0000000048.png": True, "0000000096.png": True}.items():
         unguided = finished / "samples" / name
         assert ((run / "samples" / name).read_bytes() != unguided.read_bytes()) == is_guided
-    assert json.loads((run / "training_summary.json").read_text())["guide_images_seen"] == 32
+    summary = json.loads((run / "training_summary.json").read_text())
+    assert (summary["guide_images_seen"], summary["guidance_scale"]) == (32, 1.5)
+    for path in (run / "guide" / "diffusion_pytorch_model.safetensors", run / "unet" / "config.json"):
+        assert path.is_file()
 
 
 def test_guide_without_averages_and_of_a_run_that_no_longer_wants_one(tmp_path):
@@ -289,11 +294,17 @@ def test_guide_without_averages_and_of_a_run_that_no_longer_wants_one(tmp_path):
     assert DDPMFacesPipeline.from_pretrained(run).guide is None
     # The last checkpoint has none, so none comes back; the one after 64 images has that of a quarter of the run.
     output = succeed(run, guidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
+    assert "Note: No guide was kept after 24 images, and it is too late for one." in output
     assert "Note: the pipeline has no guide: none was kept after 24 images" in output
+    assert json.loads((run / "training_summary.json").read_text())["guidance_scale"] == 1
     shutil.rmtree(run / "checkpoint-0000000096")
     succeed(run, guidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
     guide = DDPMFacesPipeline.from_pretrained(run).guide.state_dict()
     assert_equal_weights(guide, load_file(run / "checkpoint-0000000064" / "guide.safetensors"))
+    succeed(run, guidance_scale=1, use_ema="false", checkpoints_total_limit=9)
+    assert not (run / "guide").exists()
+    succeed(tmp_path / "last", max_train_images=96, guidance_scale=1.5, guide_images=90, use_ema="false")
+    assert DDPMFacesPipeline.from_pretrained(tmp_path / "last").guide is None  # it would be the network itself
 
 
 # Exact resume

@@ -162,6 +162,8 @@ def save_pipeline(pipeline, output_dir: str | os.PathLike) -> None:
             elif part.name != index.name:
                 part.replace(Path(output_dir, part.name))
         (unfinished / index.name).replace(index)
+        if pipeline.guide is None and Path(output_dir, "guide").is_dir():  # of an earlier pipeline
+            delete(Path(output_dir, "guide"))
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     sync(index.parent)

@@ -257,7 +257,7 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive and finite, got {value}.")
-        for name in ("adam_weight_decay", "max_grad_norm", "guidance_scale"):
+        for name in ("adam_weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
         if not self.snr_gamma >= 0:  # inf has a meaning, nan has none
@@ -288,8 +288,10 @@ class TrainingConfig:
                 "`checkpoint_every_images` above 0."
             )
         self._check_assessment()
+        if not 1 <= self.guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` must be at least 1 (no guide) and finite, got {self.guidance_scale}.")
         if self.guide_images is not None and self.guidance_scale == 1:
-            raise ValueError(f"`guide_images` ({self.guide_images}) needs a `guidance_scale` other than 1: 1.5, say.")
+            raise ValueError(f"`guide_images` ({self.guide_images}) needs a `guidance_scale` above 1: 1.5, say.")
         if self.guide_images is not None and self.guide_images >= self.max_train_images:
             raise ValueError(
                 f"`guide_images` ({self.guide_images}) must be below `max_train_images` ({self.max_train_images}): a "

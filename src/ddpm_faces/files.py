@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -30,7 +30,10 @@ def commit(path: str | os.PathLike, unfinished: str | os.PathLike | None = None)
     unfinished = Path(unfinished or unfinished_path(path))
     for root, _, names in os.walk(unfinished):
         for name in names:  # safetensors writes for its owner alone, whatever the umask is
-            os.chmod(os.path.join(root, name), os.stat(root).st_mode & 0o666)
+            file, mode = os.path.join(root, name), os.stat(root).st_mode & 0o666
+            if os.stat(file).st_mode & 0o666 != mode:
+                with suppress(OSError):  # of a file system that knows no modes
+                    os.chmod(file, mode)
         for name in (*names, "."):
             sync(os.path.join(root, name))
     replaced = unfinished_path(path.with_name(f"replaced-{path.name}"))

@@ -46,6 +46,11 @@ def save_guide(
             commit(folder / "guide")
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+    summary = folder / "training_summary.json"
+    if summary.is_file():  # neither the guide nor the pictures are those of the training any more
+        values = {**json.loads(summary.read_text("utf-8")), "guide_images_seen": None, "guidance_scale": None}
+        with replacing(summary) as path:
+            path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
     with replacing(index) as path:
         path.write_text(text, "utf-8")
     if guide is None and (folder / "guide").is_dir():

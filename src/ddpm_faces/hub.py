@@ -212,7 +212,8 @@ def export(
     if home is not None:
         metrics, summary = (_json_of(home / name, folder / name) for name in ("metrics.json", "training_summary.json"))
         config = _portable_config(home / "training_config.yaml", folder / "training_config.yaml", summary)
-        for name in ("samples.png", "loss_curve.png") if full.guide is None else ("loss_curve.png",):
+        drawn_as_it_is = summary.get("guidance_scale", 1.0) == full.config.guidance_scale
+        for name in ("samples.png", "loss_curve.png") if drawn_as_it_is else ("loss_curve.png",):
             if (home / name).is_file():
                 _copy_pixels(home / name, folder / name)
 
@@ -221,7 +222,7 @@ def export(
         if (folder / "samples.png").exists():
             seed, steps = config.get("seed", 0), f"all {scheduler.config.num_train_timesteps} steps"
         else:
-            seed, steps = 0, _draw_grid(full, folder / "samples.png")
+            seed, steps = 0, _draw_grid(full, folder / "samples.png", config.get("sample_sigma_min"))
         timesteps = _draw_strip(full, folder / "denoising_strip.png")
     except (IndexError, RuntimeError, TypeError, ValueError) as error:  # of a scheduler that cannot take so many steps
         name, count = type(scheduler).__name__, scheduler.config.num_train_timesteps
@@ -716,9 +717,9 @@ def _check_drawing(pipeline: DDPMFacesPipeline) -> None:
     pipeline.check_inputs(1, pipeline.scheduler.config.num_train_timesteps, None, None, "pil", labels, (), 0.0)
 
 
-def _draw_grid(pipeline: DDPMFacesPipeline, path: Path) -> str:
+def _draw_grid(pipeline: DDPMFacesPipeline, path: Path, sigma_min: float | None) -> str:
     scheduler = pipeline.scheduler
-    fast = pipeline.with_scheduler(fast_solver(scheduler))
+    fast = pipeline.with_scheduler(fast_solver(scheduler, sigma_min))
     steps = min(_GRID_STEPS, scheduler.config.num_train_timesteps)
     fast.set_progress_bar_config(desc="Drawing faces for the card", leave=False)
     images = fast(_GRID_FACES, steps, _seeds(_GRID_FACES), class_labels=_labels(fast, _GRID_FACES)).images
@@ -777,6 +778,8 @@ def _card_values(
     kind = {"ema": ", averaged weights (EMA)", "raw": ", the last weights"}.get(pipeline.config.get("weights"), "")
     source = config.get("dataset_name") or config.get("train_data_dir")
     is_drawn = bool(config) and source is None
+    guide_images_seen = _thousands(summary.get("guide_images_seen"))
+    guide = f"this network after {guide_images_seen} images" if guide_images_seen else _network(pipeline.guide)
     training = {
         "pictures": ": ".join(filter(None, (source, summary.get("data")))),
         "started from": config.get("pretrained_model_name_or_path"),
@@ -788,7 +791,7 @@ def _card_values(
         "learning rate": config.get("learning_rate"),
         "held-out loss": summary.get("held_out_loss") and f"{summary['held_out_loss']:.4g}",
         "network": _network(pipeline.unet) + kind,
-        "guide": pipeline.guide and f"{_network(pipeline.guide)}, guidance scale {pipeline.config.guidance_scale:g}",
+        "guide": pipeline.guide and f"{guide}, guidance scale {pipeline.config.guidance_scale:g}",
         "noise schedule": f"{scheduler.beta_schedule}, T = {scheduler.num_train_timesteps}",
         "predicts": scheduler.prediction_type,
         "made with": summary.get("versions"),
@@ -813,8 +816,10 @@ def _card_values(
     }
 
 
-def _network(network: torch.nn.Module) -> str:
-    return f"{type(network).__name__}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters"
+def _network(network: torch.nn.Module | None) -> str | None:
+    return (
+        network and f"{type(network).__name__}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters"
+    )
 
 
 def _metric_row(metric: dict[str, Any]) -> dict[str, str]:

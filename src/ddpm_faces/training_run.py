@@ -205,10 +205,12 @@ class TrainingRun:
         for group in self.optimizer.param_groups:
             group.update(optimizer_settings(self.config))
         self.state = RunState(**saved["run"])
-        guide_weights = checkpoints.load_guide_weights(checkpoint)
-        if guide_weights is not None and self.config.guide_after_images is not None:
-            self._guide = self._network(guide_weights).to(self.accelerator.device)
         notes = self._differences(saved)
+        guide_after, guide_weights = self.config.guide_after_images, checkpoints.load_guide_weights(checkpoint)
+        if guide_after is not None and guide_weights is not None:
+            self._set_guide(guide_weights)
+        elif guide_after is not None and guide_after <= self.state.images_seen and self.state.is_maintained:
+            notes.append(f"No guide was kept after {guide_after} images, and it is too late for one.")
         if isinstance(self.data.batches, FaceBatches):
             self.data.batches.images_seen = self.state.images_seen
         else:
@@ -339,9 +341,21 @@ class TrainingRun:
     def _keep_guide(self) -> None:
         """Keep the weights of now, averaged ones where there are any, to guide what comes out of this run."""
         with self._paused():
-            (weights,) = broadcast_object_list([self._whole_weights()])
-            self._guide = self._network(weights).to(self.accelerator.device)
-            self.state.guide_images_seen = self.state.images_seen
+            weights = self._whole_weights()
+            if checkpoints.is_sharded(self.unet):  # of which the main process alone has all
+                (weights,) = broadcast_object_list([weights])
+            self._set_guide(weights)
+        self.state.guide_images_seen = self.state.images_seen
+        self.accelerator.print(f"The weights after {self.state.images_seen} images are kept as the guide.")
+
+    def _set_guide(self, weights: dict[str, torch.Tensor]) -> None:
+        guide = self._network(weights).to(self.accelerator.device, memory_format=torch.channels_last)
+        guide.forward = self.accelerator.autocast()(guide.forward)  # in the precision of what it guides
+        self._guide = guide
+
+    @property
+    def _guidance_scale(self) -> float:
+        return 1.0 if self._guide is None else self.config.guidance_scale
 
     def _network(self, weights: dict[str, torch.Tensor]) -> DDPMFacesUNet:
         """One of its own beside the one that learns."""
@@ -600,8 +614,7 @@ class TrainingRun:
         mine = [(k * num_processes + self.accelerator.process_index) % num_samples for k in range(per_process)]
         samples = []
         with self.evaluating(averaged) as unet:
-            scale = 1.0 if self._guide is None else config.guidance_scale
-            pipeline = DDPMFacesPipeline(unet, scheduler, guide=self._guide, guidance_scale=scale)
+            pipeline = DDPMFacesPipeline(unet, scheduler, guide=self._guide, guidance_scale=self._guidance_scale)
             pipeline.set_progress_bar_config(
                 desc="Sampling", leave=False, disable=not self.accelerator.is_main_process
             )
@@ -733,8 +746,8 @@ class TrainingRun:
                 self._network(weights),
                 scheduler,
                 weights="ema" if self.config.use_ema else "raw",
-                guide=self._guide,
-                guidance_scale=1.0 if self._guide is None else self.config.guidance_scale,
+                guide=self._guide and self._network(self._guide.state_dict()),
+                guidance_scale=self._guidance_scale,
             )
             checkpoints.save_pipeline(pipeline, self.output_dir)
             grid.save(self.output_dir / "samples.png")
@@ -770,7 +783,8 @@ class TrainingRun:
     def _choose_guide(self, returns_to: int | None) -> None:
         """Go without a guide that is no weaker than the weights of the pipeline, and say why there is none."""
         guide_after = self.config.guide_after_images
-        if self._guide is not None and returns_to is not None and self.state.guide_images_seen >= returns_to:
+        images_seen = self.state.images_seen if returns_to is None else returns_to
+        if self._guide is not None and self.state.guide_images_seen >= images_seen:
             self._guide = None
         if guide_after is not None and self._guide is None:
             self.accelerator.print(
@@ -817,6 +831,7 @@ class TrainingRun:
             "fingerprint": self.data.fingerprint,
             "images_seen": self.state.images_seen if returns_to is None else returns_to,
             "guide_images_seen": None if self._guide is None else self.state.guide_images_seen,
+            "guidance_scale": self._guidance_scale,  # by which samples.png is drawn
             "skipped_steps": self.state.skipped_steps,
             "held_out_loss": self._held_out_loss(returns_to),
             "hours": self._seconds / 3600,
