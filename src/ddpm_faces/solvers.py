@@ -60,7 +60,7 @@ class FastSolver(DPMSolverMultistepScheduler):
         sample = kwargs["sample"] if "sample" in kwargs else args[1]
         alpha, _ = self._sigma_to_alpha_sigma_t(self.sigmas[self.step_index])
         # epsilon = (x - alpha x_0) / sigma, and x_0 = (x - sigma epsilon / scaling) / alpha
-        return torch.lerp(sample / alpha, x0, 1 / self.epsilon_scaling)
+        return x0 + (1 - 1 / self.epsilon_scaling) * (sample / alpha - x0)
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """Refuse: without this package it could not be loaded."""
