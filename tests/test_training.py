@@ -278,13 +278,10 @@ def test_early_average_guides_what_comes_out(finished, tmp_path):
     expected = image_grid(pipeline(1, generator=torch.Generator().manual_seed(0)).images, scale=8)
     drawn = Image.open(run / "samples.png").crop((0, 0, *expected.size))
     assert np.abs(np.asarray(drawn, dtype=int) - np.asarray(expected)).max() <= 1
-    for name, is_guided in {"0000000048.png": True, "0000000096.png": True}.items():
-        unguided = finished / "samples" / name
-        assert ((run / "samples" / name).read_bytes() != unguided.read_bytes()) == is_guided
+    for name in ("0000000048.png", "0000000096.png"):
+        assert (run / "samples" / name).read_bytes() != (finished / "samples" / name).read_bytes()
     summary = json.loads((run / "training_summary.json").read_text())
     assert (summary["guide_images_seen"], summary["guidance_scale"]) == (32, 1.5)
-    for path in (run / "guide" / "diffusion_pytorch_model.safetensors", run / "unet" / "config.json"):
-        assert path.is_file()
 
 
 def test_guide_without_averages_and_of_a_run_that_no_longer_wants_one(tmp_path):

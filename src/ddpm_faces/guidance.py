@@ -4,9 +4,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from .files import commit, delete, replacing, unfinished_path
 from .pipeline_ddpm_faces import DDPMFacesPipeline
+
+
+SUMMARY_NAME = "training_summary.json"
 
 
 def save_guide(
@@ -24,7 +28,8 @@ def save_guide(
         guidance_scale (`float`, defaults to 1.0): As that of [`DDPMFacesPipeline.set_guide`].
 
     Raises:
-        ValueError: A folder without a pipeline, or what [`DDPMFacesPipeline.set_guide`] refuses.
+        ValueError: A folder without a pipeline, or whose training_summary.json cannot be read, or what
+            [`DDPMFacesPipeline.set_guide`] refuses.
         OSError: A guide that cannot be loaded.
     """
     folder = Path(folder)
@@ -35,6 +40,7 @@ def save_guide(
     if guide is not None and not isinstance(guide, DDPMFacesPipeline):
         guide = DDPMFacesPipeline.from_pretrained(guide)
     pipeline.set_guide(guide, guidance_scale)
+    told = _summary(folder)
     values = json.loads(pipeline.to_json_string())
     values.pop("_name_or_path", None)
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
@@ -46,12 +52,25 @@ def save_guide(
             commit(folder / "guide")
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    summary = folder / "training_summary.json"
-    if summary.is_file():  # neither the guide nor the pictures are those of the training any more
-        values = {**json.loads(summary.read_text("utf-8")), "guide_images_seen": None, "guidance_scale": None}
-        with replacing(summary) as path:
-            path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    if told is not None:  # neither the guide nor the pictures are those of the training any more
+        told |= {"guide_images_seen": None, "guidance_scale": None}
+        with replacing(folder / SUMMARY_NAME) as path:
+            path.write_text(json.dumps(told, indent=2) + "\n", "utf-8")
     with replacing(index) as path:
         path.write_text(text, "utf-8")
     if guide is None and (folder / "guide").is_dir():
         delete(folder / "guide")
+
+
+def _summary(folder: Path) -> dict[str, Any] | None:
+    """What training left to tell, if it did."""
+    path = folder / SUMMARY_NAME
+    if not path.is_file():
+        return None
+    try:
+        told = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON that can be read: {error}.") from error
+    if not isinstance(told, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(told).__name__}.")
+    return told
