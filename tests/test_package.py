@@ -74,7 +74,7 @@ def test_source_never_imports_training(path):
         ),
         ("solvers", {"scheduling_ddpm_faces"}),
         ("convert", {"pipeline_ddpm_faces", "scheduling_ddpm_faces", "unet_ddpm_faces"}),
-        ("hub", {"card", "pipeline_ddpm_faces", "plots", "solvers"}),
+        ("hub", {"card", "files", "pipeline_ddpm_faces", "plots", "solvers"}),
         ("prepare", {"card", "data", "files", "hub"}),
         ("guidance", {"files", "pipeline_ddpm_faces"}),
         ("cli", {"audit", "convert", "evaluation", "extractors", "files", "guidance", "hub", "prepare"}),

@@ -1,10 +1,12 @@
 """Folders and files that are either whole or not there: written under another name, synced, then renamed."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 UNFINISHED = ".unfinished-"
@@ -108,3 +110,18 @@ def sync(path: str | os.PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
+    """What a file holds, which may be anybody's.
+
+    Raises:
+        ValueError: It holds no JSON, or something other than an object.
+    """
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return content

@@ -4,13 +4,9 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
-from .files import commit, delete, replacing, unfinished_path
+from .files import commit, delete, read_json_object, replacing, unfinished_path
 from .pipeline_ddpm_faces import DDPMFacesPipeline
-
-
-SUMMARY_NAME = "training_summary.json"
 
 
 def save_guide(
@@ -40,7 +36,8 @@ def save_guide(
     if guide is not None and not isinstance(guide, DDPMFacesPipeline):
         guide = DDPMFacesPipeline.from_pretrained(guide)
     pipeline.set_guide(guide, guidance_scale)
-    told = _summary(folder)
+    summary = folder / "training_summary.json"
+    told = read_json_object(summary) if summary.is_file() else None
     values = json.loads(pipeline.to_json_string())
     values.pop("_name_or_path", None)
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
@@ -54,23 +51,9 @@ def save_guide(
             shutil.rmtree(unfinished, ignore_errors=True)
     if told is not None:  # neither the guide nor the pictures are those of the training any more
         told |= {"guide_images_seen": None, "guidance_scale": None}
-        with replacing(folder / SUMMARY_NAME) as path:
+        with replacing(summary) as path:
             path.write_text(json.dumps(told, indent=2) + "\n", "utf-8")
     with replacing(index) as path:
         path.write_text(text, "utf-8")
     if guide is None and (folder / "guide").is_dir():
         delete(folder / "guide")
-
-
-def _summary(folder: Path) -> dict[str, Any] | None:
-    """What training left to tell, if it did."""
-    path = folder / SUMMARY_NAME
-    if not path.is_file():
-        return None
-    try:
-        told = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON that can be read: {error}.") from error
-    if not isinstance(told, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(told).__name__}.")
-    return told

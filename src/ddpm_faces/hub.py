@@ -2,7 +2,6 @@
 
 import contextlib
 import fnmatch
-import json
 import os
 import re
 import shutil
@@ -35,6 +34,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from .card import check_license, merge_cards, model_card
+from .files import read_json_object
 from .pipeline_ddpm_faces import NETWORKS, DDPMFacesPipeline
 from .plots import image_grid
 from .solvers import fast_solver
@@ -655,13 +655,7 @@ def _json_of(source: Path, destination: Path) -> dict[str, Any]:
     if not source.is_file():
         return {}
     shutil.copyfile(source, destination)
-    try:
-        content = json.loads(source.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{source} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{source} must hold a JSON object, got {type(content).__name__}.")
-    return content
+    return read_json_object(source)
 
 
 def _copy_pixels(source: Path, destination: Path) -> None:
