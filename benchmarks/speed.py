@@ -22,7 +22,7 @@ from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_faces import DDPMFacesUNet
-from ddpm_faces.config import TrainingConfig
+from ddpm_faces.training.config import TrainingConfig
 
 
 # diffusers' examples/unconditional_image_generation/train_unconditional.py: 113.7 million parameters

@@ -18,9 +18,9 @@ FAULTS = Path(__file__).parent / "faults" / "sitecustomize.py"
 PRELOAD = ["torch.utils.tensorboard", "accelerate.tracking", "datasets", "diffusers", "matplotlib.pyplot"]
 PRELOAD += [
     "transformers.hf_argparser",
-    "ddpm_faces.audit",
-    "ddpm_faces.streaming",
-    "ddpm_faces.training_run",
+    "ddpm_faces.evaluation.copies",
+    "ddpm_faces.data.stream",
+    "ddpm_faces.training.run",
     "forked",
 ]
 

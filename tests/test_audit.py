@@ -15,8 +15,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DrawnFaces
-from ddpm_faces import audit as audit_module
-from ddpm_faces.audit import (
+from ddpm_faces.data import picture_to_tensor
+from ddpm_faces.evaluation import copies as audit_module
+from ddpm_faces.evaluation.copies import (
     AuditReport,
     audit,
     audit_model,
@@ -25,7 +26,6 @@ from ddpm_faces.audit import (
     nearest,
     wilson_interval,
 )
-from ddpm_faces.data import picture_to_tensor
 
 
 HEIGHT, WIDTH = 20, 24

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddpm_faces import DrawnFaces
-from ddpm_faces.augmentation import AUGMENT_DIM, NonLeakingAugmentation
+from ddpm_faces.data.augmentation import AUGMENT_DIM, NonLeakingAugmentation
 
 
 # The columns of `draw`, in the order of its documentation.

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_faces import batches as module
-from ddpm_faces.batches import FaceBatches
 from ddpm_faces.data import FaceDataset
+from ddpm_faces.data import batches as module
+from ddpm_faces.data.batches import FaceBatches
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 import pytest
 from conftest import tiny_unet
 
-from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, checkpoint
-from ddpm_faces.checkpoint import checkpoint_path, list_checkpoints, prune_checkpoints, save_pipeline
+from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
+from ddpm_faces.training import checkpoint
+from ddpm_faces.training.checkpoint import checkpoint_path, list_checkpoints, prune_checkpoints, save_pipeline
 
 
 def test_checkpoints_are_listed_oldest_first_and_unfinished_ones_not_at_all(tmp_path):

@@ -16,14 +16,14 @@ from PIL import Image
 from test_convert import ArticleUNet
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DrawnFaces
-from ddpm_faces.evaluation import read_metrics
+from ddpm_faces.evaluation.quality import read_metrics
 
 
 pytestmark = pytest.mark.xdist_group("hub")
 
 COMMAND = """
 import sys
-from ddpm_faces import cli
+from ddpm_faces.cli import app as cli
 sys.argv = ["ddpm-faces", *map(str, arguments)]
 cli.main()
 """

@@ -10,7 +10,7 @@ import yaml
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet
-from ddpm_faces.config import GROUPS, TrainingConfig, parse_training_config
+from ddpm_faces.training.config import GROUPS, TrainingConfig, parse_training_config
 
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm_faces.convert import convert_checkpoint
+from ddpm_faces.hub.convert import convert_checkpoint
 
 
 class Embedding(nn.Module):

@@ -17,9 +17,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from ddpm_faces import data
 from ddpm_faces.data import (
-    UNREADABLE,
     FaceDataset,
     hold_out,
     load_faces,
@@ -28,7 +26,9 @@ from ddpm_faces.data import (
     resize_to_cover,
     to_samples,
 )
-from ddpm_faces.drawn_faces import draw_face, face_attributes
+from ddpm_faces.data import faces as data
+from ddpm_faces.data.drawn_faces import draw_face, face_attributes
+from ddpm_faces.data.faces import UNREADABLE
 
 
 FFHQ = Path(__file__).parents[2] / "shared" / "data" / "ffhq-faces-128"

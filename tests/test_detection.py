@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_faces import DrawnFaces
-from ddpm_faces.detection import MTCNN
-from ddpm_faces.extractors import MobileNetV2
+from ddpm_faces.evaluation.detection import MTCNN
+from ddpm_faces.evaluation.extractors import MobileNetV2
 
 
 # Of `facenet_pytorch.MTCNN(keep_all=True).detect` (2.6.0), on the drawn faces of seed 0 at 64x64.

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from ddpm_faces.drawn_faces import BEARDS, GLASSES, HAIR_STYLES, MOUTHS, DrawnFaces, draw_face, face_attributes
+from ddpm_faces.data.drawn_faces import BEARDS, GLASSES, HAIR_STYLES, MOUTHS, DrawnFaces, draw_face, face_attributes
 
 
 def pixels(image):
@@ -41,7 +41,7 @@ def test_colours_are_pinned():
 
 def test_same_face_in_a_fresh_process_and_in_any_order():
     script = (
-        "import hashlib; from ddpm_faces.drawn_faces import draw_face; "
+        "import hashlib; from ddpm_faces.data.drawn_faces import draw_face; "
         "print(hashlib.sha256(draw_face(7, 32).tobytes()).hexdigest())"
     )
     fresh = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
@@ -112,7 +112,9 @@ def test_glasses_change_the_eyes_and_little_else(monkeypatch):
     attributes = face_attributes(0)
 
     def drawn(glasses):
-        monkeypatch.setattr("ddpm_faces.drawn_faces.face_attributes", lambda *_: {**attributes, "glasses": glasses})
+        monkeypatch.setattr(
+            "ddpm_faces.data.drawn_faces.face_attributes", lambda *_: {**attributes, "glasses": glasses}
+        )
         return pixels(draw_face(0, 64))
 
     bare = drawn("none")

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from ddpm_faces.draws import draw_crops, draw_step
+from ddpm_faces.data.draws import draw_crops, draw_step
 
 
 SHAPE = (3, 4, 5)

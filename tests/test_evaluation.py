@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet, DrawnFaces
-from ddpm_faces.evaluation import (
+from ddpm_faces.evaluation.likelihood import bits_per_dimension
+from ddpm_faces.evaluation.metrics import channel_statistics, frechet_distance, kernel_distance, precision_recall
+from ddpm_faces.evaluation.quality import (
     Networks,
     check_comparable,
     evaluate,
@@ -20,8 +22,6 @@ from ddpm_faces.evaluation import (
     table,
     write_metrics,
 )
-from ddpm_faces.likelihood import bits_per_dimension
-from ddpm_faces.metrics import channel_statistics, frechet_distance, kernel_distance, precision_recall
 from ddpm_faces.solvers import fast_solver
 
 
@@ -163,7 +163,7 @@ import json, sys
 sys.path.insert(0, {tests!r})
 from test_evaluation import Plain, tiny
 from accelerate import PartialState
-from ddpm_faces.evaluation import evaluate
+from ddpm_faces.evaluation.quality import evaluate
 results = evaluate(tiny(), {folder!r}, num_images=25, num_inference_steps=3, batch_size=4, networks=Plain(),
                    num_likelihood_images=5)
 assert PartialState().num_processes == 2

@@ -20,8 +20,8 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load, load_file, save
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet, hub
-from ddpm_faces.card import merge_cards
 from ddpm_faces.guidance import save_guide
+from ddpm_faces.hub.card import merge_cards
 from ddpm_faces.plots import image_grid
 from ddpm_faces.solvers import fast_solver
 

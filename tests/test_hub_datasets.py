@@ -1,4 +1,4 @@
-"""Data sets of `ddpm_faces.prepare` on the Hub: published, loaded, streamed, and trained on."""
+"""Data sets of `ddpm_faces.data.prepare` on the Hub: published, loaded, streamed, and trained on."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from PIL import Image
 pytestmark = pytest.mark.xdist_group("hub")
 
 PREPARE = """
-from ddpm_faces.prepare import prepare
+from ddpm_faces.data.preparation import prepare
 result = prepare(source, push=repo_id, resolution=16, **settings)
 """
 LOAD = """

@@ -8,7 +8,8 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from ddpm_faces import DDPMFacesScheduler
-from ddpm_faces.likelihood import bits_per_dimension, bound_terms
+from ddpm_faces.evaluation.likelihood import bits_per_dimension
+from ddpm_faces.variational_bound import bound_terms
 
 
 def pictures(num_images: int = 3, size: int = 4) -> torch.Tensor:

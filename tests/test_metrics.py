@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 
 from ddpm_faces import DrawnFaces
-from ddpm_faces.extractors import EfficientNetLite0, InceptionV3, MobileNetV2
-from ddpm_faces.metrics import (
+from ddpm_faces.evaluation.extractors import EfficientNetLite0, InceptionV3, MobileNetV2
+from ddpm_faces.evaluation.metrics import (
     bootstrap_error,
     channel_statistics,
     extract_features,

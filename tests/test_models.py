@@ -6,8 +6,8 @@ import torch
 import yaml
 
 from ddpm_faces import DDPMFacesPipeline, fast_solver, hub
-from ddpm_faces.detection import MTCNN
-from ddpm_faces.evaluation import read_metrics
+from ddpm_faces.evaluation.detection import MTCNN
+from ddpm_faces.evaluation.quality import read_metrics
 
 
 MODEL = Path(__file__).parents[1] / "models" / "faces64"

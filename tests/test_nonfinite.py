@@ -3,7 +3,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ddpm_faces.nonfinite import NonFiniteGuard
+from ddpm_faces.training.guard import NonFiniteGuard
 
 
 def make(normalised: bool = False):

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from ddpm_faces import DDPMFacesObjective, DDPMFacesScheduler
-from ddpm_faces.likelihood import bound_terms
+from ddpm_faces.variational_bound import bound_terms
 
 
 class Recorder:

@@ -3,8 +3,8 @@ import signal
 
 import pytest
 
-from ddpm_faces import preemption as module
-from ddpm_faces.preemption import Preemption
+from ddpm_faces.training import preemption as module
+from ddpm_faces.training.preemption import Preemption
 
 
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from ddpm_faces.data import load_faces
-from ddpm_faces.prepare import prepare
+from ddpm_faces.data.preparation import prepare
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_what_load_dataset_and_training_read_back(pictures, tmp_path):
 
 
 def test_many_pictures_make_many_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("ddpm_faces.prepare._MANY_IMAGES", 8)
+    monkeypatch.setattr("ddpm_faces.data.preparation._MANY_IMAGES", 8)
     (tmp_path / "p").mkdir()
     for i in range(9):
         Image.new("L", (8, 8), i).save(tmp_path / "p" / f"{i}.png")

@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from PIL import Image
 
 from ddpm_faces.data import picture_to_tensor
-from ddpm_faces.streaming import FaceStream
+from ddpm_faces.data.stream import FaceStream
 
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or every `load_dataset` would ask the Hub to count it

@@ -10,7 +10,7 @@ from conftest import tiny_unet
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_faces.sync_batch_norm import SyncBatchNorm2d, convert_sync_batch_norm
+from ddpm_faces.training.sync_batch_norm import SyncBatchNorm2d, convert_sync_batch_norm
 
 
 # How many samples of the batch each process has, and in what the network computes.

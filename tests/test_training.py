@@ -30,9 +30,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddpm_faces import DDPMFacesPipeline, fast_solver
-from ddpm_faces.checkpoint import list_checkpoints
 from ddpm_faces.plots import image_grid
-from ddpm_faces.preemption import EXIT_NONFINITE, EXIT_PREEMPTED
+from ddpm_faces.training.checkpoint import list_checkpoints
+from ddpm_faces.training.preemption import EXIT_NONFINITE, EXIT_PREEMPTED
 
 
 ROOT = Path(__file__).parents[1]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_faces.config import TrainingConfig
-from ddpm_faces.training_data import load_training_data
+from ddpm_faces.training.config import TrainingConfig
+from ddpm_faces.training.data import load_training_data
 
 
 ALONE = SimpleNamespace(num_processes=1, process_index=0)

@@ -7,7 +7,7 @@ from conftest import tiny_unet
 
 from ddpm_faces import DDPMFacesObjective, DDPMFacesScheduler
 from ddpm_faces.data import FaceDataset, to_samples
-from ddpm_faces.validation import bin_names, held_out_losses, timestep_bins
+from ddpm_faces.evaluation.held_out import bin_names, held_out_losses, timestep_bins
 
 
 @pytest.fixture

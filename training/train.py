@@ -4,8 +4,8 @@ $ accelerate launch training/train.py                                          #
 $ accelerate launch training/train.py --train_data_dir my_faces --resolution 64
 $ accelerate launch training/train.py --config training/configs/article64.yaml --dataset_name user/faces
 
-All fields of `ddpm_faces.config.TrainingConfig` are flags (`--help`), or keys of the YAML file of `--config`. What
-happens when a run is interrupted, and by what, is in docs/training.md.
+All fields of `ddpm_faces.training.config.TrainingConfig` are flags (`--help`), or keys of the YAML file of `--config`.
+What happens when a run is interrupted, and by what, is in docs/training.md.
 """
 
 import importlib.util
@@ -33,15 +33,15 @@ from accelerate.utils import (
 from diffusers import EMAModel
 
 from ddpm_faces import DDPMFacesObjective, DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet
-from ddpm_faces.augmentation import NonLeakingAugmentation
-from ddpm_faces.checkpoint import list_checkpoints, read_state
-from ddpm_faces.config import TrainingConfig, parse_training_config
 from ddpm_faces.data import to_samples
-from ddpm_faces.draws import StepDraws, draw_step
-from ddpm_faces.nonfinite import NonFiniteGuard
-from ddpm_faces.sync_batch_norm import convert_sync_batch_norm
-from ddpm_faces.training_data import load_training_data
-from ddpm_faces.training_run import TrainingRun, locked, optimizer_settings, read_jsonl
+from ddpm_faces.data.augmentation import NonLeakingAugmentation
+from ddpm_faces.data.draws import StepDraws, draw_step
+from ddpm_faces.training.checkpoint import list_checkpoints, read_state
+from ddpm_faces.training.config import TrainingConfig, parse_training_config
+from ddpm_faces.training.data import load_training_data
+from ddpm_faces.training.guard import NonFiniteGuard
+from ddpm_faces.training.run import TrainingRun, locked, optimizer_settings, read_jsonl
+from ddpm_faces.training.sync_batch_norm import convert_sync_batch_norm
 
 
 # What a pretrained network may have other than the one that is trained from it

@@ -11,7 +11,7 @@ _MODULE_OF = {
     "DDPMFacesPipeline": "pipeline_ddpm_faces",
     "DDPMFacesScheduler": "scheduling_ddpm_faces",
     "DDPMFacesUNet": "unet_ddpm_faces",
-    "DrawnFaces": "drawn_faces",
+    "DrawnFaces": "data.drawn_faces",
     "FastSolver": "solvers",
     "fast_solver": "solvers",
 }

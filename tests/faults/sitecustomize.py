@@ -18,12 +18,14 @@ def strike(fault: dict) -> None:
 def install(faults: dict) -> None:
     import torch
 
-    from ddpm_faces import batches, checkpoint, nonfinite, objective, preemption, training_run
+    from ddpm_faces import objective
+    from ddpm_faces.data import batches
+    from ddpm_faces.training import checkpoint, guard, preemption, run
 
     rank = int(os.environ.get("RANK", 0))
     seen = {"images": 0}
 
-    original_step = nonfinite.NonFiniteGuard.step
+    original_step = guard.NonFiniteGuard.step
 
     def step(self, grad_norm):
         """In the middle of a step: after the gradient, before the weights."""
@@ -32,15 +34,15 @@ def install(faults: dict) -> None:
             strike(fault)
         original_step(self, grad_norm)
 
-    nonfinite.NonFiniteGuard.step = step
+    guard.NonFiniteGuard.step = step
 
-    original_next = training_run.TrainingRun.next_batch
+    original_next = run.TrainingRun.next_batch
 
     def next_batch(self):
         seen["images"] = self.images_seen
         return original_next(self)
 
-    training_run.TrainingRun.next_batch = next_batch
+    run.TrainingRun.next_batch = next_batch
 
     if "nan" in faults:
         original_call = objective.DDPMFacesObjective.__call__
@@ -77,7 +79,7 @@ def install(faults: dict) -> None:
         import resource
 
         fault = faults["disk_full"]
-        original_save = training_run.TrainingRun._save
+        original_save = run.TrainingRun._save
 
         def save(self, required=False):
             soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -88,7 +90,7 @@ def install(faults: dict) -> None:
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-        training_run.TrainingRun._save = save
+        run.TrainingRun._save = save
 
     if "worker" in faults:
         fault = faults["worker"]
@@ -104,7 +106,7 @@ def install(faults: dict) -> None:
         batches._Fetch.__getitem__ = fetch
 
     if "copies" in faults:
-        from ddpm_faces import audit
+        from ddpm_faces.evaluation import copies as audit
 
         original_audit = audit.audit
 
@@ -116,12 +118,12 @@ def install(faults: dict) -> None:
         audit.audit = planted
 
     if "lock_timeout" in faults:
-        original_acquire = training_run.FileLock.acquire
+        original_acquire = run.FileLock.acquire
 
         def acquire(self, timeout=None, **kwargs):
             return original_acquire(self, timeout=faults["lock_timeout"], **kwargs)
 
-        training_run.FileLock.acquire = acquire
+        run.FileLock.acquire = acquire
 
     if "fsdp" in faults:  # which accelerate starts with accelerators only
         from accelerate.state import AcceleratorState, PartialState

@@ -17,15 +17,15 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from .data import FaceDataset, is_picture_folder, load_faces
+from ..data.faces import FaceDataset, is_picture_folder, load_faces
+from ..objective import DDPMFacesObjective
+from ..pipeline_ddpm_faces import DDPMFacesPipeline
+from ..plots import image_grid
+from ..scheduling_ddpm_faces import DDPMFacesScheduler
 from .extractors import Extractor
+from .held_out import held_out_losses
 from .metrics import extract_features
-from .objective import DDPMFacesObjective
-from .pipeline_ddpm_faces import DDPMFacesPipeline
-from .plots import image_grid
 from .samples import Generated, open_samples
-from .scheduling_ddpm_faces import DDPMFacesScheduler
-from .validation import held_out_losses
 
 
 MIN_IMAGES = 100  # so that at least one held-out face lies below the threshold

@@ -33,7 +33,7 @@ def check_license(name: str, license: str | None) -> None:
 
 def template_path() -> Path:
     """`model_card.md`: in the package where that is installed, at the top of the repository otherwise."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     return next(path for path in (package / "model_card.md", package.parents[1] / "model_card.md") if path.is_file())
 
 

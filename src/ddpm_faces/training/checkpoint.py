@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from .files import commit, delete, delete_unfinished, sync, unfinished_path
+from ..files import commit, delete, delete_unfinished, sync, unfinished_path
 
 
 STATE_NAME = "run_state.json"

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from .data import FaceDataset, to_samples
+from ..data.faces import FaceDataset, to_samples
 
 
 NUM_TIMESTEP_BINS = 10

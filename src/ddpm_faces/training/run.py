@@ -25,21 +25,21 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm.auto import tqdm
 
-from . import __version__
+from .. import __version__
+from ..data.batches import FaceBatches
+from ..evaluation.held_out import bin_names, held_out_losses, timestep_bins
+from ..evaluation.quality import METRICS_NAME, write_metrics
+from ..files import replacing
+from ..objective import DDPMFacesObjective
+from ..pipeline_ddpm_faces import DDPMFacesPipeline
+from ..plots import image_grid, loss_curve, side_by_side
+from ..scheduling_ddpm_faces import DDPMFacesScheduler
+from ..solvers import fast_solver
+from ..unet_ddpm_faces import DDPMFacesUNet
 from . import checkpoint as checkpoints
-from .batches import FaceBatches
 from .config import TrainingConfig
-from .evaluation import METRICS_NAME, write_metrics
-from .files import replacing
-from .objective import DDPMFacesObjective
-from .pipeline_ddpm_faces import DDPMFacesPipeline
-from .plots import image_grid, loss_curve, side_by_side
+from .data import TrainingData
 from .preemption import EXIT_NONFINITE, EXIT_PREEMPTED, Preemption
-from .scheduling_ddpm_faces import DDPMFacesScheduler
-from .solvers import fast_solver
-from .training_data import TrainingData
-from .unet_ddpm_faces import DDPMFacesUNet
-from .validation import bin_names, held_out_losses, timestep_bins
 
 
 logger = logging.getLogger(__name__)
@@ -506,8 +506,8 @@ class TrainingRun:
             return audits and self._audit(samples)
 
     def _evaluate(self, samples: torch.Tensor) -> None:
-        from .evaluation import Networks, compare, measure, select
-        from .extractors import MobileNetV2
+        from ..evaluation.extractors import MobileNetV2
+        from ..evaluation.quality import Networks, compare, measure, select
 
         if self._reference is None:
             networks = Networks(self.accelerator.device, [MobileNetV2(self.accelerator.device)])
@@ -520,7 +520,7 @@ class TrainingRun:
         )
 
     def _audit(self, samples: torch.Tensor) -> bool:
-        from .audit import audit, closest_pairs_picture
+        from ..evaluation.copies import audit, closest_pairs_picture
 
         outcome: list[Any] = [None]
         if self.accelerator.is_main_process:
@@ -794,7 +794,7 @@ class TrainingRun:
 
     def _publish(self) -> None:
         """Put the finished pipeline on the Hub; what was trained stays whole if that fails."""
-        from .hub import push
+        from ..hub.model_folder import push
 
         config, repo_id = self.config, self.config.hub_model_id
         try:

@@ -12,10 +12,10 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .card import check_license, merge_cards
-from .data import FaceDataset, hold_out, load_faces, resolve_source
-from .files import check_new, new_folder
-from .hub import check_permission, check_repo_id, publish
+from ..files import check_new, new_folder
+from ..hub.card import check_license, merge_cards
+from ..hub.model_folder import check_permission, check_repo_id, publish
+from .faces import FaceDataset, hold_out, load_faces, resolve_source
 
 
 DATASET_FILES = ("README.md", "data/*.parquet")

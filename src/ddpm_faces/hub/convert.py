@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .pipeline_ddpm_faces import DDPMFacesPipeline
-from .scheduling_ddpm_faces import DDPMFacesScheduler
-from .unet_ddpm_faces import DDPMFacesUNet
+from ..pipeline_ddpm_faces import DDPMFacesPipeline
+from ..scheduling_ddpm_faces import DDPMFacesScheduler
+from ..unet_ddpm_faces import DDPMFacesUNet
 
 
 Module = dict[str, torch.Tensor]

@@ -53,7 +53,7 @@ def push(
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
 ) -> None:
     """Publish a pipeline on the Hub, with its card, after checking it."""
-    from .hub import push
+    from ..hub.model_folder import push
 
     commit = push(
         folder,
@@ -77,7 +77,7 @@ def verify(
     repair: Annotated[bool, typer.Option("--repair", help="Download once more what differs.")] = False,
 ) -> None:
     """Compare what was downloaded with the checksums that the Hub has published."""
-    from .hub import verify
+    from ..hub.model_folder import verify
 
     repo_type = "dataset" if dataset else "model"
     differing = verify(repo_id, revision, repo_type, repair=repair)
@@ -107,7 +107,7 @@ def prepare(
     private: Private = None,
 ) -> None:
     """Crop and resize pictures, take out their metadata, and make a data set of them."""
-    from .prepare import prepare
+    from ..data.preparation import prepare
 
     where = prepare(
         source,
@@ -159,7 +159,15 @@ def evaluate(
     against: Annotated[Path | None, typer.Option(help="A metrics.json to set beside it.", exists=True)] = None,
 ) -> None:
     """Measure how far faces are from real ones; the figures go into the card. `accelerate launch` shares it out."""
-    from .evaluation import METRICS_NAME, Networks, check_comparable, evaluate, read_metrics, table, write_metrics
+    from ..evaluation.quality import (
+        METRICS_NAME,
+        Networks,
+        check_comparable,
+        evaluate,
+        read_metrics,
+        table,
+        write_metrics,
+    )
 
     others = None if against is None else read_metrics(against)["metrics"]
     if output is None and Path(source, "model_index.json").is_file():
@@ -206,9 +214,9 @@ def audit(
     ] = None,
 ) -> None:
     """Search generated faces for copies of training pictures: the verdict goes into the card. Ends with 3 for yes."""
-    from .audit import audit_model
-    from .evaluation import METRICS_NAME, write_metrics
-    from .files import replacing
+    from ..evaluation.copies import audit_model
+    from ..evaluation.quality import METRICS_NAME, write_metrics
+    from ..files import replacing
 
     is_folder = Path(source, "model_index.json").is_file()
     if output is None:
@@ -217,7 +225,7 @@ def audit(
         output = Path(source)
     extractor = None
     if features:
-        from .extractors import MobileNetV2
+        from ..evaluation.extractors import MobileNetV2
 
         extractor = MobileNetV2()
     report, results, picture = audit_model(
@@ -251,7 +259,7 @@ def guide(
     guidance_scale: GuidanceScale = None,
 ) -> None:
     """Give a pipeline a guide (autoguidance), with which it is loaded and published from now on."""
-    from .guidance import save_guide
+    from ..guidance import save_guide
 
     if weaker is not None and guidance_scale is None:
         raise ValueError("`guidance_scale` must be given with a guide: 1.2, say.")
@@ -266,8 +274,8 @@ def convert(
     sample_size: Annotated[int, typer.Option(help="Side of the pictures that it was trained on.")] = 64,
 ) -> None:
     """Make a pipeline of a checkpoint of the article's own code."""
-    from .convert import convert_checkpoint
-    from .files import new_folder
+    from ..files import new_folder
+    from ..hub.convert import convert_checkpoint
 
     pipeline = convert_checkpoint(checkpoint, sample_size)
     with new_folder(output) as folder:

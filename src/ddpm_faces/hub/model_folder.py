@@ -33,11 +33,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
+from ..files import read_json_object
+from ..pipeline_ddpm_faces import NETWORKS, DDPMFacesPipeline
+from ..plots import image_grid
+from ..solvers import fast_solver
 from .card import check_license, merge_cards, model_card
-from .files import read_json_object
-from .pipeline_ddpm_faces import NETWORKS, DDPMFacesPipeline
-from .plots import image_grid
-from .solvers import fast_solver
 
 
 # What a published model consists of. Whatever else lies in a folder (checkpoints, logs, caches) stays at home; what

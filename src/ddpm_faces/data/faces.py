@@ -30,9 +30,9 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ..files import commit, unfinished_path
 from . import drawn_faces
 from .drawn_faces import DrawnFaces
-from .files import commit, unfinished_path
 
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .data import PICTURE_SUFFIXES, picture_to_tensor
-from .pipeline_ddpm_faces import DDPMFacesPipeline
-from .solvers import fast_solver
+from ..data.faces import PICTURE_SUFFIXES, picture_to_tensor
+from ..pipeline_ddpm_faces import DDPMFacesPipeline
+from ..solvers import fast_solver
 
 
 SAMPLERS = ("ddpm", "dpm-solver++")

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from .batches import FaceBatches
+from ..data.batches import FaceBatches
+from ..data.faces import FaceDataset, hold_out, is_picture_folder, load_faces, resolve_source
 from .config import LEAST_PICTURES, TrainingConfig
-from .data import FaceDataset, hold_out, is_picture_folder, load_faces, resolve_source
 
 
 NUM_NEIGHBOURS = 50  # by which an audit judges
 
 
 if TYPE_CHECKING:
-    from .streaming import FaceStream
+    from ..data.stream import FaceStream
 
 
 @dataclass
@@ -87,7 +87,7 @@ def _stream(
     share: slice,
     accelerator: Accelerator,
 ) -> TrainingData:
-    from .streaming import open_stream  # which takes datasets, and its time to import
+    from ..data.stream import open_stream  # which takes datasets, and its time to import
 
     stream = open_stream(
         **source,

@@ -18,11 +18,13 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from .data import is_picture_folder, load_faces, picture_to_tensor
+from ..data.drawn_faces import DrawnFaces
+from ..data.faces import is_picture_folder, load_faces, picture_to_tensor
+from ..files import replacing
+from ..pipeline_ddpm_faces import DDPMFacesPipeline
+from ..scheduling_ddpm_faces import DDPMFacesScheduler
 from .detection import MTCNN
-from .drawn_faces import DrawnFaces
 from .extractors import EfficientNetLite0, Extractor, InceptionV3, MobileNetV2
-from .files import replacing
 from .likelihood import bits_per_dimension
 from .metrics import (
     NUM_SUBSETS,
@@ -32,9 +34,7 @@ from .metrics import (
     kernel_distance,
     precision_recall,
 )
-from .pipeline_ddpm_faces import DDPMFacesPipeline
 from .samples import Generated, PictureFiles, open_samples, select
-from .scheduling_ddpm_faces import DDPMFacesScheduler
 
 
 MIN_IMAGES = 2 * NUM_SUBSETS  # of the kernel distance, whose subsets hold two at least

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
-from .card import check_license
+from ..hub.card import check_license
 
 
 # The groups of `--help`, in its order, and what stands under their names there.
@@ -385,7 +385,7 @@ class TrainingConfig:
 
     def unet_config(self) -> dict:
         """The arguments of [`DDPMFacesUNet`]."""
-        from .augmentation import AUGMENT_DIM
+        from ..data.augmentation import AUGMENT_DIM
 
         config = self._arguments_of("unet")
         height, width = self.image_size
@@ -402,8 +402,8 @@ class TrainingConfig:
         return self._arguments_of("scheduler")
 
     def _arguments_of(self, what: str) -> dict:
-        from .scheduling_ddpm_faces import DDPMFacesScheduler
-        from .unet_ddpm_faces import DDPMFacesUNet
+        from ..scheduling_ddpm_faces import DDPMFacesScheduler
+        from ..unet_ddpm_faces import DDPMFacesUNet
 
         cls = {"unet": DDPMFacesUNet, "scheduler": DDPMFacesScheduler}[what]
         ours = asdict(self)
@@ -590,9 +590,9 @@ def _flags_of_pretrained(flags: list[str]) -> list[str]:
     name = given.pretrained_model_name_or_path
     if not name.strip():
         return []
+    from ..scheduling_ddpm_faces import DDPMFacesScheduler
+    from ..unet_ddpm_faces import DDPMFacesUNet
     from .checkpoint import list_checkpoints, read_state
-    from .scheduling_ddpm_faces import DDPMFacesScheduler
-    from .unet_ddpm_faces import DDPMFacesUNet
 
     checkpoints = list_checkpoints(given.output_dir)
     if checkpoints:

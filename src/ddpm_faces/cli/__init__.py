@@ -1,0 +1,6 @@
+"""The command `ddpm-faces`."""
+
+from .app import app, main
+
+
+__all__ = ["app", "main"]

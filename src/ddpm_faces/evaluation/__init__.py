@@ -1,0 +1,17 @@
+"""How good samples are, and whether they copy training images."""
+
+from ..lazy import attach
+
+
+_MODULE_OF = {
+    "Networks": "quality",
+    "audit": "copies",
+    "audit_model": "copies",
+    "bits_per_dimension": "likelihood",
+    "compare": "quality",
+    "evaluate": "quality",
+    "measure": "quality",
+    "read_metrics": "quality",
+    "write_metrics": "quality",
+}
+__getattr__, __dir__, __all__ = attach(__name__, _MODULE_OF)
