@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -400,6 +401,7 @@ def test_schedulers_without_betas_know_no_noise_to_compare():
         ({"num_inference_steps": 0}, "from 1 to 20.* got 0"),
         ({"num_inference_steps": 2.5}, "integer or None, got 2.5"),
         ({"batch_size": 3, "generator": generators(0, 1)}, "got 2 for a `batch_size` of 3"),
+        ({"batch_size": 2, "generator": [generators(0)[0], None]}, "must be a torch.Generator, .* None"),
         ({"generator": 0}, "must be a torch.Generator, .* got 0"),
         ({"eta": 1.5}, r"`eta` must lie in \[0, 1\], got 1.5"),
         ({"latents": torch.zeros(1, 3, 16, 8)}, r"shape \(1, 3, 16, 16\), got \(1, 3, 16, 8\)"),
@@ -419,3 +421,104 @@ def test_bad_input(pipeline, arguments, message):
 def test_pipeline_says_which_weights_it_holds(pipeline, tmp_path, weights):
     DDPMFacesPipeline(pipeline.unet, pipeline.scheduler, weights=weights).save_pretrained(tmp_path)
     assert DDPMFacesPipeline.from_pretrained(tmp_path).config.weights == weights
+
+
+# Several calls, several owners
+
+
+@pytest.mark.parametrize("make_scheduler", [lambda scheduler: scheduler, fast_solver], ids=["ddpm", "fast_solver"])
+def test_threads_that_share_a_pipeline_get_the_images_of_their_seeds(pipeline, make_scheduler):
+    pipeline.scheduler = make_scheduler(pipeline.scheduler)
+    before = vars(pipeline.scheduler).copy()
+
+    def images(steps: int) -> torch.Tensor:
+        return pipeline(1, steps, generators(0), output_type="pt").images
+
+    steps = [20, 10, 7, 4]
+    expected, barrier, found = [images(n) for n in steps], threading.Barrier(len(steps)), {}
+
+    def request(n: int) -> None:
+        barrier.wait()
+        found[n] = images(n)
+
+    threads = [threading.Thread(target=request, args=(n,)) for n in steps]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n, image in zip(steps, expected, strict=True):
+        torch.testing.assert_close(found[n], image)
+    assert vars(pipeline.scheduler) == before
+
+
+def test_sampling_from_a_network_in_training_mode_leaves_it_as_it_was():
+    unet = tiny_unet(block_types=("conv",)).train()
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in unet.modules())
+    unet.conv_in.eval()  # as a frozen part may be
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    pipeline = quiet(DDPMFacesPipeline(unet, DDPMFacesScheduler(num_train_timesteps=20)))
+    together = pipeline(3, 5, generators(0, 1, 2), output_type="pt").images
+    alone = pipeline(1, 5, generators(0), output_type="pt").images
+    torch.testing.assert_close(together[:1], alone)
+    assert unet.training
+    assert unet.down_blocks.training
+    assert not unet.conv_in.training
+    torch.testing.assert_close(dict(unet.state_dict()), before, rtol=0, atol=0)
+
+
+def test_training_mode_comes_back_after_an_error(pipeline):
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    pipeline.unet.train()
+    with pytest.raises(RuntimeError, match="stop"):
+        pipeline(1, 2, callback_on_step_end=fail)
+    assert all(module.training for module in pipeline.unet.modules())
+
+
+@pytest.mark.parametrize("with_guide", [False, True])
+def test_from_pipe(pipeline, with_guide):
+    if with_guide:
+        pipeline = DDPMFacesPipeline(pipeline.unet, pipeline.scheduler, guide=tiny_unet(), guidance_scale=1.5)
+    pipeline.unet.to(torch.bfloat16)
+    copy = DDPMFacesPipeline.from_pipe(pipeline)
+    assert copy.unet is pipeline.unet
+    assert copy.guide is pipeline.guide
+    assert copy.config.guidance_scale == pipeline.config.guidance_scale
+    assert copy.unet.dtype == torch.bfloat16
+    assert DDPMFacesPipeline.from_pipe(DDPMPipeline(copy.unet, pipeline.scheduler)).unet is pipeline.unet
+
+
+# A folder that is saved into twice
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize(
+    "sizes", [(None, "5KB"), ("5KB", None), ("5KB", "4KB"), ("4KB", "5KB")], ids=lambda sizes: f"{sizes[0]}-{sizes[1]}"
+)
+def test_a_folder_holds_what_was_saved_last(pipeline, tmp_path, variant, sizes):
+    other = DDPMFacesPipeline(tiny_unet(), pipeline.scheduler)
+    with torch.no_grad():
+        for parameter in other.unet.parameters():
+            parameter.add_(1)
+    for saved, size in zip((pipeline, other), sizes, strict=True):
+        saved.save_pretrained(tmp_path, variant=variant, max_shard_size=size)
+    loaded = DDPMFacesPipeline.from_pretrained(tmp_path, variant=variant)
+    torch.testing.assert_close(dict(loaded.unet.state_dict()), dict(other.unet.state_dict()), rtol=0, atol=0)
+    assert not list(tmp_path.rglob(".unfinished-*"))
+
+
+def test_variants_stand_side_by_side(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path, max_shard_size="5KB")
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="5KB")
+    for variant in (None, "fp16"):
+        loaded = DDPMFacesPipeline.from_pretrained(tmp_path, variant=variant)
+        torch.testing.assert_close(dict(loaded.unet.state_dict()), dict(pipeline.unet.state_dict()), rtol=0, atol=0)
+
+
+def test_a_scheduler_that_cannot_be_loaded_again_is_refused_before_anything_is_written(pipeline, tmp_path):
+    pipeline.scheduler = fast_solver(pipeline.scheduler)
+    with pytest.raises(ValueError, match="`scheduler` FastSolver could not be loaded again"):
+        pipeline.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

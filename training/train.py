@@ -354,6 +354,8 @@ def exit_code_of(config: TrainingConfig) -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end a run
+        stream.reconfigure(errors="backslashreplace")
     code = exit_code_of(parse_training_config())
     sys.stdout.flush()
     sys.stderr.flush()

@@ -104,8 +104,13 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Let a file or a folder reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Let a file or a folder reach the disk. Where the system opens no folders, as Windows, that is a file alone."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if os.path.isdir(path):
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:

@@ -4,13 +4,15 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """From noise to faces: predict, step, repeat (Algorithm 2 of DDPM, https://huggingface.co/papers/2006.11239)."""
 
+import copy
 import importlib
 import inspect
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,22 @@ class DDPMFacesPipeline(DiffusionPipeline):
         self.register_modules(guide=network and network.to(self.unet.device))
         self.register_to_config(guidance_scale=guidance_scale)
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DDPMFacesPipeline":
+        """A pipeline of the same networks and scheduler, which are shared and not copied.
+
+        Args:
+            pipeline ([`~diffusers.DiffusionPipeline`]): Of a network and a scheduler that this pipeline takes.
+            kwargs:
+                Components and settings to use instead, or `dtype`. By default the networks keep their type, which
+                [`~diffusers.DiffusionPipeline.from_pipe`] would make float32 for the given pipeline as well.
+        """
+        # diffusers switches a network over only where its class is the very one of the type hint.
+        networks = {name: pipeline.components[name] for name in NETWORKS if pipeline.components.get(name) is not None}
+        if "torch_dtype" not in kwargs and "unet" in networks:
+            kwargs.setdefault("dtype", networks["unet"].dtype)
+        return super().from_pipe(pipeline, **{**networks, **kwargs})
+
     def with_scheduler(self, scheduler: SchedulerMixin) -> "DDPMFacesPipeline":
         """The same networks, with another way through the timesteps."""
         components = {**self.components, "scheduler": scheduler}
@@ -180,11 +198,18 @@ class DDPMFacesPipeline(DiffusionPipeline):
             kwargs: With `push_to_hub`, those of [`push_to_hub`].
 
         Raises:
-            ValueError: `safe_serialization=False`, which would save pickles.
+            ValueError: `safe_serialization=False`, which would save pickles, or a component that could not be loaded.
             HubError: As that of [`push_to_hub`].
         """
         if safe_serialization is not True:
             raise ValueError("`safe_serialization` must be True: other weights are pickles, which can run code.")
+        index = json.loads(self.to_json_string())
+        for name in (*NETWORKS, "scheduler"):
+            if name in index and not _is_component(name, index[name]):
+                raise ValueError(
+                    f"`{name}` {type(self.components[name]).__name__} could not be loaded again, so nothing is saved: "
+                    "use a class of this package, diffusers' UNet2DModel, or a scheduler of diffusers."
+                )
         # By name, for this file travels without the package. Whatever is wrong with publishing is said before saving.
         hub = importlib.import_module("ddpm_faces.hub") if push_to_hub else None
         if hub is not None:
@@ -287,13 +312,16 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 f"`num_inference_steps` must be from 1 to {num_train_timesteps}, the timesteps that the network "
                 f"learned, got {num_inference_steps}."
             )
-        generators = generator if isinstance(generator, list) else [generator]
-        if not all(g is None or isinstance(g, torch.Generator) for g in generators):
+        is_list = isinstance(generator, list)
+        # In a list, `None` would silently make that image irreproducible.
+        if generator is not None and not all(
+            isinstance(g, torch.Generator) for g in (generator if is_list else [generator])
+        ):
             raise ValueError(
                 f"`generator` must be a torch.Generator, a list of them, or None, got {generator!r}: make one of a "
                 "seed with torch.Generator().manual_seed(seed)."
             )
-        if isinstance(generator, list) and len(generator) != batch_size:
+        if is_list and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` as a list must hold one generator per picture: got {len(generator)} for a `batch_size` "
                 f"of {batch_size}."
@@ -367,8 +395,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
         batch_size: int,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
+        init_noise_sigma: float | torch.Tensor = 1.0,
     ) -> torch.Tensor:
-        """x_T: `latents`, or standard normal noise, at the scheduler's scale.
+        """x_T: `latents`, or standard normal noise, times the scheduler's `init_noise_sigma`.
 
         In float32 whatever the weights are: the picture is the sum of all steps, and only the network is allowed to
         round.
@@ -377,7 +406,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         if latents is None:
             shape = (batch_size, *self._image_shape)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        return latents.to(device=device, dtype=torch.float32) * self.scheduler.init_noise_sigma
+        return latents.to(device=device, dtype=torch.float32) * init_noise_sigma
 
     @torch.no_grad()
     def __call__(
@@ -440,10 +469,12 @@ class DDPMFacesPipeline(DiffusionPipeline):
             guidance_scale,
         )
 
-        # 1. Timesteps first: some schedulers know their initial scale only then
-        self.scheduler.set_timesteps(num_inference_steps)
+        # 1. Timesteps first: some schedulers know their initial scale only then. A scheduler keeps its place, so this
+        # call takes a copy: threads may share a pipeline.
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(num_inference_steps)
         step_kwargs = {"generator": generator, "eta": eta}
-        step_parameters = inspect.signature(self.scheduler.step).parameters
+        step_parameters = inspect.signature(scheduler.step).parameters
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_parameters}
         model_kwargs, guide_kwargs = {}, {}
         if class_labels is not None:
@@ -454,27 +485,28 @@ class DDPMFacesPipeline(DiffusionPipeline):
         takes_variance = self._scheduler_is_of(VARIANCE_SCHEDULERS)
 
         # 2. Noise
-        latents = self.prepare_latents(batch_size, generator, latents)
+        latents = self.prepare_latents(batch_size, generator, latents, scheduler.init_noise_sigma)
 
         # 3. Denoise
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            # 3.1 Predict the noise
-            model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-            model_output = self.unet(model_input, t, **model_kwargs).sample.float()
-            if not takes_variance:
-                model_output = model_output[:, : latents.shape[1]]
-            if guidance_scale != 1:
-                worse = self.guide(model_input.to(self.guide.dtype), t, **guide_kwargs).sample.float()
-                prediction, variance = model_output.tensor_split([latents.shape[1]], dim=1)
-                prediction = worse[:, : latents.shape[1]].lerp(prediction, guidance_scale)
-                model_output = torch.cat([prediction, variance], dim=1)
+        with _evaluating(self.unet, self.guide):
+            for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
+                # 3.1 Predict the noise
+                model_input = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+                model_output = self.unet(model_input, t, **model_kwargs).sample.float()
+                if not takes_variance:
+                    model_output = model_output[:, : latents.shape[1]]
+                if guidance_scale != 1:
+                    worse = self.guide(model_input.to(self.guide.dtype), t, **guide_kwargs).sample.float()
+                    prediction, variance = model_output.tensor_split([latents.shape[1]], dim=1)
+                    prediction = worse[:, : latents.shape[1]].lerp(prediction, guidance_scale)
+                    model_output = torch.cat([prediction, variance], dim=1)
 
-            # 3.2 x_t -> x_t-1
-            latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
+                # 3.2 x_t -> x_t-1
+                latents = scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
 
-            if callback_on_step_end is not None:
-                callback_kwargs = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
-                latents = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", latents)
+                if callback_on_step_end is not None:
+                    callback_kwargs = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                    latents = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", latents)
 
         # 4. Pictures
         images = self.postprocess(latents, output_type)
@@ -494,6 +526,23 @@ class DDPMFacesPipeline(DiffusionPipeline):
             return images
         images = images.cpu().permute(0, 2, 3, 1).float().numpy()
         return images if output_type == "np" else DiffusionPipeline.numpy_to_pil(images)
+
+
+@contextmanager
+def _evaluating(*networks: torch.nn.Module | None) -> Iterator[None]:
+    """Put networks into evaluation mode, and each of their modules back into the mode that it was in.
+
+    In training mode BatchNorm would mix the images of a batch and write its running statistics; dropout would draw.
+    """
+    modules = (module for network in networks if network is not None for module in network.modules())
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _image_shape(network: ModelMixin) -> tuple[int, int, int]:

@@ -115,9 +115,16 @@ def loss_curve(
 
 
 def _pyplot():
-    import matplotlib
+    # Files only, also where there is no screen. A notebook's MPLBACKEND may name a backend that is not installed here,
+    # and then matplotlib cannot even be imported.
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
 
-    matplotlib.use("Agg")  # files only, also where there is no screen
-    import matplotlib.pyplot as plt
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
     return plt

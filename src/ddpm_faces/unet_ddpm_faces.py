@@ -17,7 +17,9 @@ A new type of block is a pair of classes and a line in `_BLOCKS`.
 
 import inspect
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -215,15 +217,22 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
             raise TypeError(f"save_pretrained() got unexpected arguments: {', '.join(kwargs)}.")
         if safe_serialization is not True:
             raise ValueError("`safe_serialization` must be True: other weights are pickles, which can run code.")
-        super().save_pretrained(
-            save_directory, is_main_process, save_function, variant=variant, max_shard_size=max_shard_size
-        )
-        if is_main_process:
-            shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
-            for index in Path(save_directory).glob("*.safetensors.index*.json"):
-                # Of shards that lay here before. Loading would prefer it.
-                if Path(save_directory, index.name.replace(".index", "").removesuffix(".json")).exists():
-                    index.unlink()
+        if Path(save_directory).is_file():
+            raise ValueError(f"`save_directory` must be a folder, got the file {str(save_directory)!r}.")
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=save_directory) as staging:
+            super().save_pretrained(
+                staging, is_main_process, save_function, variant=variant, max_shard_size=max_shard_size
+            )
+            if is_main_process:
+                shutil.copyfile(__file__, Path(staging, Path(__file__).name))
+            # Weights that lay here before are deleted first: loading prefers an index, and shards of another save mix
+            # with these. An interruption leaves a folder without whole weights, never one with the old ones.
+            is_weights = _weights_pattern(variant)
+            for path in [path for path in Path(save_directory).iterdir() if is_weights.fullmatch(path.name)]:
+                path.unlink()
+            for path in sorted(Path(staging).iterdir(), key=lambda path: path.suffix == ".json"):  # indices last
+                path.replace(Path(save_directory, path.name))
 
     def push_to_hub(self, *args, **kwargs) -> str:
         """Refuse: a network alone, unchecked and without a card, is not what loads everywhere."""
@@ -607,6 +616,14 @@ class _RunningStatisticsKept:
     def __exit__(self, *exception) -> None:
         for norm, momentum in self.momenta.items():
             norm.momentum = momentum
+
+
+def _weights_pattern(variant: str | None) -> re.Pattern:
+    """Matches the names that diffusers gives to the weights of a variant: whole, in shards, and the shards' index."""
+    infix = "" if variant is None else re.escape(f".{variant}")
+    return re.compile(
+        rf"diffusion_pytorch_model(\.safetensors\.index{infix}\.json|{infix}(-\d+-of-\d+)?\.safetensors)"
+    )
 
 
 def _is_integer(value: Any, minimum: int, maximum: int) -> bool:

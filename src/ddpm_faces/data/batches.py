@@ -127,7 +127,7 @@ def restarting(make_loader: Callable[[], DataLoader], max_deaths: int = 3) -> It
     while True:
         loader = make_loader()
         batches = iter(loader)
-        if threading.current_thread() is threading.main_thread():
+        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
             # torch would raise the death of a worker wherever the trainer is: in the middle of a step, or of a save.
             # Without its handler, the loader notices when it next waits for a batch.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -5,6 +5,7 @@ import copy
 import difflib
 import inspect
 import math
+import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -251,6 +252,14 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             _check_value(name, getattr(self, name), hint)
+        # Shells leave `--output_dir=~/model` as it is, and so does YAML.
+        self.output_dir = os.path.expanduser(self.output_dir)
+        multiple = 2 ** (len(self.block_out_channels) - 1)
+        if any(side % multiple for side in self.resolution):
+            raise ValueError(
+                f"`resolution` must be a multiple of {multiple} (2 ** (number of `block_out_channels` - 1)), got "
+                f"{self.resolution}."
+            )
         if self.seed >= 2**31:  # NumPy takes no more than 32 bits
             raise ValueError(f"`seed` must be below 2**31, got {self.seed}.")
         for name in ("learning_rate", "ema_rampup_ratio", "time_limit_minutes", "adam_epsilon"):
@@ -594,7 +603,7 @@ def _flags_of_pretrained(flags: list[str]) -> list[str]:
     from ..unet_ddpm_faces import DDPMFacesUNet
     from .checkpoint import list_checkpoints, read_state
 
-    checkpoints = list_checkpoints(given.output_dir)
+    checkpoints = list_checkpoints(os.path.expanduser(given.output_dir))
     if checkpoints:
         values = read_state(checkpoints[-1])["config"]
     else:

@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import math
-import resource
 import shlex
 import sys
 import time
@@ -467,6 +466,12 @@ class TrainingRun:
         """The most that was in use so far: on the GPU, or of this process."""
         if self.accelerator.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 1e9
+        if sys.platform == "win32":
+            import psutil
+
+            return psutil.Process().memory_info().peak_wset / 1e9
+        import resource
+
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -751,8 +756,11 @@ class TrainingRun:
             )
             checkpoints.save_pipeline(pipeline, self.output_dir)
             grid.save(self.output_dir / "samples.png")
-            self._draw_loss_curve()
             self._summarize(returns_to)
+            try:
+                self._draw_loss_curve()
+            except Exception as error:  # a picture, and not the model: no reason for a finished run to fail
+                logger.warning("The loss curve could not be drawn: %s", error)
             print(f"The pipeline is in {self.output_dir}, pictures from it in {self.output_dir / 'samples.png'}")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
