@@ -23,7 +23,7 @@ pytestmark = pytest.mark.xdist_group("hub")
 
 COMMAND = """
 import sys
-from ddpm_faces.cli import app as cli
+from ddpm_faces import cli
 sys.argv = ["ddpm-faces", *map(str, arguments)]
 cli.main()
 """

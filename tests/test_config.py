@@ -109,7 +109,7 @@ def attributes_read(tree: ast.AST, owner: str) -> set[str]:
 def test_every_field_is_read():
     """By the training or by a method of the configuration, or as an argument of the network or the schedule."""
     read = set(MODEL_ARGUMENTS)
-    for path in (ROOT / "training" / "train.py", *(ROOT / "src" / "ddpm_faces").glob("training_*.py")):
+    for path in (ROOT / "training" / "train.py", *(ROOT / "src" / "ddpm_faces" / "training").glob("[!c]*.py")):
         read |= attributes_read(ast.parse(path.read_text()), "config")
     for method in ast.parse(inspect.getsource(TrainingConfig)).body[0].body:
         # A field that is only checked, which `__post_init__` and `_check_data` do, changes nothing.
@@ -384,3 +384,13 @@ def test_choices_are_those_of_the_models(name):
 def test_yaml_of_a_run_holds_all_fields(tmp_path):
     TrainingConfig().save(tmp_path / "config.yaml")
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == asdict(TrainingConfig())
+
+
+def test_output_dir_may_begin_with_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert TrainingConfig(output_dir="~/model").output_dir == "/home/somebody/model"
+
+
+def test_resolution_that_the_levels_do_not_divide_is_refused_by_its_own_name():
+    with pytest.raises(ValueError, match=r"`resolution` must be a multiple of 4 .*, got \[50\]"):
+        TrainingConfig(resolution=[50])

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from ddpm_faces.files import commit, delete_unfinished, replacing, unfinished_path
@@ -50,3 +52,17 @@ def test_what_is_left_unfinished_is_deleted(tmp_path):
     (tmp_path / "mine").touch()
     delete_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_system_that_opens_no_folders_syncs_the_files(tmp_path, monkeypatch):
+    opened = os.open
+
+    def as_on_windows(path, *arguments, **settings):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", path)
+        return opened(path, *arguments, **settings)
+
+    monkeypatch.setattr(os, "open", as_on_windows)
+    with replacing(tmp_path / "file") as path:
+        path.write_text("whole")
+    assert (tmp_path / "file").read_text() == "whole"

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -55,3 +59,11 @@ def test_grids_side_by_side_under_their_names():
     assert picture.getpixel((89, 47)) == (0, 0, 255)
     assert picture.getpixel((45, 47)) == (255, 255, 255)
     assert side_by_side({"red": grids["red"]}) is grids["red"]
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_loss_curve_is_drawn_whatever_backend_a_notebook_names(tmp_path, backend):
+    code = f"from ddpm_faces.plots import loss_curve; loss_curve([1, 2], [1.0, 0.5], {str(tmp_path / 'curve.png')!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "MPLBACKEND": backend})
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.size[0] > 100

@@ -254,12 +254,6 @@ class TrainingConfig:
             _check_value(name, getattr(self, name), hint)
         # Shells leave `--output_dir=~/model` as it is, and so does YAML.
         self.output_dir = os.path.expanduser(self.output_dir)
-        multiple = 2 ** (len(self.block_out_channels) - 1)
-        if any(side % multiple for side in self.resolution):
-            raise ValueError(
-                f"`resolution` must be a multiple of {multiple} (2 ** (number of `block_out_channels` - 1)), got "
-                f"{self.resolution}."
-            )
         if self.seed >= 2**31:  # NumPy takes no more than 32 bits
             raise ValueError(f"`seed` must be below 2**31, got {self.seed}.")
         for name in ("learning_rate", "ema_rampup_ratio", "time_limit_minutes", "adam_epsilon"):
@@ -286,6 +280,12 @@ class TrainingConfig:
             )
         if len(self.resolution) not in (1, 2):
             raise ValueError(f"`resolution` must be a side or a height and a width in pixels, got {self.resolution}.")
+        multiple = 2 ** (len(self.block_out_channels) - 1)
+        if any(side % multiple for side in self.resolution):
+            raise ValueError(
+                f"`resolution` must be a multiple of {multiple} (2 ** (number of `block_out_channels` - 1)), got "
+                f"{self.resolution}."
+            )
         if self.snr_gamma and self.loss_type != "l2":
             raise ValueError(f"`loss_type` {self.loss_type!r} takes no Min-SNR weights: set `snr_gamma` to 0.")
         self._check_data()
