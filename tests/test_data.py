@@ -16,6 +16,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
+from PIL import ImageOps
 
 from ddpm_faces.data import (
     FaceDataset,
@@ -614,3 +615,40 @@ def test_transparent_parts_lie_on_white():
         assert pixels[:, 0, 6].tolist() == [255, 255, 255]
         assert pixels[:, 0, 1].tolist() == [0, 0, 255]
     assert picture_to_tensor(image, (8, 8), "RGBA")[:, 0, 6].tolist() == [200, 0, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_each_orientation_is_turned_as_pillow_turns_it(orientation):
+    image = PILImage.fromarray(np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3))
+    image.getexif()[0x0112] = orientation
+    expected = torch.from_numpy(np.array(ImageOps.exif_transpose(image))).permute(2, 0, 1)
+    assert picture_to_tensor(image, tuple(expected.shape[1:])).equal(expected)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        (0x11A, 10, 1, struct.pack("<I", 38)),  # XResolution of -1/0
+        (0x11A, 2, 3, b"72\0\0"),  # XResolution as text
+        (0x100, 9, 1, struct.pack("<i", -5)),  # a negative ImageWidth
+        (0x8769, 4, 1, struct.pack("<I", 2**32 - 1)),  # an Exif directory beyond the end
+    ],
+    ids=["ratio", "text", "negative", "beyond"],
+)
+def test_an_odd_exif_tag_costs_no_image(entry):
+    entries = [(0x112, 3, 1, struct.pack("<HH", 6, 0)), entry]
+    body = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHI", *e[:3]) + e[3] for e in entries)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + body + struct.pack("<I", 0) + struct.pack("<ii", -1, 0)
+    file = io.BytesIO()
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:, :12] = 255
+    PILImage.fromarray(pixels).save(file, "JPEG", exif=exif, quality=95)
+    upright = picture_to_tensor(PILImage.open(file), (24, 16))  # white on the left is on top after a turn to the right
+    assert upright[:, :8].min() > 200
+    assert upright[:, -8:].max() < 50
+
+
+def test_metadata_that_is_none_costs_no_image():
+    file = io.BytesIO()
+    PILImage.new("RGB", (8, 8), "red").save(file, "PNG", exif=b"Exif\0\0\0\x08\0\x02\x01\x12\0\x03")
+    assert picture_to_tensor(PILImage.open(file), (8, 8))[0].eq(255).all()

@@ -123,5 +123,12 @@ def test_ten_steps_keep_brightness_and_detail():
 def test_it_is_not_saved(pipeline, tmp_path):
     pipeline = DDPMFacesPipeline(pipeline.unet, fast_solver(pipeline.scheduler))
     assert isinstance(pipeline.scheduler, FastSolver)
-    with pytest.raises(ValueError, match="not saved: save the scheduler of the training"):
+    with pytest.raises(ValueError, match="could not be loaded again, so nothing is saved"):
         pipeline.save_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("steps", [0, 21, 2.5, None])
+def test_more_steps_than_timesteps_are_refused(steps):
+    solver = fast_solver(DDPMFacesScheduler(num_train_timesteps=20))
+    with pytest.raises(ValueError, match="`num_inference_steps` must be from 1 to 20, got"):
+        solver.set_timesteps(steps)

@@ -771,3 +771,20 @@ def test_bad_augment_dim(augment_dim):
         ValueError, match=f"`augment_dim` must be a whole number from 1 to 16384 or None, got {augment_dim}"
     ):
         DDPMFacesUNet(augment_dim=augment_dim)
+
+
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layerwise_casting_computes_in_its_compute_type(name, storage):
+    torch.manual_seed(0)
+    config = {"sample_size": 16, **CONFIGS[name]}
+    unet = DDPMFacesUNet(**config).eval()
+    sample, labels = torch.randn(2, unet.config.in_channels, 16, 16), None
+    if config.get("num_class_embeds") is not None:
+        labels = torch.tensor([0, 1])
+    with torch.no_grad():
+        expected = unet(sample, 3, labels).sample
+        unet.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
+        found = unet(sample, 3, labels).sample
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().mean() <= 0.1 * expected.abs().mean()  # the weights are rounded, and no more

@@ -47,8 +47,14 @@ class FastSolver(DPMSolverMultistepScheduler):
             num_inference_steps (`int`, *optional*): How many, 1 to T.
             device (`str` or `torch.device`, *optional*): Where they are kept.
             timesteps (`list[int]`, *optional*): In place of the number: which, falling.
+
+        Raises:
+            ValueError: A number of steps outside of 1 to T.
         """
         if timesteps is None:
+            most = self.config.num_train_timesteps
+            if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= most:
+                raise ValueError(f"`num_inference_steps` must be from 1 to {most}, got {num_inference_steps!r}.")
             timesteps = self._spaced(num_inference_steps)
         super().set_timesteps(device=device, timesteps=timesteps)
 

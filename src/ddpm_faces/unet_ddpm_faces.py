@@ -337,11 +337,12 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
             timesteps = torch.full((sample.shape[0],), timestep, device=sample.device)
         # The article's embedding: sine then cosine, frequencies from 1 to 1 / 10000, in float32 whatever the weights.
         t_emb = get_timestep_embedding(timesteps, self.config.time_proj_dim)  # (batch, time_proj_dim)
-        temb = self.time_embedding(t_emb.to(self.time_embedding[0].weight.dtype))  # (batch, time_embedding_dim)
+        dtype = self.dtype  # that of the computation, where layerwise casting stores weights in another
+        temb = self.time_embedding(t_emb.to(dtype))  # (batch, time_embedding_dim)
         if self.class_embedding is not None:
             temb = temb + self.class_embedding(class_labels)
         if augment_labels is not None:
-            temb = temb + self.augment_embedding(augment_labels.to(self.augment_embedding.weight.dtype))
+            temb = temb + self.augment_embedding(augment_labels.to(dtype))
 
         # 2. in
         hidden_states = self.conv_in(sample)

@@ -235,6 +235,8 @@ def audit(
         guidance_scale=guidance_scale,
         epsilon_scaling=epsilon_scaling,
     )
+    if os.environ.get("RANK", "0") != "0":  # one process writes and reports
+        return
     output.mkdir(parents=True, exist_ok=True)
     with replacing(output / "audit.json") as path:
         path.write_text(json.dumps(results, indent=2) + "\n", "utf-8")

@@ -26,7 +26,7 @@ import PIL
 import torch
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -128,8 +128,34 @@ def random_crop(pixels: torch.Tensor, size: tuple[int, int], crop: Sequence[floa
     return pixels[:, top : top + size[0], left : left + size[1]]
 
 
+# What to do with an image of each EXIF orientation, 2 to 8 (1 is upright).
+_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """The EXIF orientation, or None where the metadata has none or is damaged: the pixels are whole all the same."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises many kinds on damaged metadata
+        return None
+
+
 def _upright(image: Image.Image, mode: str) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    # Not by ImageOps.exif_transpose, which writes all other tags anew and fails where one of them is odd.
+    image.load()  # metadata may follow the pixels
+    orientation = _orientation(image)
+    if isinstance(orientation, int) and orientation in _TRANSPOSES:
+        image = image.transpose(_TRANSPOSES[orientation])
     if image.mode.startswith("I"):  # 16-bit grey: PIL would clip it instead of scaling
         pixels = np.asarray(image, dtype=np.float64)
         if pixels.min() < 0 or pixels.max() > 65535:

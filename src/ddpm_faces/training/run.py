@@ -466,12 +466,13 @@ class TrainingRun:
         """The most that was in use so far: on the GPU, or of this process."""
         if self.accelerator.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 1e9
-        if sys.platform == "win32":
+        try:
+            import resource
+        except ModuleNotFoundError:  # on Windows
             import psutil
 
-            return psutil.Process().memory_info().peak_wset / 1e9
-        import resource
-
+            memory = psutil.Process().memory_info()
+            return getattr(memory, "peak_wset", memory.rss) / 1e9
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
