@@ -400,6 +400,7 @@ def test_every_scheduler_samples_in_the_pipeline(name):
     elif name in ("KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"):
         (mean, std), tolerance = (MEAN, STD), 0.011
     else:
+        scheduler.set_timesteps(50)  # the pipeline has set those of a copy
         mean, std = exact_flow_moments(scheduler.timesteps[0])
         first_order = name in ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverSinglestepScheduler")
         tolerance = 0.016 if first_order else 0.005
