@@ -17,10 +17,9 @@ from pathlib import Path
 FAULTS = Path(__file__).parent / "faults" / "sitecustomize.py"
 PRELOAD = ["torch.utils.tensorboard", "accelerate.tracking", "datasets", "diffusers", "matplotlib.pyplot"]
 PRELOAD += [
-    "transformers.hf_argparser",
     "ddpm_faces.evaluation.copies",
     "ddpm_faces.data.stream",
-    "ddpm_faces.training.run",
+    "ddpm_faces.training.finish",
     "forked",
 ]
 

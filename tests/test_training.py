@@ -831,7 +831,7 @@ def test_earlier_run_is_not_overwritten(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     assert "holds checkpoints of an earlier run" in fail(tmp_path / "run", resume="never")
     (list_checkpoints(tmp_path / "run")[-1] / "run_state.json").unlink()
-    assert "is no checkpoint: it has no run_state.json" in fail(tmp_path / "run")
+    assert "checkpoint-0000000096 is damaged: run_state.json is missing." in fail(tmp_path / "run")
     assert_equal_weights(weights(tmp_path / "run"), weights(finished))
 
 

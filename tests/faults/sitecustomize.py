@@ -20,7 +20,7 @@ def install(faults: dict) -> None:
 
     from ddpm_faces import objective
     from ddpm_faces.data import batches
-    from ddpm_faces.training import checkpoint, guard, preemption, run
+    from ddpm_faces.training import batch, checkpoint, guard, preemption, saving, setup
 
     rank = int(os.environ.get("RANK", 0))
     seen = {"images": 0}
@@ -32,17 +32,17 @@ def install(faults: dict) -> None:
         fault = faults.get("in_step", {})
         if seen["images"] == fault.get("at") and rank == fault.get("rank", rank):
             strike(fault)
-        original_step(self, grad_norm)
+        return original_step(self, grad_norm)
 
     guard.NonFiniteGuard.step = step
 
-    original_next = run.TrainingRun.next_batch
+    original_draw = batch.draw_step
 
-    def next_batch(self):
-        seen["images"] = self.images_seen
-        return original_next(self)
+    def draw_step(seed, images_seen, *args, **kwargs):
+        seen["images"] = images_seen
+        return original_draw(seed, images_seen, *args, **kwargs)
 
-    run.TrainingRun.next_batch = next_batch
+    batch.draw_step = draw_step
 
     if "nan" in faults:
         original_call = objective.DDPMFacesObjective.__call__
@@ -64,33 +64,36 @@ def install(faults: dict) -> None:
 
     if "in_save" in faults:
         fault = faults["in_save"]
-        name = {"before_commit": "commit", "before_prune": "prune_checkpoints", "before_state": "_write_json"}
-        attribute = name[fault["stage"]]
-        original = getattr(checkpoint, attribute)
+        module, attribute = {
+            "before_commit": (checkpoint, "commit"),
+            "before_prune": (saving, "prune_checkpoints"),
+            "before_state": (checkpoint, "_write_json"),
+        }[fault["stage"]]
+        original = getattr(module, attribute)
 
         def dying(path, *args, **kwargs):
             if seen["images"] == fault["at"] - fault["step"]:  # the save after this step
                 strike(fault)
             return original(path, *args, **kwargs)
 
-        setattr(checkpoint, attribute, dying)
+        setattr(module, attribute, dying)
 
     if "disk_full" in faults:
         import resource
 
         fault = faults["disk_full"]
-        original_save = run.TrainingRun._save
+        original_save = checkpoint.CheckpointIO.save
 
-        def save(self, required=False):
+        def save(self, path, state, guide=None):
             soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            if fault["from"] <= self.images_seen < fault["to"]:
+            if fault["from"] <= state.images_seen < fault["to"]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], hard))
             try:
-                original_save(self, required)
+                original_save(self, path, state, guide)
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-        run.TrainingRun._save = save
+        checkpoint.CheckpointIO.save = save
 
     if "worker" in faults:
         fault = faults["worker"]
@@ -118,12 +121,12 @@ def install(faults: dict) -> None:
         audit.audit = planted
 
     if "lock_timeout" in faults:
-        original_acquire = run.FileLock.acquire
+        original_acquire = setup.FileLock.acquire
 
         def acquire(self, timeout=None, **kwargs):
             return original_acquire(self, timeout=faults["lock_timeout"], **kwargs)
 
-        run.FileLock.acquire = acquire
+        setup.FileLock.acquire = acquire
 
     if "fsdp" in faults:  # which accelerate starts with accelerators only
         from accelerate.state import AcceleratorState, PartialState

@@ -1,24 +1,51 @@
-"""Checkpoints of a run, and the pipeline that comes out of it: on the disk they are whole, or not there."""
+"""Checkpoints of a run: on the disk they are whole, or they are not resumed from.
+
+A checkpoint is a folder:
+
+    checkpoint-0000064000/
+      model.safetensors, optimizer.bin, random_states_0.pkl, ...   what accelerate saves (shards in FSDP)
+      ema.safetensors (or ema/)        the EMA, where the run keeps one
+      guide.safetensors                the guide, once there is one
+      process_state_0.json             the place in a stream, of each process
+      run_state.json                   RunState, configuration, and the size and checksum of all other files
+"""
 
 import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Collection
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from ..data.batches import FaceBatches
 from ..files import commit, delete, delete_unfinished, sync, unfinished_path
+from .config import TrainingConfig
+from .data import TrainingData
+from .ema import EMA
+from .state import RunState
 
 
 STATE_NAME = "run_state.json"
 WEIGHTS_NAME = "model.safetensors"  # as accelerate calls it
 EMA_NAME = "ema.safetensors"
 GUIDE_NAME = "guide.safetensors"
+# Of run_state.json. Version 1 had no checksums; what a later version wrote is refused by this.
+FORMAT_VERSION = 2
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that is not whole, such as one that was copied in part."""
+
+
+# Which there are
 
 
 def checkpoint_path(output_dir: str | os.PathLike, images_seen: int) -> Path:
@@ -27,12 +54,97 @@ def checkpoint_path(output_dir: str | os.PathLike, images_seen: int) -> Path:
 
 
 def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """The whole checkpoints in `output_dir`, oldest first."""
+    """The checkpoints in `output_dir`, oldest first; whether they are whole is for [`check_whole`] to say."""
     folder = Path(output_dir)
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if path.is_dir() and _CHECKPOINT.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(_CHECKPOINT.fullmatch(path.name)[1]))
+
+
+def newest_whole(output_dir: str | os.PathLike) -> tuple[Path | None, dict[Path, str]]:
+    """Find the checkpoint to resume from.
+
+    Returns:
+        `(Path or None, dict[Path, str])`: The newest whole checkpoint, if there is one, and what is wrong with each
+        that is newer.
+
+    Raises:
+        ValueError: There are checkpoints, but none that is whole; or the newest is of a later version of the package.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(list_checkpoints(output_dir)):
+        try:
+            check_whole(path)
+        except DamagedCheckpointError as error:
+            damaged[path] = str(error)
+        else:
+            return path, damaged
+    if damaged:
+        raise ValueError(
+            f"None of the checkpoints in `output_dir` {str(output_dir)!r} is whole: {' '.join(damaged.values())} "
+            "Restore one of them, or move them away to start from the beginning."
+        )
+    return None, damaged
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that no later run counts it; return where it is now."""
+    path = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    number = 1
+    while path.exists():
+        number += 1
+        path = checkpoint.with_name(f"damaged-{checkpoint.name}-{number}")
+    checkpoint.rename(path)
+    return path
+
+
+def check_whole(checkpoint: str | os.PathLike) -> None:
+    """Compare the files of a checkpoint with the sizes and checksums that it was saved with.
+
+    Raises:
+        DamagedCheckpointError: A file is missing, or is another one than was saved.
+        ValueError: A later version of the package has saved it.
+    """
+    folder, state = Path(checkpoint), read_state(checkpoint)
+    if "files" not in state:  # format 1, whose weights can be checked by their header alone
+        _check_header(folder)
+        return
+    for name, (size, checksum) in state["files"].items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found is None:
+            raise DamagedCheckpointError(f"{folder} is damaged: {name} is missing.")
+        if found != size:
+            raise DamagedCheckpointError(f"{folder} is damaged: {name} has {found} bytes instead of {size}.")
+        if _checksum(path) != checksum:
+            raise DamagedCheckpointError(f"{folder} is damaged: {name} is not what was saved.")
+
+
+def read_state(checkpoint: str | os.PathLike) -> dict[str, Any]:
+    """Read run_state.json: `run`, `config`, `fingerprint`, `layout`, and since format 2 `files`.
+
+    Raises:
+        DamagedCheckpointError: It is missing or cut.
+        ValueError: A later version of the package has written it.
+    """
+    path = Path(checkpoint, STATE_NAME)
+    try:
+        state = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(f"{checkpoint} is damaged: {STATE_NAME} is missing.") from error
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{checkpoint} is damaged: {STATE_NAME} cannot be read ({error}).") from error
+    if not isinstance(state, dict) or not isinstance(state.get("run"), dict):
+        raise DamagedCheckpointError(f"{checkpoint} is damaged: {STATE_NAME} holds no state of a run.")
+    version = state.get("format_version", 1)
+    known = set(RunState.__dataclass_fields__)
+    if version > FORMAT_VERSION or state["run"].keys() - known:
+        raise ValueError(
+            f"{checkpoint} was saved by a later version of ddpm-faces (format {version}; this one reads up to "
+            f"{FORMAT_VERSION}): update the package, or choose another `output_dir`."
+        )
+    return state
 
 
 def prune_checkpoints(output_dir: str | os.PathLike, keep: int, spared: Collection[Path] = ()) -> None:
@@ -43,104 +155,184 @@ def prune_checkpoints(output_dir: str | os.PathLike, keep: int, spared: Collecti
     delete_unfinished(output_dir)
 
 
-def read_state(checkpoint: str | os.PathLike) -> dict[str, Any]:
-    """What [`save_checkpoint`] was given as `state`.
-
-    Raises:
-        ValueError: A folder that is no checkpoint of this package.
-    """
-    path = Path(checkpoint, STATE_NAME)
-    if not path.is_file():
-        raise ValueError(f"{str(checkpoint)!r} is no checkpoint: it has no {STATE_NAME}. Move it away to go on.")
-    return json.loads(path.read_text())
+# Saving and loading
 
 
-def save_checkpoint(
-    accelerator,
-    path: Path,
-    state: dict[str, Any],
-    ema_weights: dict[str, torch.Tensor] | None = None,
-    process_state: dict[str, Any] | None = None,
-    guide_weights: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Save a run, or nothing. Called by every process.
+@dataclass
+class CheckpointIO:
+    """Saves a run in one call and loads it in another; each part says what happens where a checkpoint lacks it.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): Holds network, optimizer, and what else it prepared.
-        path (`Path`): The checkpoint, by [`checkpoint_path`].
-        state (`dict`): What the main process knows, plain enough for JSON.
-        ema_weights (`dict[str, torch.Tensor]`, *optional*): Averaged weights, by the names of the parameters.
-        process_state (`dict`, *optional*): What each process knows on its own, plain enough for JSON.
-        guide_weights (`dict[str, torch.Tensor]`, *optional*): Of the guide, whole on the main process.
-
-    Raises:
-        OSError: It could not be written, such as to a full disk, by this process or another. What was written is
-            deleted, and no older checkpoint is touched.
+        config ([`TrainingConfig`]): Of the run.
+        accelerator ([`~accelerate.Accelerator`]): Saves network, optimizer, gradient scaler and random states.
+        unet (`torch.nn.Module`): The prepared network.
+        ema ([`EMA`], *optional*): Its averaged weights.
+        data ([`TrainingData`]): A stream has a place to go on from.
     """
-    unfinished = unfinished_path(path)
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    problem = None
-    try:
-        accelerator.save_state(str(unfinished))  # every process adds its own random state
-        if ema_weights is not None:
-            _save_ema(accelerator, unfinished, ema_weights)
-        if process_state is not None:
-            _write_json(unfinished / _process_name(accelerator.process_index), process_state)
-        if accelerator.is_main_process:
-            if guide_weights is not None:
-                _save_whole(guide_weights, unfinished / GUIDE_NAME)
-            _write_json(unfinished / STATE_NAME, state)
-    except (OSError, RuntimeError, SafetensorError) as error:  # what Python, torch and safetensors make of a full disk
-        problem = error
-    # It is given its name only once it is whole on all processes.
-    if not _all_well(accelerator, problem):
+
+    config: TrainingConfig
+    accelerator: Accelerator
+    unet: torch.nn.Module
+    ema: EMA | None
+    data: TrainingData
+
+    def save(self, path: Path, state: RunState, guide: torch.nn.Module | None = None) -> None:
+        """Save a checkpoint, or nothing. Called by every process.
+
+        Args:
+            path (`Path`): By [`checkpoint_path`].
+            state ([`RunState`]): How far the run has come.
+            guide (`torch.nn.Module`, *optional*): The guide that the run has kept.
+
+        Raises:
+            OSError: It could not be written, such as to a full disk, by this process or another. What was written is
+                deleted, and no older checkpoint is touched.
+        """
+        accelerator, unfinished = self.accelerator, unfinished_path(path)
         if accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise OSError(f"{path} could not be saved: {problem or 'another process failed'}") from problem
-    if accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        problem = None
         try:
-            commit(path)
-        except OSError as error:
+            accelerator.save_state(str(unfinished))  # every process adds its own random state
+            self._save_ema(unfinished)
+            self._save_stream(unfinished)
+            if guide is not None and accelerator.is_main_process:
+                _save_whole(guide.state_dict(), unfinished / GUIDE_NAME)
+        except (OSError, RuntimeError, SafetensorError) as error:  # what they make of a full disk
             problem = error
-    if not _all_well(accelerator, problem):
-        raise OSError(f"{path} could not be saved: {problem or 'the main process failed'}") from problem
+        self._agree(path, problem)
+        if accelerator.is_main_process:
+            # Last, for it lists the files of all processes. The folder gets its name once it is whole.
+            try:
+                _write_json(unfinished / STATE_NAME, self._describe(state, unfinished))
+                commit(path)
+            except OSError as error:
+                problem = error
+        self._agree(path, problem)
+
+    def load(self, checkpoint: Path) -> tuple[RunState, dict[str, torch.Tensor] | None, list[str]]:
+        """Load a checkpoint, in place. Called by every process.
+
+        Returns:
+            `(RunState, dict[str, torch.Tensor] or None, list[str])`: The state, the guide's weights if there is a
+            guide, and notes for the user on what the checkpoint lacks.
+        """
+        notes = []
+        state = RunState.from_json(read_state(checkpoint)["run"])
+        notes += self._load_accelerated(checkpoint)
+        notes += self._load_ema(checkpoint, state)
+        notes += self._load_place(checkpoint, state)
+        path = checkpoint / GUIDE_NAME
+        return state, _load_whole(path) if path.is_file() else None, notes
+
+    def layout(self) -> dict[str, Any]:
+        """What the run is spread over; another layout changes the rounding."""
+        return {
+            "processes": self.accelerator.num_processes,
+            "device": self.accelerator.device.type,
+            "precision": self.accelerator.mixed_precision,
+            "device_batch_size": self.config.device_batch_size,
+        }
+
+    def _describe(self, state: RunState, folder: Path) -> dict[str, Any]:
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {
+            "format_version": FORMAT_VERSION,
+            "run": state.to_json(),
+            "config": asdict(self.config),
+            "fingerprint": self.data.fingerprint,
+            "layout": self.layout(),
+            "files": {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in paths},
+        }
+
+    def _agree(self, path: Path, problem: Exception | None) -> None:
+        """Raise an `OSError` on all processes if one has a problem; they wait for each other."""
+        failed = torch.tensor([float(problem is not None)], device=self.accelerator.device)
+        if bool(self.accelerator.reduce(failed, reduction="sum")):
+            if self.accelerator.is_main_process:
+                shutil.rmtree(unfinished_path(path), ignore_errors=True)
+            raise OSError(f"{path} could not be saved: {problem or 'another process failed'}") from problem
+
+    # Network, optimizer, gradient scaler, random states
+
+    def _load_accelerated(self, checkpoint: Path) -> list[str]:
+        accelerator, scaler = self.accelerator, self.accelerator.scaler
+        if scaler is None or (checkpoint / "scaler.pt").is_file():
+            accelerator.load_state(str(checkpoint))
+            return []
+        accelerator.scaler = None  # or accelerate would ask for its file
+        try:
+            accelerator.load_state(str(checkpoint))
+        finally:
+            accelerator.scaler = scaler
+        return ["The checkpoint has no loss scale, for it was not trained in fp16: the scale starts anew."]
+
+    # EMA
+
+    def _save_ema(self, folder: Path) -> None:
+        if self.ema is None:
+            return
+        if is_sharded(self.unet):
+            import torch.distributed.checkpoint as dcp
+
+            dcp.save(self.ema.shadow, checkpoint_id=folder / "ema")  # each process its shards
+        elif self.accelerator.is_main_process:
+            _save_whole(self.ema.shadow, folder / EMA_NAME)
+
+    def _load_ema(self, checkpoint: Path, state: RunState) -> list[str]:
+        if self.ema is None:
+            return []
+        self.ema.restart()  # from the weights just loaded, for what the checkpoint's EMA lacks
+        if (checkpoint / "ema").is_dir() or (checkpoint / EMA_NAME).is_file():
+            load_ema(checkpoint, self.ema.shadow)
+            return []
+        return [f"The checkpoint has no EMA: it starts from the weights after {state.images_seen} images."]
+
+    # Place in the data
+
+    def _save_stream(self, folder: Path) -> None:
+        if not isinstance(self.data.batches, FaceBatches):
+            _write_json(folder / _process_name(self.accelerator.process_index), self.data.batches.state_dict())
+
+    def _load_place(self, checkpoint: Path, state: RunState) -> list[str]:
+        batches = self.data.batches
+        if isinstance(batches, FaceBatches):  # the place follows from the images seen
+            batches.images_seen = state.images_seen
+            return []
+        paths = [checkpoint / _process_name(index) for index in (self.accelerator.process_index, 0)]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            return ["The checkpoint has no place in a stream: the stream begins with its first image."]
+        note = batches.load_state_dict(json.loads(path.read_text("utf-8")))
+        return [] if note is None else [note]
 
 
-def load_checkpoint(accelerator, checkpoint: Path, ema_weights: dict[str, torch.Tensor] | None) -> dict | None:
-    """Load what [`save_checkpoint`] saved, in place. Called by every process.
-
-    Returns:
-        `dict`, *optional*: The `process_state` of this process, or of the first, if it had not been there.
-    """
-    accelerator.load_state(str(checkpoint))
-    if ema_weights is not None:
-        _load_ema(checkpoint, ema_weights)
-    paths = [checkpoint / _process_name(index) for index in (accelerator.process_index, 0)]
-    return next((json.loads(path.read_text()) for path in paths if path.is_file()), None)
-
-
-def load_guide_weights(checkpoint: Path) -> dict[str, torch.Tensor] | None:
-    """The `guide_weights` that [`save_checkpoint`] was given, if any."""
-    from safetensors.torch import load_file
-
-    path = checkpoint / GUIDE_NAME
-    return load_file(path) if path.is_file() else None
-
-
-def load_weights(accelerator, checkpoint: Path, unet: torch.nn.Module) -> None:
-    """Put the weights of a checkpoint into the prepared network: its averaged ones, where it has any."""
+def load_weights(accelerator: Accelerator, checkpoint: Path, unet: torch.nn.Module) -> None:
+    """Put the weights of a checkpoint into the prepared network: its EMA, where it has one."""
     if not is_sharded(unet):
-        from safetensors.torch import load_file
-
-        weights = load_file(checkpoint / WEIGHTS_NAME)
-        weights.update(load_file(checkpoint / EMA_NAME) if (checkpoint / EMA_NAME).exists() else {})
+        weights = _load_whole(checkpoint / WEIGHTS_NAME)
+        weights.update(_load_whole(checkpoint / EMA_NAME) if (checkpoint / EMA_NAME).exists() else {})
         accelerator.unwrap_model(unet).load_state_dict(weights)
     elif (checkpoint / "ema").exists():
-        _load_ema(checkpoint, dict(unet.named_parameters()))
+        load_ema(checkpoint, dict(unet.named_parameters()))
     else:
         accelerator.load_state(str(checkpoint))
+
+
+def load_ema(checkpoint: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Copy the EMA of a checkpoint into `weights`, by name; what it does not hold stays as it is."""
+    with torch.no_grad():
+        if (checkpoint / "ema").is_dir():
+            import torch.distributed.checkpoint as dcp
+
+            saved = dcp.FileSystemReader(checkpoint / "ema").read_metadata().state_dict_metadata
+            dcp.load({k: v for k, v in weights.items() if k in saved}, checkpoint_id=checkpoint / "ema")
+            return
+        saved = _load_whole(checkpoint / EMA_NAME)
+        for name, weight in weights.items():
+            if name in saved:  # checkpoints of format 1 hold no buffers
+                weight.copy_(saved[name])
 
 
 def save_pipeline(pipeline, output_dir: str | os.PathLike) -> None:
@@ -162,7 +354,7 @@ def save_pipeline(pipeline, output_dir: str | os.PathLike) -> None:
             elif part.name != index.name:
                 part.replace(Path(output_dir, part.name))
         (unfinished / index.name).replace(index)
-        if pipeline.guide is None and Path(output_dir, "guide").is_dir():  # of an earlier pipeline
+        if pipeline.guide is None and Path(output_dir, "guide").is_dir():  # an earlier pipeline's
             delete(Path(output_dir, "guide"))
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -170,7 +362,7 @@ def save_pipeline(pipeline, output_dir: str | os.PathLike) -> None:
 
 
 def is_sharded(unet: torch.nn.Module) -> bool:
-    """Whether each process holds a part of each parameter only (FSDP)."""
+    """Whether each process holds only a part of each parameter (FSDP)."""
     return hasattr(next(unet.parameters()), "full_tensor")
 
 
@@ -180,27 +372,12 @@ def all_finite(tensors) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in local if tensor.is_floating_point())
 
 
-def _all_well(accelerator, problem: Exception | None) -> bool:
-    """Whether no process has a problem; they wait for each other."""
-    failed = torch.tensor([float(problem is not None)], device=accelerator.device)
-    return not bool(accelerator.reduce(failed, reduction="sum"))
-
-
 def _process_name(process_index: int) -> str:
     return f"process_state_{process_index}.json"
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value))
-
-
-def _save_ema(accelerator, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    if any(hasattr(weight, "full_tensor") for weight in weights.values()):
-        import torch.distributed.checkpoint as dcp
-
-        dcp.save(weights, checkpoint_id=folder / "ema")  # each process its part
-    elif accelerator.is_main_process:
-        _save_whole(weights, folder / EMA_NAME)
+    path.write_text(json.dumps(value), "utf-8")
 
 
 def _save_whole(weights: dict[str, torch.Tensor], path: Path) -> None:
@@ -209,15 +386,32 @@ def _save_whole(weights: dict[str, torch.Tensor], path: Path) -> None:
     save_file({name: weight.contiguous() for name, weight in weights.items()}, path)
 
 
-def _load_ema(checkpoint: Path, weights: dict[str, torch.Tensor]) -> None:
-    with torch.no_grad():
-        if (checkpoint / "ema").is_dir():
-            import torch.distributed.checkpoint as dcp
+def _load_whole(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
 
-            dcp.load(weights, checkpoint_id=checkpoint / "ema")
-        else:
-            from safetensors.torch import load_file
+    return load_file(path)
 
-            saved = load_file(checkpoint / EMA_NAME)
-            for name, weight in weights.items():
-                weight.copy_(saved[name])
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _check_header(folder: Path) -> None:
+    """What can be told of a checkpoint of format 1."""
+    from safetensors import safe_open
+
+    if any(folder.glob("pytorch_model_fsdp*")):
+        return  # shards, of which torch keeps an account of its own
+    for name in (WEIGHTS_NAME, "optimizer.bin", "random_states_0.pkl"):
+        if not (folder / name).is_file() or (folder / name).stat().st_size == 0:
+            raise DamagedCheckpointError(f"{folder} is damaged: {name} is missing or empty.")
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise DamagedCheckpointError(f"{folder} is damaged: {path.name} cannot be read ({error}).") from error

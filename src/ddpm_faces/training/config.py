@@ -1,15 +1,9 @@
-"""The configuration of a training run: one dataclass, from which the command line and the YAML files come."""
+"""The configuration of a training run: one dataclass, of which `arguments` makes the command line."""
 
-import argparse
-import copy
-import difflib
 import inspect
 import math
 import os
-import textwrap
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
@@ -254,6 +248,7 @@ class TrainingConfig:
             _check_value(name, getattr(self, name), hint)
         # Shells leave `--output_dir=~/model` as it is, and so does YAML.
         self.output_dir = os.path.expanduser(self.output_dir)
+        self.cache_dir = None if self.cache_dir is None else os.path.expanduser(self.cache_dir)
         if self.seed >= 2**31:  # NumPy takes no more than 32 bits
             raise ValueError(f"`seed` must be below 2**31, got {self.seed}.")
         for name in ("learning_rate", "ema_rampup_ratio", "time_limit_minutes", "adam_epsilon"):
@@ -440,7 +435,7 @@ _MAY_BE_ZERO = (
 
 
 def _check_value(name: str, value, hint) -> None:
-    if not _is_a(value, hint):
+    if not is_a(value, hint):
         raise ValueError(f"`{name}` must be {_in_words(hint)}, got {value!r}.")
     if isinstance(value, str) and not value.strip():
         raise ValueError(f"`{name}` must not be blank, got {value!r}.")
@@ -450,14 +445,14 @@ def _check_value(name: str, value, hint) -> None:
             raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
 
 
-def _is_a(value, hint) -> bool:
+def is_a(value, hint) -> bool:
     """Whether a value is of the type of its field. A whole number will do for a float, but True is no number."""
     if get_origin(hint) in (Union, UnionType):
-        return any(_is_a(value, part) for part in get_args(hint))
+        return any(is_a(value, part) for part in get_args(hint))
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_origin(hint) is list:
-        return isinstance(value, list) and all(_is_a(item, *get_args(hint)) for item in value)
+        return isinstance(value, list) and all(is_a(item, *get_args(hint)) for item in value)
     return type(value) in ((float, int) if hint is float else (hint,))
 
 
@@ -469,164 +464,3 @@ def _in_words(hint) -> str:
     if hint is NoneType:
         return "None"
     return hint.__name__ if inspect.isclass(hint) else str(hint)
-
-
-def parse_training_config(argv: Sequence[str] | None = None) -> TrainingConfig:
-    """Read the configuration: defaults, then the pipeline to start from, the file of `--config`, the other flags.
-
-    Args:
-        argv (`Sequence[str]`, *optional*): The arguments; by default those of the command line.
-
-    Raises:
-        SystemExit: With a message, for an unknown flag or key, or a value that cannot work.
-    """
-    parser = _make_parser()
-    file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    file_parser.add_argument("--config")
-    file_args, flags = file_parser.parse_known_args(argv)
-    try:
-        if file_args.config is not None:
-            # As flags, so that a file is read by the same rules as the command line.
-            flags = [*_flags_of_yaml(Path(file_args.config)), *flags]
-        flags = [*_flags_of_pretrained(flags), *flags]
-        config, *_, unknown = parser.parse_args_into_dataclasses(
-            flags, return_remaining_strings=True, look_for_args_file=False
-        )
-        if unknown:
-            raise ValueError(_unknown("argument", unknown[0], prefix="--"))
-        return config
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
-
-
-def _make_parser() -> argparse.ArgumentParser:
-    from transformers import HfArgumentParser
-
-    class Group:
-        """Where HfArgumentParser adds arguments: by one name each, with their defaults, in the group of the field."""
-
-        def __init__(self, group: argparse._ArgumentGroup) -> None:
-            self.group = group
-
-        def add_argument(self, name: str, *other_names: str, help: str, **kwargs) -> None:
-            if name.startswith("--no_"):  # a flag that is true by default is switched off by `--flag false`
-                return
-            if kwargs["default"] is not None:
-                help = f"{help.removesuffix('.')} (default: {_as_typed(kwargs['default'])})."
-            if "choices" not in kwargs:
-                kinds = {int: "INT", float: "FLOAT", str: "TEXT"}
-                kwargs["metavar"] = kinds.get(kwargs["type"], "true|false")
-            self.group.add_argument(name, help=help.replace("%", "%%"), **kwargs)
-
-    class Formatter(argparse.HelpFormatter):
-        def _split_lines(self, text: str, width: int) -> list[str]:
-            # Names with hyphens stay in one piece, and so does a default.
-            lines = textwrap.wrap(text.replace("(default: ", "(default:\xa0"), width, break_on_hyphens=False)
-            return [line.replace("\xa0", " ") for line in lines]
-
-    class Parser(HfArgumentParser):
-        def _add_dataclass_arguments(self, dtype: type) -> None:
-            self.add_argument("--config", metavar="FILE", help="YAML file of fields; the command line wins.")
-            groups = {name: Group(self.add_argument_group(name, about)) for name, about in GROUPS.items()}
-            types = get_type_hints(dtype)
-            for f in fields(dtype):
-                plain = copy.copy(f)  # HfArgumentParser takes all metadata for arguments of argparse
-                plain.type, plain.metadata = types[f.name], {"help": f.metadata["help"]}
-                self._parse_dataclass_field(groups[f.metadata["group"]], plain)
-
-    return Parser(
-        TrainingConfig,
-        description="Train DDPM on pictures of faces. With no arguments: small faces that the program draws itself.",
-        usage="accelerate launch training/train.py [--config FILE] [--FIELD VALUE ...]",
-        formatter_class=partial(Formatter, max_help_position=34),
-        allow_abbrev=False,
-    )
-
-
-def _as_typed(value) -> str:
-    """A value as one gives it on the command line"""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return " ".join(map(_as_typed, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _flags_of_yaml(path: Path) -> list[str]:
-    import yaml
-
-    if not path.is_file():
-        raise ValueError(f"`--config` must be an existing file, got {str(path)!r}.")
-    try:
-        values = yaml.safe_load(path.read_text("utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `field: value` lines, got a {type(values).__name__}.")
-    types = get_type_hints(TrainingConfig)
-    flags = []
-    for key, value in values.items():
-        if key not in types:
-            raise ValueError(f"{path}: {_unknown('field', str(key))}")
-        if value is None:
-            if not _is_a(None, types[key]):
-                raise ValueError(f"{path}: `{key}` must have a value.")
-            continue
-        if get_origin(types[key]) is not list and isinstance(value, (list, dict)):
-            raise ValueError(f"{path}: `{key}` must be a single value, got {value!r}.")
-        items = value if isinstance(value, list) else [value]
-        if not items or any(item is None or isinstance(item, (list, dict)) for item in items):
-            raise ValueError(f"{path}: `{key}` must be a value or a list of values, got {value!r}.")
-        if len(items) > 1 and any(isinstance(item, str) and item.startswith("-") for item in items):
-            raise ValueError(f"{path}: `{key}` must hold no values that begin with a dash, got {value!r}.")
-        flags += _flag(key, items)
-    return flags
-
-
-def _flag(name: str, items: list) -> list[str]:
-    words = ["no" if item is False else str(item) for item in items]  # YAML takes `no` for false
-    if len(words) == 1:  # in one piece, because a value may begin with a dash
-        return [f"--{name}={words[0]}"]
-    return [f"--{name}", *words]
-
-
-def _flags_of_pretrained(flags: list[str]) -> list[str]:
-    """Size, network and schedule of the pipeline that a run starts from; or of the run itself, where it goes on."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--pretrained_model_name_or_path", default="")
-    peek.add_argument("--output_dir", default=TrainingConfig.output_dir)
-    given, _ = peek.parse_known_args(flags)
-    name = given.pretrained_model_name_or_path
-    if not name.strip():
-        return []
-    from ..scheduling_ddpm_faces import DDPMFacesScheduler
-    from ..unet_ddpm_faces import DDPMFacesUNet
-    from .checkpoint import list_checkpoints, read_state
-
-    checkpoints = list_checkpoints(os.path.expanduser(given.output_dir))
-    if checkpoints:
-        values = read_state(checkpoints[-1])["config"]
-    else:
-        try:
-            folder = Path(name).expanduser()
-            unet, scheduler = (
-                cls.load_config(folder if folder.is_dir() else name, subfolder=subfolder)
-                for cls, subfolder in ((DDPMFacesUNet, "unet"), (DDPMFacesScheduler, "scheduler"))
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"`pretrained_model_name_or_path` {name!r} cannot be trained: {error}") from error
-        values = {**scheduler, **unet, "mid_block_type": unet.get("mid_block_type") or "none"}
-        size = unet.get("sample_size")
-        values["resolution"] = [size] if isinstance(size, int) else size
-    types = get_type_hints(TrainingConfig)
-    arguments = {*inspect.signature(DDPMFacesUNet).parameters, *inspect.signature(DDPMFacesScheduler).parameters}
-    taken = [key for key in types if key in {*arguments, "resolution"} - {"num_class_embeds"}]
-    found = {key: values[key] for key in taken if values.get(key) is not None and _is_a(values[key], types[key])}
-    return [word for key, value in found.items() for word in _flag(key, value if isinstance(value, list) else [value])]
-
-
-def _unknown(what: str, name: str, prefix: str = "") -> str:
-    names = [f.name for f in fields(TrainingConfig)]
-    nearest = difflib.get_close_matches(name.removeprefix(prefix).split("=")[0], names, n=1)
-    suggestion = f"; did you mean {prefix}{nearest[0]}?" if nearest else "; see --help for those there are."
-    return f"unknown {what} {name}{suggestion}"

@@ -20,8 +20,8 @@ class NonFiniteGuard:
         self.buffers = [buffer for buffer in unet.buffers() if buffer.is_floating_point()]
         self.last_good = [buffer.clone() for buffer in self.buffers]
 
-    def step(self, grad_norm: torch.Tensor) -> None:
-        """Take the optimizer's step, if `grad_norm`, of shape `()`, is finite."""
+    def step(self, grad_norm: torch.Tensor) -> torch.Tensor:
+        """Take the optimizer's step, if `grad_norm`, of shape `()`, is finite; return whether it is, of shape `()`."""
         is_finite = grad_norm.isfinite()
         inner, scaler = self.optimizer.optimizer, self.optimizer.scaler
         if scaler is None and hasattr(inner.param_groups[0]["params"][0], "full_tensor"):
@@ -35,6 +35,7 @@ class NonFiniteGuard:
         for buffer, good in zip(self.buffers, self.last_good, strict=True):
             buffer.copy_(torch.where(is_finite, buffer, good))
             good.copy_(buffer)
+        return is_finite
 
     def remember(self) -> None:
         """Take the statistics as they are for good; after loading them."""

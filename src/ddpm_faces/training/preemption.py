@@ -4,8 +4,10 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,9 +23,10 @@ _REASONS = {1: "its time limit is near", **{2 + i: f"it received {name}" for i, 
 class Preemption:
     """Collects the reasons to stop, for the trainer to ask about at the end of each step.
 
-    From its making on, SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 no longer end the process but are remembered; a second
-    SIGINT, two seconds or more after the first, does end it. Where `accelerate launch` itself is killed, the process
-    that it launched receives SIGTERM (on Linux).
+    Until [`~Preemption.close`], SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 do not end the process but are remembered; a
+    second SIGINT, two seconds or more after the first, does end it. Where `accelerate launch` itself is killed, the
+    process that it launched receives SIGTERM (on Linux). Outside of the main thread, Python allows no handlers: there
+    the time limit alone counts.
 
     Args:
         time_limit_minutes (`float`, *optional*): Age of the process at which it must have ended.
@@ -38,10 +41,21 @@ class Preemption:
         self._first_interrupt = None
         # Over the CPU: asking the GPU would make each step wait for it.
         self._group = dist.new_group(backend="gloo") if dist.is_available() and dist.is_initialized() else None
-        for name in _SIGNALS:
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._receive)
-        _receive_sigterm_when_the_parent_dies()
+        self._handlers: dict[int, Any] = {}
+        self._parent_signal: int | None = None
+        if threading.current_thread() is threading.main_thread():  # others may not listen to signals
+            numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+            self._handlers = {number: signal.signal(number, self._receive) for number in numbers}
+            self._parent_signal = _set_parent_death_signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        """Give the signals back to whoever handled them before."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._handlers = {}
+        if self._parent_signal is not None:
+            _set_parent_death_signal(self._parent_signal)
+            self._parent_signal = None
 
     def reason(self) -> str | None:
         """Why to stop now, on which all processes agree: each must ask at the same step. `None`: go on."""
@@ -72,16 +86,20 @@ class Preemption:
 
 
 def _process_start() -> float:
-    import psutil  # a dependency of accelerate
+    import psutil
 
     return psutil.Process().create_time()
 
 
-def _receive_sigterm_when_the_parent_dies() -> None:
+def _set_parent_death_signal(number: int) -> int | None:
+    """Let the system send a signal when the parent process dies; return the one that it sent before (Linux)."""
     if sys.platform != "linux":
-        return
-    PR_SET_PDEATHSIG = 1
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died before it could be asked for
-        os.kill(os.getpid(), signal.SIGTERM)
+        return None
+    PR_SET_PDEATHSIG, PR_GET_PDEATHSIG = 1, 2
+    parent, before = os.getppid(), ctypes.c_int()
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_GET_PDEATHSIG, ctypes.byref(before))
+    libc.prctl(PR_SET_PDEATHSIG, int(number))
+    if number and os.getppid() != parent:  # it died before it could be asked for
+        os.kill(os.getpid(), number)
+    return before.value

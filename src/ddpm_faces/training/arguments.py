@@ -1,0 +1,186 @@
+"""The command line and the YAML files of a training: each field of `TrainingConfig` is a flag and a key."""
+
+import argparse
+import difflib
+import inspect
+import os
+import textwrap
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from functools import partial
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .config import GROUPS, TrainingConfig, is_a
+
+
+def parse_training_config(argv: Sequence[str] | None = None) -> TrainingConfig:
+    """Read the configuration: defaults, then the pipeline to start from, the file of `--config`, the other flags.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): The arguments; by default those of the command line.
+
+    Raises:
+        SystemExit: With 2 and a message, for an unknown flag or key, or a value that cannot work.
+    """
+    parser = _make_parser()
+    file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    file_parser.add_argument("--config")
+    file_args, flags = file_parser.parse_known_args(argv)
+    flags = [_underscored(flag) for flag in flags]
+    try:
+        if file_args.config is not None:
+            # As flags, so that a file is read by the same rules as the command line.
+            flags = [*_flags_of_yaml(Path(file_args.config)), *flags]
+        flags = [*_flags_of_pretrained(flags), *flags]
+        values, unknown = parser.parse_known_args(flags)
+        if unknown:
+            raise ValueError(_unknown("argument", unknown[0], prefix="--"))
+        del values.config
+        return TrainingConfig(**vars(values))
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def _underscored(flag: str) -> str:
+    """`--output-dir` means `--output_dir`."""
+    name, equals, value = flag.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else flag
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    class Formatter(argparse.HelpFormatter):
+        def _split_lines(self, text: str, width: int) -> list[str]:
+            # Names with hyphens stay in one piece, and so does a default.
+            lines = textwrap.wrap(text.replace("(default: ", "(default:\xa0"), width, break_on_hyphens=False)
+            return [line.replace("\xa0", " ") for line in lines]
+
+    parser = argparse.ArgumentParser(
+        description="Train DDPM on pictures of faces. With no arguments: small faces that the program draws itself.",
+        usage="accelerate launch training/train.py [--config FILE] [--FIELD VALUE ...]",
+        formatter_class=partial(Formatter, max_help_position=34),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of fields; the command line wins.")
+    groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
+    types = get_type_hints(TrainingConfig)
+    for f in fields(TrainingConfig):
+        groups[f.metadata["group"]].add_argument(f"--{f.name}", **_argument_of(f, types[f.name]))
+    return parser
+
+
+def _argument_of(f: Field, hint: Any) -> dict[str, Any]:
+    """The arguments of `add_argument` for a field."""
+    default = f.default if f.default_factory is MISSING else f.default_factory()
+    help = f.metadata["help"]
+    if default is not None:
+        help = f"{help.removesuffix('.')} (default: {_as_typed(default)})."
+    argument: dict[str, Any] = {"default": default, "help": help.replace("%", "%%")}
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if NoneType in get_args(hint) else [hint]
+    (kind,) = kinds
+    if get_origin(kind) is list:
+        argument["nargs"] = "+"
+        (kind,) = get_args(kind)
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return {**argument, "type": type(choices[0]), "choices": choices}
+    if kind is bool:
+        return {**argument, "type": _true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
+    return {**argument, "type": kind, "metavar": {int: "INT", float: "FLOAT", str: "TEXT"}[kind]}
+
+
+def _true_or_false(text: str) -> bool:
+    meanings = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in meanings:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text}")
+    return meanings[text.lower()]
+
+
+def _as_typed(value) -> str:
+    """A value as one gives it on the command line"""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return " ".join(map(_as_typed, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _flags_of_yaml(path: Path) -> list[str]:
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"`--config` must be an existing file, got {str(path)!r}.")
+    try:
+        values = yaml.safe_load(path.read_text("utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `field: value` lines, got a {type(values).__name__}.")
+    types = get_type_hints(TrainingConfig)
+    flags = []
+    for key, value in values.items():
+        if key not in types:
+            raise ValueError(f"{path}: {_unknown('field', str(key))}")
+        if value is None:
+            if not is_a(None, types[key]):
+                raise ValueError(f"{path}: `{key}` must have a value.")
+            continue
+        if get_origin(types[key]) is not list and isinstance(value, (list, dict)):
+            raise ValueError(f"{path}: `{key}` must be a single value, got {value!r}.")
+        items = value if isinstance(value, list) else [value]
+        if not items or any(item is None or isinstance(item, (list, dict)) for item in items):
+            raise ValueError(f"{path}: `{key}` must be a value or a list of values, got {value!r}.")
+        if len(items) > 1 and any(isinstance(item, str) and item.startswith("-") for item in items):
+            raise ValueError(f"{path}: `{key}` must hold no values that begin with a dash, got {value!r}.")
+        flags += _flag(key, items)
+    return flags
+
+
+def _flag(name: str, items: list) -> list[str]:
+    words = ["no" if item is False else str(item) for item in items]  # YAML takes `no` for false
+    if len(words) == 1:  # in one piece, because a value may begin with a dash
+        return [f"--{name}={words[0]}"]
+    return [f"--{name}", *words]
+
+
+def _flags_of_pretrained(flags: list[str]) -> list[str]:
+    """Size, network and schedule of the pipeline that a run starts from; or of the run itself, where it goes on."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--pretrained_model_name_or_path", default="")
+    peek.add_argument("--output_dir", default=TrainingConfig.output_dir)
+    given, _ = peek.parse_known_args(flags)
+    name = given.pretrained_model_name_or_path
+    if not name.strip():
+        return []
+    from ..scheduling_ddpm_faces import DDPMFacesScheduler
+    from ..unet_ddpm_faces import DDPMFacesUNet
+    from .checkpoint import newest_whole, read_state
+
+    checkpoint, _ = newest_whole(os.path.expanduser(given.output_dir))
+    if checkpoint is not None:
+        values = read_state(checkpoint)["config"]
+    else:
+        try:
+            folder = Path(name).expanduser()
+            unet, scheduler = (
+                cls.load_config(folder if folder.is_dir() else name, subfolder=subfolder)
+                for cls, subfolder in ((DDPMFacesUNet, "unet"), (DDPMFacesScheduler, "scheduler"))
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`pretrained_model_name_or_path` {name!r} cannot be trained: {error}") from error
+        values = {**scheduler, **unet, "mid_block_type": unet.get("mid_block_type") or "none"}
+        size = unet.get("sample_size")
+        values["resolution"] = [size] if isinstance(size, int) else size
+    types = get_type_hints(TrainingConfig)
+    arguments = {*inspect.signature(DDPMFacesUNet).parameters, *inspect.signature(DDPMFacesScheduler).parameters}
+    taken = [key for key in types if key in {*arguments, "resolution"} - {"num_class_embeds"}]
+    found = {key: values[key] for key in taken if values.get(key) is not None and is_a(values[key], types[key])}
+    return [word for key, value in found.items() for word in _flag(key, value if isinstance(value, list) else [value])]
+
+
+def _unknown(what: str, name: str, prefix: str = "") -> str:
+    names = [f.name for f in fields(TrainingConfig)]
+    nearest = difflib.get_close_matches(name.removeprefix(prefix).split("=")[0], names, n=1)
+    suggestion = f"; did you mean {prefix}{nearest[0]}?" if nearest else "; see --help for those there are."
+    return f"unknown {what} {name}{suggestion}"

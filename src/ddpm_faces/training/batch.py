@@ -1,0 +1,78 @@
+"""The images of one step and what is drawn for them."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..data.draws import StepDraws, draw_step
+from .run import Run
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's share of a step, on its device, or a micro-batch of it.
+
+    Args:
+        images (`torch.Tensor` of shape `(share, channels, height, width)`, `torch.uint8`): 0 to 255.
+        labels (`torch.Tensor` of shape `(share,)`, `torch.int64`, *optional*): Classes.
+        names (`Sequence[str]`): The file or row of each image.
+        draws ([`StepDraws`]): The timestep, noise, flip and augmentation of each image.
+        epoch (`int`): The epoch that the step begins in.
+        is_last (`bool`): Whether no micro-batch of the step follows.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    names: Sequence[str]
+    draws: StepDraws
+    epoch: int
+    is_last: bool = True
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def split(self, size: int) -> Iterator["Batch"]:
+        """Micro-batches of at most `size` images."""
+        draws = self.draws.split(size)
+        for i, first in enumerate(range(0, len(self), size)):
+            part = slice(first, first + size)
+            yield replace(
+                self,
+                images=self.images[part],
+                labels=None if self.labels is None else self.labels[part],
+                names=self.names[part],
+                draws=draws[i],
+                is_last=first + size >= len(self),
+            )
+
+
+def batches(run: Run) -> Iterator[Batch]:
+    """The batches of this process, from where the run is until it is finished."""
+    config, data, device = run.config, run.data, run.accelerator.device
+    loader = data.batches.batches(pin_memory=device.type == "cuda")
+    while not run.is_finished:
+        epoch, began = data.batches.epoch, time.perf_counter()
+        values: dict[str, Any] = next(loader)
+        run.log.note_wait(time.perf_counter() - began)
+        for skipped in values.get("skipped", ()):
+            logger.warning("An image cannot be read and is left out: %s", skipped)
+        images, labels = values["images"].to(device, non_blocking=True), values.get("labels")
+        draws = draw_step(
+            config.seed,
+            run.state.images_seen,
+            config.train_batch_size,
+            data.share,
+            len(run.objective.scheduler),
+            images.shape[1:],
+            device,
+            config.low_discrepancy_timesteps,
+        )
+        labels = None if labels is None else labels.to(device, non_blocking=True)
+        yield Batch(images, labels, values["names"], draws, epoch)

@@ -1,0 +1,184 @@
+"""The end of a run: the pipeline first, then its pictures and summary, then the Hub."""
+
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import torch
+
+from .. import __version__
+from ..evaluation.quality import METRICS_NAME, write_metrics
+from ..files import replacing
+from ..pipeline_ddpm_faces import DDPMFacesPipeline
+from ..plots import loss_curve
+from ..scheduling_ddpm_faces import DDPMFacesScheduler
+from .checkpoint import checkpoint_path, load_weights, save_pipeline
+from .log import read_jsonl
+from .run import Run
+from .samples import draw_samples, show
+from .saving import check_finite
+
+
+logger = logging.getLogger(__name__)
+
+
+def finish(run: Run) -> None:
+    """Save the pipeline, and beside it a grid of samples in all T steps, the loss curve and a summary; publish it.
+
+    What is not the model only warns if it fails.
+    """
+    run.log.bar.close()
+    returns_to = _choose_weights(run)
+    check_finite(run)
+    _choose_guide(run, returns_to)
+    weights = run.whole_weights()
+    scheduler = DDPMFacesScheduler(**run.config.scheduler_config())
+    if run.accelerator.is_main_process:
+        pipeline = DDPMFacesPipeline(
+            run.network(weights),
+            scheduler,
+            weights="ema" if run.config.use_ema else "raw",
+            guide=run.guide and run.network(run.guide.state_dict()),
+            guidance_scale=run.guidance_scale,
+        )
+        save_pipeline(pipeline, run.output_dir)
+        summarize(run, returns_to)
+    run.accelerator.wait_for_everyone()
+    _unless_it_fails("The last grid of samples could not be drawn", lambda: _draw_last_grid(run, scheduler))
+    if run.accelerator.is_main_process:
+        _unless_it_fails("The loss curve could not be drawn", lambda: draw_loss_curve(run))
+        print(f"The pipeline is in {run.output_dir}, pictures from it in {run.output_dir / 'samples.png'}")
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+    if run.config.push_to_hub and run.accelerator.is_main_process:
+        publish(run)
+
+
+def _unless_it_fails(message: str, do: Callable[[], None]) -> None:
+    try:
+        do()
+    except Exception as error:  # whatever a decoration raises, the model is saved
+        logger.warning("%s: %s: %s", message, type(error).__name__, error)
+
+
+def _draw_last_grid(run: Run, scheduler: DDPMFacesScheduler) -> None:
+    grid = show(run, {"weights": draw_samples(run, scheduler=scheduler)})
+    if run.accelerator.is_main_process:
+        grid.save(run.output_dir / "samples.png")
+
+
+def _choose_weights(run: Run) -> int | None:
+    """Go back to the checkpoint for whose sake the run stopped, if it did; return after how many images that was."""
+    state = run.state
+    if run.stopped_on_copies:
+        images_seen, reason = state.clean_images_seen, "samples are copies of training pictures"
+    elif run.stopped_early:
+        images_seen = state.best_images_seen
+        best = "never finite" if images_seen is None else f"best after {images_seen} images, {state.best_loss:.4f}"
+        reason = f"the held-out loss was {best}"
+    else:
+        return None
+    path = None if images_seen is None else checkpoint_path(run.output_dir, images_seen)
+    if path is None or not path.is_dir():
+        run.accelerator.print(f"Stopped early: {reason}. There is no checkpoint from before; these weights stay.")
+        return None
+    run.accelerator.print(f"Stopped early: {reason}. The pipeline has the weights after {images_seen} images.")
+    load_weights(run.accelerator, path, run.unet)
+    run.ema = None  # the network itself has the EMA weights now
+    return images_seen
+
+
+def _choose_guide(run: Run, returns_to: int | None) -> None:
+    """Go without a guide that is no weaker than the weights of the pipeline, and say why there is none."""
+    guide_after = run.config.guide_after_images
+    images_seen = run.state.images_seen if returns_to is None else returns_to
+    if run.guide is not None and run.state.guide_images_seen >= images_seen:
+        run.guide = None
+    if guide_after is not None and run.guide is None:
+        run.accelerator.print(
+            f"Note: the pipeline has no guide: none was kept after {guide_after} images, or not before the weights "
+            "that it has."
+        )
+
+
+def publish(run: Run) -> None:
+    """Put the finished pipeline on the Hub; what was trained stays whole if that fails.
+
+    Raises:
+        SystemExit: With 1, if it could not be published; the command for another attempt is printed.
+    """
+    from ..hub import push
+
+    config, repo_id = run.config, run.config.hub_model_id
+    try:
+        url = push(
+            run.output_dir,
+            repo_id,
+            private=config.hub_private_repo or None,
+            license=config.hub_license,
+            dataset_license=config.hub_dataset_license,
+        )
+    except (OSError, ValueError) as error:
+        command = ["ddpm-faces", "push", str(run.output_dir), repo_id]
+        command += ["--private"] if config.hub_private_repo else []
+        command += ["--license", config.hub_license] if config.hub_license else []
+        command += ["--dataset-license", config.hub_dataset_license] if config.hub_dataset_license else []
+        print(
+            f"{error}\nThe pipeline is whole. To publish it later: {shlex.join(command)}", file=sys.stderr, flush=True
+        )
+        raise SystemExit(1) from error
+    print(f"Published: {url}")
+
+
+def summarize(run: Run, returns_to: int | None) -> None:
+    """Write what the card says of the training, and what a person may want to know years later."""
+    is_cuda = run.accelerator.device.type == "cuda"
+    source = run.config.dataset_name or run.config.train_data_dir
+    pretrained = run.config.pretrained_model_name_or_path
+    threads = f"CPU ({torch.get_num_threads()} threads)"
+    precision = run.accelerator.mixed_precision
+    summary = {
+        "data": run.data.description,
+        "is_local_data": source is not None and Path(source).expanduser().is_dir(),
+        "is_local_pretrained": pretrained is not None and Path(pretrained).expanduser().is_dir(),
+        "fingerprint": run.data.fingerprint,
+        "images_seen": run.state.images_seen if returns_to is None else returns_to,
+        "guide_images_seen": None if run.guide is None else run.state.guide_images_seen,
+        "guidance_scale": run.guidance_scale,  # by which samples.png is drawn
+        "skipped_steps": run.state.skipped_steps,
+        "held_out_loss": _held_out_loss(run, returns_to),
+        "hours": run.seconds / 3600,
+        "processes": run.accelerator.num_processes,
+        "device": torch.cuda.get_device_name() if is_cuda else threads,
+        "precision": "fp32" if precision == "no" else precision,
+        "versions": f"ddpm-faces {__version__}, diffusers {diffusers.__version__}, torch {torch.__version__}",
+    }
+    with replacing(run.output_dir / "training_summary.json") as path:
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+    verdicts = {audit["images_seen"]: audit["verdict"] for audit in run.state.audits}
+    if summary["images_seen"] in verdicts:  # the verdict on these weights, and not on others on the way
+        verdict = {"verdict": verdicts[summary["images_seen"]]}
+        write_metrics(run.output_dir / METRICS_NAME, {"memorisation": verdict})
+
+
+def _held_out_loss(run: Run, images_seen: int | None) -> float | None:
+    """The last one that was measured, or that after `images_seen` images."""
+    entries = [entry for entry in read_jsonl(run.log.path) if "held_out_loss" in entry]
+    losses = [entry["held_out_loss"] for entry in entries if images_seen in (None, entry["images_seen"])]
+    return losses[-1] if losses else None
+
+
+def draw_loss_curve(run: Run) -> None:
+    """Draw losses and held-out losses of the log."""
+    log = read_jsonl(run.log.path)
+    curves = {
+        name: [(entry["images_seen"], entry[name]) for entry in log if entry.get(name) is not None]
+        for name in ("loss", "held_out_loss")
+    }
+    if curves["loss"]:
+        held_out = tuple(zip(*curves["held_out_loss"], strict=True)) or None
+        loss_curve(*zip(*curves["loss"], strict=True), run.output_dir / "loss_curve.png", held_out)

@@ -1,0 +1,100 @@
+"""Samples that a run draws on the way, and the grids that show them."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+from ..files import replacing
+from ..pipeline_ddpm_faces import DDPMFacesPipeline
+from ..plots import image_grid, side_by_side
+from ..scheduling_ddpm_faces import DDPMFacesScheduler
+from ..solvers import fast_solver
+
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+def draw_samples(
+    run: "Run", averaged: bool = True, num_samples: int | None = None, scheduler: DDPMFacesScheduler | None = None
+) -> torch.Tensor:
+    """Draw the samples of the seeds that follow the run's. Called by every process.
+
+    Args:
+        run ([`Run`]): Whose weights and guide.
+        averaged (`bool`, defaults to `True`): By the EMA weights, or the raw ones.
+        num_samples (`int`, *optional*): By default `num_samples` of the configuration.
+        scheduler ([`DDPMFacesScheduler`], *optional*): All its T steps; by default a few of the fast solver.
+
+    Returns:
+        `torch.Tensor` of shape `(num_samples, channels, height, width)`: x_0, on the CPU of each process.
+    """
+    config, num_processes = run.config, run.accelerator.num_processes
+    num_inference_steps = None
+    if scheduler is None:
+        scheduler = fast_solver(run.objective.scheduler, config.sample_sigma_min)
+        num_inference_steps = config.sample_inference_steps
+    num_samples = num_samples or config.num_samples
+    per_process = -(-num_samples // num_processes)
+    mine = [(k * num_processes + run.accelerator.process_index) % num_samples for k in range(per_process)]
+    samples = []
+    with run.evaluating(averaged) as unet:
+        pipeline = DDPMFacesPipeline(unet, scheduler, guide=run.guide, guidance_scale=run.guidance_scale)
+        pipeline.set_progress_bar_config(desc="Sampling", leave=False, disable=not run.accelerator.is_main_process)
+        for first in range(0, per_process, run.micro_batch_size):
+            numbers = mine[first : first + run.micro_batch_size]
+            generators = [torch.Generator().manual_seed(config.seed + number) for number in numbers]
+            classes = config.num_class_embeds and [number % config.num_class_embeds for number in numbers]
+            latents = pipeline(
+                len(numbers), num_inference_steps, generators, output_type="latent", class_labels=classes
+            ).images
+            samples.append(latents)
+    gathered = run.accelerator.gather(torch.cat(samples).contiguous())
+    gathered = gathered.view(num_processes, per_process, *gathered.shape[1:]).transpose(0, 1)
+    return gathered.flatten(0, 1)[:num_samples].cpu()
+
+
+def sample_grid(run: "Run") -> None:
+    """Draw the grid on the way: a few steps of the fast solver, by raw and EMA weights side by side."""
+    samples = {}
+    with run.log.paused():
+        if run.ema is not None:
+            samples["weights"] = draw_samples(run, averaged=False)
+        samples["averaged weights"] = draw_samples(run)
+        show(run, samples)
+
+
+def show(run: "Run", samples: dict[str, torch.Tensor]) -> Image.Image:
+    """Log grids and colours of samples; return the last grid.
+
+    Args:
+        run ([`Run`]): Whose log.
+        samples (`dict[str, torch.Tensor]`): By title, of shape `(num_samples, channels, height, width)` in [-1, 1].
+    """
+    last = list(samples.values())[-1]
+    run.log.write(_colors(run, last))
+    scale = max(1, 128 // max(run.config.image_size))
+    grids = {title: image_grid(DDPMFacesPipeline.postprocess(s), scale=scale) for title, s in samples.items()}
+    if run.accelerator.is_main_process:
+        picture = side_by_side(grids)
+        folder = run.output_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        with replacing(folder / f"{run.state.images_seen:010d}.png") as path:
+            picture.save(path, "PNG")
+        run.log.write_image(picture)
+    return list(grids.values())[-1]
+
+
+def _colors(run: "Run", samples: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation of each channel, in [-1, 1], beside those of the training images."""
+    channels = "rgba" if samples.shape[1] > 1 else "y"
+    pixels = samples.clamp(-1, 1).transpose(0, 1).flatten(1)
+    statistics = {"samples": (pixels.mean(dim=1), pixels.std(dim=1)), "data": run.data.color_statistics}
+    values = {}
+    for source, of_channels in statistics.items():
+        if of_channels is None:
+            continue
+        for name, per_channel in zip(("mean", "deviation"), of_channels, strict=True):
+            values[f"{source}_{name}"] = dict(zip(channels, per_channel.tolist(), strict=False))
+    return values

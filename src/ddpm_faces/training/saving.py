@@ -1,0 +1,89 @@
+"""Checkpoints on the way, and making room."""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from .checkpoint import CheckpointIO, all_finite, checkpoint_path, is_sharded, prune_checkpoints
+from .preemption import EXIT_NONFINITE, EXIT_PREEMPTED
+from .run import Run
+
+
+logger = logging.getLogger(__name__)
+
+
+def keep_guide(run: Run) -> None:
+    """Keep the weights of now, EMA ones where there are any, to guide what comes out of this run."""
+    with run.log.paused():
+        weights = run.whole_weights()
+        if is_sharded(run.unet):  # the main process alone has all of them
+            (weights,) = broadcast_object_list([weights])
+        run.set_guide(weights)
+    run.state.guide_images_seen = run.state.images_seen
+    run.accelerator.print(f"The weights after {run.state.images_seen} images are kept as the guide.")
+
+
+def save(run: Run, checkpoints: CheckpointIO, required: bool = False) -> None:
+    """Save a checkpoint, and prune the old ones. Where it fails and is not `required`, the run goes on."""
+    began = time.time()
+    run.log.collect()
+    path = checkpoint_path(run.output_dir, run.state.images_seen)
+    with run.log.paused():
+        try:
+            check_finite(run)
+            saved = type(run.state)(**{**run.state.to_json(), "seconds": run.seconds})
+            checkpoints.save(path, saved, run.guide)
+            prune(run)
+        except OSError as error:
+            if required:
+                raise
+            logger.warning("%s. The run goes on, and tries again with the next checkpoint.", error)
+    run.preemption.note_save(time.time() - began)
+
+
+def prune(run: Run) -> None:
+    """Delete old checkpoints, except for those that the run may end with."""
+    if not run.accelerator.is_main_process:
+        return
+    state, spared = run.state, {run.state.best_images_seen}
+    if run.config.stop_on_copies:
+        spared.add(state.clean_images_seen)
+    paths: list[Path] = [checkpoint_path(run.output_dir, seen) for seen in spared - {None}]
+    prune_checkpoints(run.output_dir, run.config.checkpoints_total_limit, paths)
+
+
+def leave_if_asked(run: Run, checkpoints: CheckpointIO) -> None:
+    """Save and end the process, if a signal or the time limit asks for it.
+
+    Raises:
+        SystemExit: With `EXIT_PREEMPTED`.
+    """
+    reason = run.preemption.reason()
+    if reason is None or run.is_finished:
+        return
+    save(run, checkpoints, required=True)
+    run.log.leave(
+        EXIT_PREEMPTED,
+        f"Stopped after {run.state.images_seen} of {run.last_image} images, for {reason}. The checkpoint is saved; "
+        "run the same command to resume.",
+    )
+
+
+def check_finite(run: Run) -> None:
+    """End the process if a weight is NaN or infinite, before it is saved.
+
+    Raises:
+        SystemExit: With `EXIT_NONFINITE`.
+    """
+    weights = list(run.accelerator.unwrap_model(run.unet).state_dict().values())
+    weights += [] if run.ema is None else list(run.ema.shadow.values())
+    bad = torch.tensor([float(not all_finite(weights))], device=run.accelerator.device)
+    if bool(run.accelerator.reduce(bad, reduction="sum")):
+        run.log.leave(
+            EXIT_NONFINITE,
+            f"Weights are not finite after {run.state.images_seen} images. They are not saved; the last good "
+            "checkpoint stands. Try a lower `learning_rate`.",
+        )

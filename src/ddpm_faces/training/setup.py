@@ -1,0 +1,163 @@
+"""What happens before the first step: the folder, the checkpoint, the weights to start from."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+from ..files import replacing
+from ..pipeline_ddpm_faces import DDPMFacesPipeline
+from ..scheduling_ddpm_faces import DDPMFacesScheduler
+from ..unet_ddpm_faces import DDPMFacesUNet
+from .changes import describe_changes
+from .checkpoint import CheckpointIO, newest_whole, set_aside
+from .config import TrainingConfig
+from .run import Run
+from .saving import prune
+
+
+CONFIG_NAME = "training_config.yaml"
+# What a pretrained network may have other than the one that is trained from it.
+FREE_TO_CHANGE = ("sample_size", "dropout", "num_class_embeds", "augment_dim")
+
+
+class SetupError(ValueError):
+    """Bad input that was found before the first step, and that the user can mend."""
+
+
+@contextmanager
+def setting_up() -> Iterator[None]:
+    """Tell bad input, found within, from what goes wrong in training: each `ValueError` becomes a `SetupError`."""
+    try:
+        yield
+    except SetupError:
+        raise
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+
+
+@contextmanager
+def locked(output_dir: str, is_main_process: bool) -> Iterator[None]:
+    """Make `output_dir`, which no other run may write to meanwhile; if nothing comes into it, it goes away again.
+
+    Raises:
+        SetupError: Another run holds it.
+    """
+    if not is_main_process:
+        yield
+        return
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        # A run that lost its launcher saves and ends within this time.
+        lock.acquire(timeout=60)
+    except Timeout as error:
+        raise SetupError(f"`output_dir` {output_dir!r} belongs to a run that is still going on.") from error
+    try:
+        yield
+    finally:
+        if not any(path.name != ".lock" for path in folder.iterdir()):
+            Path(lock.lock_file).unlink(missing_ok=True)
+            folder.rmdir()
+        lock.release()
+
+
+def checkpoint_to_resume(config: TrainingConfig, accelerator: Accelerator) -> Path | None:
+    """The newest whole checkpoint in `output_dir`, if there is one; what the main process sees holds for all.
+
+    Damaged ones that are newer are named, and set aside under another name.
+
+    Raises:
+        ValueError: There is one but the run is not to be resumed, or none is whole.
+    """
+    newest, problem = None, None
+    if accelerator.is_main_process:
+        try:
+            newest, damaged = newest_whole(config.output_dir)
+            if newest is not None and config.resume == "never":
+                raise ValueError(
+                    f"`output_dir` {config.output_dir!r} holds checkpoints of an earlier run, which `resume=never` "
+                    "would overwrite: choose another folder, or delete them."
+                )
+            for path, reason in damaged.items():
+                accelerator.print(f"Warning: {reason} The run resumes from {newest}; see {set_aside(path)}.")
+        except ValueError as error:
+            problem = str(error)
+    newest, problem = broadcast_object_list([newest, problem])
+    if problem is not None:
+        raise ValueError(problem)
+    return newest
+
+
+def load_pretrained(config: TrainingConfig) -> DDPMFacesUNet:
+    """The network that the run starts from.
+
+    Raises:
+        ValueError: Another architecture, noise schedule or prediction type.
+        OSError: It was not found or could not be downloaded.
+    """
+    name = config.pretrained_model_name_or_path
+    pipeline = DDPMFacesPipeline.from_pretrained(os.path.expanduser(name))
+    here = {**config.unet_config(), "prediction_type": config.prediction_type}
+    there = {**pipeline.unet.config, "prediction_type": pipeline.scheduler.config.get("prediction_type")}
+    differences = [
+        f"`{name}` is {there.get(name)} there and {value} here"
+        for name, value in here.items()
+        if name not in FREE_TO_CHANGE and there.get(name) != value
+    ]
+    betas_there, betas_here = pipeline.scheduler.betas, DDPMFacesScheduler(**config.scheduler_config()).betas
+    if betas_there.shape != betas_here.shape or not torch.allclose(betas_there, betas_here):
+        differences.append("its noise schedule is another one")
+    if differences:
+        raise ValueError(f"`pretrained_model_name_or_path` {name!r} is another model: {'; '.join(differences)}.")
+    return pipeline.unet
+
+
+def copy_weights(pretrained: DDPMFacesUNet, unet: DDPMFacesUNet) -> None:
+    """Copy the weights that both have. New layers for classes and augmentation start at zero, and so say nothing."""
+    expected, found = unet.state_dict(), pretrained.state_dict()
+    same = {k: v for k, v in found.items() if k in expected and v.shape == expected[k].shape}
+    new = {k: torch.zeros_like(v) for k, v in expected.items() if k not in same}
+    unet.load_state_dict({**same, **new})
+
+
+def optimizer_settings(config: TrainingConfig) -> dict[str, Any]:
+    """The arguments of AdamW, except for the learning rate, which each step sets."""
+    return {
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.adam_weight_decay,
+    }
+
+
+def start(run: Run, checkpoints: CheckpointIO, resume_from: Path | None) -> None:
+    """Resume from a checkpoint, if there is one; save the configuration, and open the log."""
+    config, accelerator = run.config, run.accelerator
+    if resume_from is not None:
+        state, guide_weights, notes = checkpoints.load(resume_from)
+        run.state.__dict__.update(state.__dict__)  # the log has this state as well
+        # The optimizer came back with the settings that it was saved with; those of the configuration hold.
+        for group in run.optimizer.param_groups:
+            group.update(optimizer_settings(config))
+        notes = [*describe_changes(resume_from, config, run.data.fingerprint, checkpoints.layout()), *notes]
+        guide_after = config.guide_after_images
+        if guide_after is not None and guide_weights is not None:
+            run.set_guide(guide_weights)
+        elif guide_after is not None and guide_after <= run.state.images_seen and run.state.is_maintained:
+            notes.append(f"No guide was kept after {guide_after} images, and it is too late for one.")
+        accelerator.print(f"Going on from {resume_from}, after {run.state.images_seen} images.")
+        for note in notes:
+            accelerator.print(f"  Note: {note}")
+    if accelerator.is_main_process:
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        with replacing(run.output_dir / CONFIG_NAME) as path:
+            config.save(path)
+    run.log.open()
+    prune(run)
