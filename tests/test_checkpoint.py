@@ -1,9 +1,27 @@
+import json
+from types import SimpleNamespace
+
 import pytest
+import torch
+from accelerate import Accelerator
 from conftest import tiny_unet
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
+from ddpm_faces.data import FaceBatches, FaceDataset
 from ddpm_faces.training import checkpoint
-from ddpm_faces.training.checkpoint import checkpoint_path, list_checkpoints, prune_checkpoints, save_pipeline
+from ddpm_faces.training.checkpoint import (
+    CheckpointIO,
+    check_whole,
+    checkpoint_path,
+    list_checkpoints,
+    newest_whole,
+    prune_checkpoints,
+    save_pipeline,
+    set_aside,
+)
+from ddpm_faces.training.config import TrainingConfig
+from ddpm_faces.training.ema import EMA
+from ddpm_faces.training.state import RunState
 
 
 def test_checkpoints_are_listed_oldest_first_and_unfinished_ones_not_at_all(tmp_path):
@@ -84,3 +102,139 @@ def test_failure_before_the_first_rename_keeps_the_old_pipeline(tmp_path, monkey
     with pytest.raises(OSError, match="full"):
         save_pipeline(make_pipeline(24), tmp_path)
     assert DDPMFacesPipeline.from_pretrained(tmp_path).unet.config.sample_size == 16
+
+
+# Saved, damaged, loaded
+
+
+def make_io(use_ema: bool = True, batches=None) -> CheckpointIO:
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True)
+    unet = tiny_unet(block_types=("conv",))
+    unet, _ = accelerator.prepare(unet, torch.optim.AdamW(unet.parameters()))
+    images = torch.zeros(8, 3, 16, 16, dtype=torch.uint8)
+    batches = FaceBatches(FaceDataset(images), 4, slice(0, 4)) if batches is None else batches
+    data = SimpleNamespace(batches=batches, fingerprint="of images")
+    return CheckpointIO(TrainingConfig(), accelerator, unet, EMA(unet) if use_ema else None, data)
+
+
+def disturb(io: CheckpointIO) -> None:
+    with torch.no_grad():
+        for parameter in io.unet.parameters():
+            parameter.add_(1)
+
+
+@pytest.fixture
+def saved(tmp_path) -> tuple[CheckpointIO, dict[str, torch.Tensor]]:
+    """Checkpoints after 8 and 16 images, in `tmp_path`."""
+    io = make_io()
+    for images_seen in (8, 16):
+        io.save(checkpoint_path(tmp_path, images_seen), RunState(images_seen=images_seen, best_loss=0.5))
+    return io, {name: value.clone() for name, value in io.unet.state_dict().items()}
+
+
+def test_what_is_saved_is_loaded(saved, tmp_path):
+    io, weights = saved
+    averaged = {name: value.clone() for name, value in io.ema.shadow.items()}
+    disturb(io)
+    io.ema.update(0.5, torch.tensor(True))
+    state, guide, notes = io.load(checkpoint_path(tmp_path, 16))
+    assert state == RunState(images_seen=16, best_loss=0.5)
+    assert (guide, notes) == (None, [])
+    assert all(torch.equal(value, weights[name]) for name, value in io.unet.state_dict().items())
+    assert all(torch.equal(value, averaged[name]) for name, value in io.ema.shadow.items())
+    assert io.data.batches.images_seen == 16
+    assert any("running_mean" in name for name in averaged)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def fill(path):
+    """As a copy that has its full size before its content."""
+    path.write_bytes(path.read_bytes()[:100] + bytes(path.stat().st_size - 100))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "ema.safetensors", "optimizer.bin", "random_states_0.pkl", "run_state.json"]
+)
+@pytest.mark.parametrize("damage", [cut, fill, lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
+def test_damaged_checkpoint_gives_way_to_the_one_before(saved, tmp_path, name, damage):
+    damage(checkpoint_path(tmp_path, 16) / name)
+    newest, damaged = newest_whole(tmp_path)
+    assert newest == checkpoint_path(tmp_path, 8)
+    ((path, message),) = damaged.items()
+    assert path == checkpoint_path(tmp_path, 16)
+    assert name in message
+    assert set_aside(path).name == "damaged-checkpoint-0000000016"
+    assert list_checkpoints(tmp_path) == [newest]
+
+
+def test_no_whole_checkpoint_is_an_error_and_no_new_beginning(saved, tmp_path):
+    for path in list_checkpoints(tmp_path):
+        cut(path / "optimizer.bin")
+    with pytest.raises(ValueError, match="None of the checkpoints in `output_dir` .*optimizer.bin has .* bytes"):
+        newest_whole(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"format_version": 3}, {"run": {"images_seen": 16, "novel": 1}}])
+def test_checkpoint_of_a_later_version_is_refused(saved, tmp_path, change):
+    path = checkpoint_path(tmp_path, 16) / "run_state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match="was saved by a later version of ddpm-faces"):
+        newest_whole(tmp_path)
+
+
+def test_checkpoint_of_format_1(saved, tmp_path):
+    """No checksums, and no buffers in the EMA: they come from the network."""
+    from safetensors.torch import load_file, save_file
+
+    io, weights = saved
+    folder = checkpoint_path(tmp_path, 16)
+    state = json.loads((folder / "run_state.json").read_text())
+    del state["files"], state["format_version"]
+    (folder / "run_state.json").write_text(json.dumps(state))
+    averaged = load_file(folder / "ema.safetensors")
+    parameters = {name: averaged[name] + 1 for name, _ in io.unet.named_parameters()}
+    save_file(parameters, folder / "ema.safetensors")
+    assert newest_whole(tmp_path) == (folder, {})
+    io.load(folder)
+    for name, value in io.ema.shadow.items():
+        assert torch.equal(value, parameters.get(name, weights[name]))
+    cut(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read"):
+        check_whole(folder)
+
+
+def test_ema_that_is_switched_on_starts_from_the_weights(tmp_path):
+    make_io(use_ema=False).save(checkpoint_path(tmp_path, 8), RunState(images_seen=8))
+    io = make_io()
+    disturb(io)
+    _, _, notes = io.load(checkpoint_path(tmp_path, 8))
+    assert notes == ["The checkpoint has no EMA: it starts from the weights after 8 images."]
+    weights = io.unet.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in io.ema.shadow.items())
+
+
+def test_ema_that_is_switched_off_is_not_asked_for(saved, tmp_path):
+    assert make_io(use_ema=False).load(checkpoint_path(tmp_path, 16))[2] == []
+
+
+def test_stream_that_is_switched_on_begins_with_its_first_image(saved, tmp_path):
+    class Stream:
+        def load_state_dict(self, state_dict):
+            raise AssertionError("there is no place to load")
+
+    _, _, notes = make_io(batches=Stream()).load(checkpoint_path(tmp_path, 16))
+    assert notes == ["The checkpoint has no place in a stream: the stream begins with its first image."]
+
+
+def test_fp16_that_is_switched_on_starts_with_a_new_loss_scale(saved, tmp_path):
+    io = make_io()
+    io.accelerator.scaler = torch.amp.GradScaler("cpu")
+    _, _, notes = io.load(checkpoint_path(tmp_path, 16))
+    assert notes == ["The checkpoint has no loss scale, for it was not trained in fp16: the scale starts anew."]
+    assert io.accelerator.scaler is not None
+    io.save(checkpoint_path(tmp_path, 24), RunState(images_seen=24))
+    assert io.load(checkpoint_path(tmp_path, 24))[2] == []

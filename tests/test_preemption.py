@@ -1,5 +1,6 @@
 import os
 import signal
+import threading
 
 import pytest
 
@@ -67,3 +68,28 @@ def test_no_limit(clock):
     preemption = Preemption()
     clock.now = 1e12
     assert preemption.reason() is None
+
+
+def test_handlers_come_back():
+    before = {name: signal.getsignal(getattr(signal, name)) for name in NAMES}
+    preemption = Preemption()
+    assert signal.getsignal(signal.SIGTERM) != before["SIGTERM"]
+    preemption.close()
+    preemption.close()
+    assert {name: signal.getsignal(getattr(signal, name)) for name in NAMES} == before
+
+
+def test_thread_has_a_time_limit_and_no_handlers(clock):
+    before, reasons = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        preemption = Preemption(time_limit_minutes=1)
+        clock.now += 61
+        reasons.append(preemption.reason())
+        preemption.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert reasons == ["its time limit is near"]
+    assert signal.getsignal(signal.SIGTERM) == before

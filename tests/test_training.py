@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -32,6 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ddpm_faces import DDPMFacesPipeline, fast_solver
 from ddpm_faces.plots import image_grid
 from ddpm_faces.training.checkpoint import list_checkpoints
+from ddpm_faces.training.cores import use_all_cores
 from ddpm_faces.training.preemption import EXIT_NONFINITE, EXIT_PREEMPTED
 
 
@@ -410,6 +410,56 @@ def test_one_rank_killed(tmp_path):
     assert not (run / "model_index.json").exists()
 
 
+def test_damaged_checkpoint_is_set_aside_and_the_one_before_taken(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    optimizer = run / "checkpoint-0000000096" / "optimizer.bin"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    output = succeed(run)
+    assert f"Warning: {run / 'checkpoint-0000000096'} is damaged: optimizer.bin has " in output
+    assert "Going on from" in output
+    assert "after 64 images" in output
+    assert_same_run(run, finished)
+    assert (run / "damaged-checkpoint-0000000096").is_dir()
+
+
+@slow
+def test_ema_switched_on_in_the_middle_of_a_run(tmp_path):
+    run = tmp_path / "run"
+    fail(run, 1, {"in_step": {"at": 72}}, use_ema="false")
+    output = succeed(run, use_ema="true")
+    assert "`use_ema` was False and is True" in output
+    assert "The checkpoint has no EMA: it starts from the weights after 64 images." in output
+
+
+def test_training_in_a_thread_and_its_signal_handlers(tmp_path):
+    """A notebook calls `main` in a process that goes on, a server in a thread."""
+    flags = command(tmp_path / "run", report_to="none")[2:]
+    code = f"""
+import runpy, signal, sys, threading
+script = runpy.run_path({str(SCRIPT)!r})
+before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+config = script["parse_training_config"]({flags!r})
+script["main"](config)
+assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+other = script["replace"](config, output_dir={str(tmp_path / "other")!r})
+thread = threading.Thread(target=script["main"], args=(other,))
+thread.start()
+thread.join()
+"""
+    result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert_equal_weights(weights(tmp_path / "run"), weights(tmp_path / "other"))
+
+
+def test_last_pictures_that_fail_leave_the_model(tmp_path):
+    output = train(tmp_path / "run", faults={"last_grid": True})
+    assert output.returncode == 0, output.stderr
+    assert "The last grid of samples could not be drawn: ZeroDivisionError" in output.stderr
+    assert DDPMFacesPipeline.from_pretrained(tmp_path / "run").config.weights == "ema"
+    assert (tmp_path / "run" / "training_summary.json").exists()
+    assert (tmp_path / "run" / "loss_curve.png").exists()
+
+
 # Preemption
 
 
@@ -455,7 +505,8 @@ def test_threads_are_no_more_than_cores(monkeypatch, threads, cores, processes, 
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    runpy.run_path(str(SCRIPT))["use_all_cores"]()
+    monkeypatch.setattr("ddpm_faces.training.cores.cgroup_limit", lambda: None)
+    use_all_cores()
     assert chosen[-1] == expected
 
 
@@ -555,7 +606,7 @@ def test_resume_with_another_layout_says_so(finished, tmp_path):
     assert "processes 1 -> 2" in output
     assert "`learning_rate` was 0.001 and is 0.0005: holds from here on" in output
     assert "`num_drawn_images` was 40 and is 44" in output
-    assert "The pictures are not those" in output
+    assert "The images are not those" in output
     assert read_log(run)[-2]["learning_rate"] == pytest.approx(read_log(finished)[-2]["learning_rate"] / 2)
 
 
@@ -661,7 +712,7 @@ def test_article_network_in_bf16_from_a_folder_of_pictures(pictures, tmp_path, m
     assert "precision: bf16" in output
     if platform.machine() in ("x86_64", "AMD64"):
         assert "this CPU (AVX2) does not calculate in bf16" in output
-    assert "BatchNorm sees the 4 pictures of a pass" in output
+    assert "BatchNorm sees the 4 images of a micro-batch" in output
     if hasattr(os, "sched_getaffinity"):
         assert f"({len(os.sched_getaffinity(0))} CPU threads each)" in output
     pipeline = DDPMFacesPipeline.from_pretrained(tmp_path / "run")
@@ -808,7 +859,9 @@ def test_too_few_pictures_to_search(pictures, tmp_path):
 
 def test_bad_input_leaves_nothing(tmp_path):
     output = fail(tmp_path / "run", train_data_dir="no/such/folder")
-    assert "`train_data_dir` must be an existing folder, got 'no/such/folder'" in output
+    assert "error: `train_data_dir` must be an existing folder, got 'no/such/folder'" in output
+    assert "Traceback" not in output
+    assert "exit status 2" in output
     assert not (tmp_path / "run").exists()
 
 

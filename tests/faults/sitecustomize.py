@@ -120,6 +120,11 @@ def install(faults: dict) -> None:
 
         audit.audit = planted
 
+    if "last_grid" in faults:
+        from ddpm_faces.training import finish
+
+        finish.draw_samples = lambda *args, **kwargs: 1 / 0
+
     if "lock_timeout" in faults:
         original_acquire = setup.FileLock.acquire
 

@@ -8,6 +8,7 @@ import torch
 
 
 CGROUPS = Path("/sys/fs/cgroup")
+OWN_GROUP = Path("/proc/self/cgroup")
 
 
 def available_cores() -> int:
@@ -17,10 +18,10 @@ def available_cores() -> int:
 
 
 def cgroup_limit() -> int | None:
-    """Cores that the control group of this process allows (Docker, Kubernetes, Slurm), rounded up. `None`: no limit."""
+    """The limit of this process's control group (Docker, Kubernetes, Slurm) in cores, rounded up, if there is one."""
     limits = []
     try:
-        own = next((line.rpartition(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines()), "/")
+        own = next((line.rpartition(":")[2] for line in OWN_GROUP.read_text().splitlines()), "/")
     except OSError:
         return None
     group = CGROUPS / own.strip().lstrip("/")
