@@ -46,6 +46,13 @@ TINY = {
 }  # fmt: skip
 
 
+ARTICLE = {
+    "block_types": ["conv"], "mid_block_type": "none", "out_block_type": "conv", "time_embedding_layers": 1,
+    "time_embedding_dim": 32, "act_fn": "relu", "dropout": 0,
+}  # fmt: skip
+slow = pytest.mark.slow
+
+
 def command(
     output_dir: Path,
     num_processes: int = 1,
@@ -228,6 +235,20 @@ def test_saved_weights_are_the_average(finished):
     assert any(not torch.equal(value, raw[name]) for name, value in saved.items())
 
 
+@slow
+def test_ema_averages_the_statistics_of_batch_norm(tmp_path):
+    """Averaged weights with the raw weights' statistics would normalise other activations."""
+    run = tmp_path / "run"
+    succeed(run, **ARTICLE)
+    last = list_checkpoints(run)[-1]
+    averaged, raw, saved = load_file(last / "ema.safetensors"), load_file(last / "model.safetensors"), weights(run)
+    statistics = [name for name in saved if name.endswith(("running_mean", "running_var"))]
+    assert statistics
+    for name in statistics:
+        assert torch.equal(saved[name], averaged[name])
+        assert not torch.equal(saved[name], raw[name])
+
+
 def test_grid_shows_raw_and_averaged_weights(finished):
     pictures = [np.asarray(Image.open(finished / "samples" / f"{n:010d}.png")) for n in (48, 96)]
     assert pictures[0].shape[1] > 2 * pictures[1].shape[1]
@@ -315,7 +336,6 @@ SOURCES = {
         "label_column": "kind", "num_class_embeds": 3,
     },
 }  # fmt: skip
-slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -581,12 +601,6 @@ def test_sharded_over_processes(tmp_path, reference):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
     guide = DDPMFacesPipeline.from_pretrained(run).guide.state_dict()
     assert_equal_weights(guide, load_file(list_checkpoints(run)[-1] / "guide.safetensors"))
-
-
-ARTICLE = {
-    "block_types": ["conv"], "mid_block_type": "none", "out_block_type": "conv", "time_embedding_layers": 1,
-    "time_embedding_dim": 32, "act_fn": "relu", "dropout": 0,
-}  # fmt: skip
 
 
 @slow

@@ -137,7 +137,9 @@ class TrainingConfig:
         32, "Optimisation", "Pictures of an optimizer step, over all processes; each takes an equal share."
     )
     device_batch_size: int | None = _field(
-        None, "Optimisation", "Pictures of a forward pass at most: a larger share is accumulated (default: all of it)."
+        None,
+        "Optimisation",
+        "Largest micro-batch; a larger share is accumulated (default: no accumulation).",
     )
     max_train_images: int = _field(40_000, "Optimisation", "Length of the run.")
     learning_rate: float = _field(1e-3, "Optimisation", "Highest learning rate.")
@@ -150,16 +152,12 @@ class TrainingConfig:
     adam_weight_decay: float = _field(0.0, "Optimisation", "AdamW's weight decay; at 0 it is Adam.")
     adam_epsilon: float = _field(1e-8, "Optimisation", "AdamW's epsilon.")
     max_grad_norm: float = _field(1.0, "Optimisation", "Clip the gradient to this norm; 0: do not.")
-    use_ema: bool = _field(
-        True, "Optimisation", "Keep an exponential moving average of the weights, sample from it and save it."
-    )
-    ema_half_life_images: int = _field(
-        4_000, "Optimisation", "Images after which a weight counts for half in the average."
-    )
+    use_ema: bool = _field(True, "Optimisation", "Keep an EMA of the weights, sample from it and save it.")
+    ema_half_life_images: int = _field(4_000, "Optimisation", "Half-life of the EMA.")
     ema_rampup_ratio: float = _field(
         0.1,
         "Optimisation",
-        "The half-life is at most this share of the images seen, so that the average ripens early.",
+        "Largest half-life of the EMA, as a share of the images seen; keeps an early EMA young.",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _field(
         None,
@@ -207,10 +205,12 @@ class TrainingConfig:
 
     output_dir: str = _field("ddpm-faces-model", "Run", "Folder of checkpoints, pictures and the finished pipeline.")
     guidance_scale: float = _field(
-        1.0, "Run", "Save the pipeline with an early average of its weights as a guide; 1: none, 1.2 to 1.5 is much."
+        1.0,
+        "Run",
+        "Save an early EMA as the guide (autoguidance); 1: no guide, 1.2 to 1.5 is strong.",
     )
     guide_images: int | None = _field(
-        None, "Run", "Images after which that average is kept (default: a quarter of the run)."
+        None, "Run", "Images after which the EMA is kept as the guide (default: a quarter of the run)."
     )
     resume: Literal["auto", "never"] = _field(
         "auto", "Run", "auto: go on from the newest checkpoint in `output_dir`, if any; never: refuse to."
@@ -383,7 +383,7 @@ class TrainingConfig:
         return self.learning_rate * course[self.lr_scheduler]
 
     def ema_decay_at(self, images_seen: int) -> float:
-        """How much of the average stays, in the step that ends at `images_seen` images."""
+        """How much of the EMA stays, in the step that ends at `images_seen` images."""
         half_life = min(self.ema_half_life_images, self.ema_rampup_ratio * images_seen)
         return 0.5 ** (self.train_batch_size / half_life) if half_life else 0.0
 

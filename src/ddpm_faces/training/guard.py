@@ -5,7 +5,7 @@ from torch import nn
 
 
 class NonFiniteGuard:
-    """Lets an optimizer pass over a step whose gradient is not finite; the CPU does not wait for the GPU to know.
+    """Lets an optimizer skip a step whose gradient is not finite; the CPU does not wait for the GPU to know.
 
     A loss that is not finite makes its gradient so as well: there is one thing to look at.
 

@@ -61,7 +61,7 @@ def sample_grid(run: "Run") -> None:
     with run.log.paused():
         if run.ema is not None:
             samples["weights"] = draw_samples(run, averaged=False)
-        samples["averaged weights"] = draw_samples(run)
+        samples["EMA weights"] = draw_samples(run)
         show(run, samples)
 
 
@@ -95,6 +95,6 @@ def _colors(run: "Run", samples: torch.Tensor) -> dict[str, dict[str, float]]:
     for source, of_channels in statistics.items():
         if of_channels is None:
             continue
-        for name, per_channel in zip(("mean", "deviation"), of_channels, strict=True):
+        for name, per_channel in zip(("mean", "std"), of_channels, strict=True):
             values[f"{source}_{name}"] = dict(zip(channels, per_channel.tolist(), strict=False))
     return values
