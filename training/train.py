@@ -53,6 +53,7 @@ from ddpm_faces.training.setup import (
     start,
 )
 from ddpm_faces.training.state import RunState
+from ddpm_faces.training.steps import StepRecorder
 from ddpm_faces.training.sync_batch_norm import convert_sync_batch_norm
 
 
@@ -121,7 +122,8 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
     # 4. Resume
     state = RunState()
     log, preemption = TrainingLog(config, accelerator, state), Preemption(config.time_limit_minutes)
-    run = Run(config, accelerator, unet, optimizer, ema, objective, data, preemption, log, state)
+    steps = StepRecorder(config, accelerator, state, log)
+    run = Run(config, accelerator, unet, optimizer, ema, objective, data, preemption, log, steps, state)
     checkpoints = CheckpointIO(config, accelerator, unet, ema, data)
     try:
         start(run, checkpoints, checkpoint)
@@ -145,28 +147,20 @@ def loop(run: Run, guard: NonFiniteGuard, checkpoints: CheckpointIO) -> None:
     for batch in batches(run):
         losses = []
         for part in batch.split(run.micro_batch_size):
-            # Gradients are exchanged once in a step.
-            with nullcontext() if part.is_last else accelerator.no_sync(unet):
+            with nullcontext() if part.is_last else accelerator.no_sync(unet):  # exchange gradients once in a step
                 samples, augment_labels = augment(config, augmentation, part)
-                part_losses, _ = run.objective(  # noise, predict, compare
-                    unet,
-                    samples,
-                    part.labels,
-                    timesteps=part.draws.timesteps,
-                    noise=part.draws.noise,
-                    augment_labels=augment_labels,
-                )
+                drawn = {"noise": part.noise, "timesteps": part.timesteps, "augment_labels": augment_labels}
+                part_losses, _ = run.objective(unet, samples, part.labels, **drawn)  # noise, predict, compare
                 accelerator.backward(part_losses.sum() / images_per_process)  # the processes take the mean
             losses.append(part_losses.detach())
         grad_norm = clip_gradient(accelerator, unet, config.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(run.state.images_seen)
+        set_learning_rate(optimizer, config.learning_rate_at(run.state.images_seen))
         is_finite = guard.step(grad_norm)  # no step if the gradient is not finite
         optimizer.zero_grad()
         if run.ema is not None:
             run.ema.update(config.ema_decay_at(run.state.images_seen + config.train_batch_size), is_finite)
 
-        run.log.record(batch, losses, grad_norm)
+        run.steps.record(batch, losses, grad_norm)
         leave_if_asked(run, checkpoints)
         maintain(run, checkpoints, assess)
 
@@ -175,7 +169,7 @@ def maintain(run: Run, checkpoints: CheckpointIO, assess: Assessment) -> None:
     """Do what is due after the last step."""
     due = due_after(run.config, run.state.images_seen, run.data.held_out is not None)
     if due.log:
-        run.log.write_steps()
+        run.steps.write_entry()
     if due.guide:
         keep_guide(run)
     is_best = due.validate and validate(run)
@@ -199,6 +193,11 @@ def clip_gradient(accelerator: Accelerator, unet: torch.nn.Module, max_grad_norm
     """Clip, unless `max_grad_norm` is 0, and return the norm that it had, of shape `()`."""
     grad_norm = accelerator.clip_grad_norm_(unet.parameters(), max_grad_norm or math.inf)
     return grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def validate(run: "Run") -> bool:
     """Measure the held-out loss of the EMA weights; return whether it is the best so far."""
-    with run.log.paused(), run.evaluating() as unet:
+    with run.steps.paused(), run.evaluating() as unet:
         losses = held_out_losses(run.accelerator, unet, run.objective, run.data.held_out, run.micro_batch_size)
     by_bin = losses.mean(dim=0).tolist()
     loss = sum(by_bin) / len(by_bin)
@@ -51,7 +51,7 @@ class Assessment:
         """
         if not (evaluates or audits):
             return False
-        with run.log.paused():
+        with run.steps.paused():
             drawn = draw_samples(run, num_samples=run.config.num_evaluation_samples)
             samples = ((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
             if evaluates:

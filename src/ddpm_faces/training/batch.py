@@ -38,6 +38,16 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """t of each image, of shape `(share,)`."""
+        return self.draws.timesteps
+
+    @property
+    def noise(self) -> torch.Tensor:
+        """Standard normal noise, of the shape of `images`."""
+        return self.draws.noise
+
     def split(self, size: int) -> Iterator["Batch"]:
         """Micro-batches of at most `size` images."""
         draws = self.draws.split(size)
@@ -60,7 +70,7 @@ def batches(run: Run) -> Iterator[Batch]:
     while not run.is_finished:
         epoch, began = data.batches.epoch, time.perf_counter()
         values: dict[str, Any] = next(loader)
-        run.log.note_wait(time.perf_counter() - began)
+        run.steps.note_wait(time.perf_counter() - began)
         for skipped in values.get("skipped", ()):
             logger.warning("An image cannot be read and is left out: %s", skipped)
         images, labels = values["images"].to(device, non_blocking=True), values.get("labels")

@@ -21,6 +21,7 @@ from .state import RunState
 
 if TYPE_CHECKING:
     from .log import TrainingLog
+    from .steps import StepRecorder
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Run:
         data ([`TrainingData`]): Where the images come from.
         preemption ([`Preemption`]): Knows whether the run has to make room.
         log ([`TrainingLog`]): Where metrics go.
+        steps ([`StepRecorder`]): What the steps since the last entry of the log have measured.
         state ([`RunState`]): How far the run has come; shared with the log.
         guide ([`DDPMFacesUNet`], *optional*): An earlier EMA of this run, for autoguidance.
     """
@@ -50,6 +52,7 @@ class Run:
     data: TrainingData
     preemption: Preemption
     log: "TrainingLog"
+    steps: "StepRecorder"
     state: RunState
     guide: DDPMFacesUNet | None = None
     began: float = field(default_factory=time.time)

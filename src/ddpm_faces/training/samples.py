@@ -58,7 +58,7 @@ def draw_samples(
 def sample_grid(run: "Run") -> None:
     """Draw the grid on the way: a few steps of the fast solver, by raw and EMA weights side by side."""
     samples = {}
-    with run.log.paused():
+    with run.steps.paused():
         if run.ema is not None:
             samples["weights"] = draw_samples(run, averaged=False)
         samples["EMA weights"] = draw_samples(run)

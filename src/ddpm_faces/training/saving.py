@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 def keep_guide(run: Run) -> None:
     """Keep the weights of now, EMA ones where there are any, to guide what comes out of this run."""
-    with run.log.paused():
+    with run.steps.paused():
         weights = run.whole_weights()
         if is_sharded(run.unet):  # the main process alone has all of them
             (weights,) = broadcast_object_list([weights])
@@ -29,9 +29,9 @@ def keep_guide(run: Run) -> None:
 def save(run: Run, checkpoints: CheckpointIO, required: bool = False) -> None:
     """Save a checkpoint, and prune the old ones. Where it fails and is not `required`, the run goes on."""
     began = time.time()
-    run.log.collect()
+    run.steps.collect()
     path = checkpoint_path(run.output_dir, run.state.images_seen)
-    with run.log.paused():
+    with run.steps.paused():
         try:
             check_finite(run)
             saved = type(run.state)(**{**run.state.to_json(), "seconds": run.seconds})

@@ -160,4 +160,5 @@ def start(run: Run, checkpoints: CheckpointIO, resume_from: Path | None) -> None
         with replacing(run.output_dir / CONFIG_NAME) as path:
             config.save(path)
     run.log.open()
+    run.steps.restart_clock()
     prune(run)
