@@ -14,6 +14,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     PNDMScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
@@ -27,6 +28,10 @@ from ddpm_faces.solvers import fast_solver
 
 def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def values(pipeline) -> tuple[int, float]:
+    return pipeline.num_timesteps, pipeline.guidance_scale
 
 
 def quiet(pipeline):
@@ -209,6 +214,55 @@ def test_callback_sees_and_replaces_latents(pipeline):
         return {"latents": torch.full_like(tensors["latents"], -1.0)} if step == 19 else tensors
 
     assert not np.asarray(pipeline(callback_on_step_end=blacken).images[0]).any()
+
+
+def test_callback_reads_the_values_of_its_call(pipeline):
+    pipeline.set_guide(a_guide(), guidance_scale=1.25)
+    seen = []
+    for scale in (1.5, None):
+        pipeline(1, 4, guidance_scale=scale, callback_on_step_end=lambda pipe, *_: seen.append(values(pipe)) or {})
+    assert seen == [(4, 1.5)] * 4 + [(4, 1.25)] * 4
+    assert values(pipeline) == (20, 1.25)  # the defaults, outside of a call
+
+
+def test_callback_reads_the_steps_that_the_scheduler_takes(pipeline):
+    pipeline.scheduler = HeunDiscreteScheduler.from_config(pipeline.scheduler.config)
+    seen = []
+    pipeline(1, 4, callback_on_step_end=lambda pipe, i, *_: seen.append((i, pipe.num_timesteps)) or {})
+    assert seen == [(i, 7) for i in range(7)]  # of second order: two evaluations a step, but the last
+
+
+def test_values_of_a_call_reach_no_other(pipeline):
+    """Not another thread, not another pipeline, not the call around it, and none that follows."""
+    other, seen, barrier = pipeline.with_scheduler(pipeline.scheduler), {}, threading.Barrier(2, timeout=60)
+
+    def inside(pipe, i, *_):
+        if i == 0 and pipe.num_timesteps == 6:
+            quiet(pipe)(1, 3)
+            seen["around"] = pipe.num_timesteps
+            seen["other"] = other.num_timesteps
+        barrier.wait()
+        seen.setdefault(threading.current_thread().name, set()).add(pipe.num_timesteps)
+        barrier.wait()
+        return {}
+
+    def call(steps):
+        # The two calls take turns; the longer one goes on alone after that.
+        pipeline(1, steps, callback_on_step_end=lambda pipe, i, *rest: inside(pipe, i, *rest) if i < 4 else {})
+
+    threads = [threading.Thread(target=call, args=(steps,), name=str(steps)) for steps in (6, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"around": 6, "other": 20, "6": {6}, "4": {4}}
+
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        pipeline(1, 2, callback_on_step_end=fail)
+    assert pipeline.num_timesteps == 20
 
 
 # Classes

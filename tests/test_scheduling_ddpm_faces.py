@@ -133,6 +133,19 @@ def test_given_and_shifted_timesteps_equal_diffusers():
         assert_same_steps(ours, theirs, ours.timesteps)
 
 
+def test_previous_timestep_is_of_the_kind_that_is_asked():
+    ours, theirs = DDPMFacesScheduler(num_train_timesteps=20), DDPMScheduler(num_train_timesteps=20)
+    ours.set_timesteps(5)
+    theirs.set_timesteps(5)
+    for t in ours.timesteps:
+        previous = ours.previous_timestep(t)
+        assert isinstance(previous, torch.Tensor)
+        assert torch.equal(previous, theirs.previous_timestep(t))
+        assert type(ours.previous_timestep(int(t))) is int
+        assert ours.previous_timestep(int(t)) == previous.item()
+    assert ours.previous_timestep(torch.tensor([4])).shape == (1,)
+
+
 def test_trained_betas_equal_diffusers():
     betas = torch.linspace(0.001, 0.3, 30).square().tolist()
     config = {"num_train_timesteps": 30, "trained_betas": betas}

@@ -13,8 +13,9 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -51,6 +52,18 @@ MAX_LAYERS_PER_BLOCK, MAX_BLOCKS = 64, 12
 NETWORKS = ("unet", "guide")
 # Of a saved folder: what an earlier version of this file cannot load, it refuses by this. 2 has a guide.
 FORMAT_VERSION = 2
+
+
+class _Call(NamedTuple):
+    """What a callback may ask the pipeline about the call that it is part of."""
+
+    num_timesteps: int
+    guidance_scale: float
+
+
+# The calls in progress, by the `id` of their pipeline. Each thread has a context of its own, so calls in several
+# threads do not see one another's values, even if they share a pipeline.
+_CALLS: ContextVar[dict[int, _Call]] = ContextVar("ddpm_faces_calls")
 
 
 class DDPMFacesPipeline(DiffusionPipeline):
@@ -141,6 +154,25 @@ class DDPMFacesPipeline(DiffusionPipeline):
         if "torch_dtype" not in kwargs and "unet" in networks:
             kwargs.setdefault("dtype", networks["unet"].dtype)
         return super().from_pipe(pipeline, **{**networks, **kwargs})
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of denoising steps: of the call in progress, or by default.
+
+        A `callback_on_step_end` reads that of its own call, whatever another thread asks of the same pipeline.
+        """
+        call = self._call
+        return self.scheduler.config.num_train_timesteps if call is None else call.num_timesteps
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale: of the call in progress, as for [`num_timesteps`], or the configured one."""
+        call = self._call
+        return self.config.guidance_scale if call is None else call.guidance_scale
+
+    @property
+    def _call(self) -> _Call | None:
+        return _CALLS.get({}).get(id(self))
 
     def with_scheduler(self, scheduler: SchedulerMixin) -> "DDPMFacesPipeline":
         """The same networks, with another way through the timesteps."""
@@ -488,7 +520,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
         latents = self.prepare_latents(batch_size, generator, latents, scheduler.init_noise_sigma)
 
         # 3. Denoise
-        with _evaluating(self.unet, self.guide):
+        call = _Call(num_timesteps=len(scheduler.timesteps), guidance_scale=guidance_scale)
+        with _calling(self, call), _evaluating(self.unet, self.guide):
             for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
                 # 3.1 Predict the noise
                 model_input = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
@@ -526,6 +559,16 @@ class DDPMFacesPipeline(DiffusionPipeline):
             return images
         images = images.cpu().permute(0, 2, 3, 1).float().numpy()
         return images if output_type == "np" else DiffusionPipeline.numpy_to_pil(images)
+
+
+@contextmanager
+def _calling(pipeline: DDPMFacesPipeline, call: _Call) -> Iterator[None]:
+    """Let the properties of `pipeline` tell of `call`, in this thread alone."""
+    token = _CALLS.set({**_CALLS.get({}), id(pipeline): call})
+    try:
+        yield
+    finally:
+        _CALLS.reset(token)
 
 
 @contextmanager

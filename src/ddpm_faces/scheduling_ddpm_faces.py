@@ -294,8 +294,14 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
         self._previous_timestep = dict(zip(timesteps, [*timesteps[1:], -1], strict=True))
 
-    def previous_timestep(self, timestep: int | torch.Tensor) -> int:
-        """The timestep that follows `timestep` when sampling; -1 after the last.
+    def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
+        """The timestep that follows `timestep` in sampling, or -1 after the last.
+
+        Args:
+            timestep (`int` or `torch.Tensor` with one element): One of `self.timesteps`.
+
+        Returns:
+            `int`, or a `torch.Tensor` of the shape, type and device of `timestep`, if that is a tensor.
 
         Raises:
             ValueError: `timestep` is none of `self.timesteps`.
@@ -303,7 +309,8 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         t = int(timestep)
         if t not in self._previous_timestep:
             raise ValueError(f"`timestep` {t} is none of the {len(self.timesteps)} that `set_timesteps` chose.")
-        return self._previous_timestep[t]
+        previous = self._previous_timestep[t]
+        return torch.full_like(timestep, previous) if isinstance(timestep, torch.Tensor) else previous
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
         """Return `sample` as it is: DDPM's network takes x_t unscaled. For interchange with other schedulers."""

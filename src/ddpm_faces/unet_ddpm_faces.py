@@ -76,9 +76,11 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         in_channels (`int`, defaults to 3): Channels of the noisy picture.
         out_channels (`int`, defaults to 3): Channels of the prediction.
         block_out_channels (`tuple[int]`, defaults to `(64, 128, 256, 512, 1024)`): Width of each level, at least two.
-        block_types (`tuple[str]`, defaults to `("conv", "conv", "conv", "conv")`):
-            What stands between each two levels: `"conv"` (the article's convolution, ReLU, BatchNorm), `"resnet"`
-            (residual, GroupNorm, SiLU, scale and shift by time) or `"resnet_attn"` (the same with self-attention).
+        block_types (`str` or `tuple[str]`, defaults to `"conv"`):
+            The type of the blocks between two levels: `"conv"` (the article's convolution, ReLU, BatchNorm),
+            `"resnet"` (residual, GroupNorm, SiLU, scale and shift by time) or `"resnet_attn"` (the same with
+            self-attention). One name applies to all levels; a tuple names one type for each pair of neighbours. The
+            configuration always holds one name per pair.
         mid_block_type (`str`, *optional*): `"resnet"`, `"resnet_attn"`, or `None` for nothing at the last level.
         out_block_type (`str`, defaults to `"conv"`):
             `"conv"`, the article's 1x1 convolution, or `"norm_conv"`: GroupNorm, SiLU, 3x3 convolution from zero.
@@ -101,6 +103,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
     _auto_class = "AutoModel"  # which loads it with `trust_remote_code=True` where this package is not installed
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm"]
+    _repeated_blocks = ["ConvBlock", "ResnetLayer", "AttentionLayer"]  # what `compile_repeated_blocks` compiles
 
     @register_to_config
     def __init__(
@@ -109,7 +112,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         in_channels: int = 3,
         out_channels: int = 3,
         block_out_channels: tuple[int, ...] = (64, 128, 256, 512, 1024),
-        block_types: tuple[str, ...] = ("conv", "conv", "conv", "conv"),
+        block_types: str | tuple[str, ...] = "conv",
         mid_block_type: str | None = None,
         out_block_type: str = "conv",
         layers_per_block: int = 1,
@@ -124,6 +127,9 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         augment_dim: int | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(block_types, str) and _is_list(block_out_channels, 2, MAX_LEVELS):
+            block_types = (block_types,) * (len(block_out_channels) - 1)
+            self.register_to_config(block_types=block_types)
         self._check_config()
         block_args = {
             "num_layers": layers_per_block,
@@ -373,6 +379,20 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
         """Keep the inputs of each block only, and compute the rest once more in the backward pass."""
         super().enable_gradient_checkpointing(gradient_checkpointing_func or _checkpoint)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Accept `"native"` only: attention is always PyTorch's `scaled_dot_product_attention`.
+
+        PyTorch chooses its kernel; `torch.nn.attention.sdpa_kernel` restricts the choice.
+
+        Raises:
+            ValueError: Another backend, which this network would not use.
+        """
+        if backend != "native":
+            raise ValueError(
+                f"`backend` must be 'native', got {backend!r}: DDPMFacesUNet always calls PyTorch's "
+                "scaled_dot_product_attention. Choose its kernel with torch.nn.attention.sdpa_kernel."
+            )
 
     def _run(self, block: nn.Module, *inputs):
         if self.gradient_checkpointing and torch.is_grad_enabled():
