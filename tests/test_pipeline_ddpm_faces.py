@@ -12,6 +12,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -183,19 +184,38 @@ def test_zero_snr_is_refused_where_it_fails():
         pipeline()
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(20, trained_betas=[*[0.1] * 19, 1.0]),
+        DDIMScheduler(20, rescale_betas_zero_snr=True),
+        DDPMScheduler(20, rescale_betas_zero_snr=True),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_zero_snr_is_refused_for_epsilon_whoever_made_the_scheduler(pipeline, scheduler):
+    pipeline.scheduler = scheduler
+    with pytest.raises(ValueError, match="zero terminal SNR: the last timestep is pure noise, .* 'epsilon' cannot"):
+        pipeline()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_learned_variance(prediction_type):
+def test_learned_variance(prediction_type, channels):
     """Schedulers that know no variance draw what they draw of a network that predicts none."""
     scheduler = DDPMFacesScheduler(20, variance_type="learned_range", prediction_type=prediction_type)
-    unet = tiny_unet(out_channels=6)
-    plain = tiny_unet()
+    unet = tiny_unet(in_channels=channels, out_channels=2 * channels)
+    plain = tiny_unet(in_channels=channels, out_channels=channels)
     state = unet.state_dict()
-    plain.load_state_dict({**state, **{name: state[name][:3] for name in ("conv_out.weight", "conv_out.bias")}})
+    plain.load_state_dict({**state, **{key: state[key][:channels] for key in ("conv_out.weight", "conv_out.bias")}})
     pipeline = quiet(DDPMFacesPipeline(unet, scheduler))
     assert torch.isfinite(pipeline(output_type="pt").images).all()
     solvers = (
         fast_solver(scheduler),
-        *(cls.from_config(scheduler.config) for cls in (UniPCMultistepScheduler, DPMSolverMultistepScheduler)),
+        *(
+            cls.from_config(scheduler.config)
+            for cls in (UniPCMultistepScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler)
+        ),
     )
     for solver in solvers:
         images = [
@@ -203,6 +223,7 @@ def test_learned_variance(prediction_type):
             for network in (unet, plain)
         ]
         torch.testing.assert_close(*images)
+    assert solvers[-1].config.variance_type == "learned_range"  # a call leaves its scheduler as it was
 
 
 # Callback

@@ -392,6 +392,13 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 f"`scheduler` {scheduler_name} is not defined by betas: it steps along noise levels of its own and "
                 "expects a network preconditioned for them, which one trained with DDPM is not."
             )
+        config = self.scheduler.config
+        is_zero_snr = config.get("rescale_betas_zero_snr") or bool((self.scheduler.alphas_cumprod == 0).any())
+        if config.get("prediction_type") == "epsilon" and is_zero_snr:
+            raise ValueError(
+                f"`scheduler` {scheduler_name} has betas of zero terminal SNR: the last timestep is pure noise, from "
+                "which its `prediction_type` 'epsilon' cannot tell the image."
+            )
         if self._scheduler_is_of(NOT_FOR_ZERO_SNR) and bool((self.scheduler.alphas_cumprod <= 1e-7).any()):
             raise ValueError(
                 f"`scheduler` {scheduler_name} divides by the signal of the last timestep, which these betas (zero "
@@ -515,6 +522,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 guide_kwargs = model_kwargs
 
         takes_variance = self._scheduler_is_of(VARIANCE_SCHEDULERS)
+        if not takes_variance and "variance_type" in scheduler.config:
+            # diffusers' solvers would cut the output to three channels for a learned variance, whatever the image has.
+            scheduler.register_to_config(variance_type=None)
 
         # 2. Noise
         latents = self.prepare_latents(batch_size, generator, latents, scheduler.init_noise_sigma)

@@ -84,10 +84,12 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         steps_offset (`int`, defaults to 0): Added to the timesteps of `"leading"`.
         rescale_betas_zero_snr (`bool`, defaults to `False`):
             Rescale the betas so that the last timestep is pure noise (Algorithm 1 of the same paper). Needs a
-            `prediction_type` other than `"epsilon"`, which says nothing about x_0 there.
+            `prediction_type` other than `"epsilon"`, which says nothing about x_0 there. The same holds for
+            `trained_betas` that end with 1.
 
     Raises:
-        ValueError: A value outside what is said above, with the argument and what is allowed.
+        ValueError: A value outside what is said above, with the argument and what is allowed; or betas so small that
+            float32 rounds them away, or so large that it rounds alpha_bar_t to 0 before the last timestep.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
@@ -157,7 +159,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         if rescale_betas_zero_snr and prediction_type == "epsilon":
             raise ValueError(
                 "`rescale_betas_zero_snr=True` makes the last timestep pure noise, from which `prediction_type="
-                "'epsilon'` cannot tell the picture: use 'v_prediction' or 'sample'."
+                "'epsilon'` cannot tell the image: use 'v_prediction' or 'sample'."
             )
         if rescale_betas_zero_snr and num_train_timesteps < 2:
             raise ValueError("`rescale_betas_zero_snr=True` needs a `num_train_timesteps` of at least 2, got 1.")
@@ -186,6 +188,11 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
             betas = _cosine_betas(num_train_timesteps)
         else:  # sigmoid
             betas = torch.linspace(-6, 6, num_train_timesteps).sigmoid() * (beta_end - beta_start) + beta_start
+        if not (1.0 - betas < 1.0).all():
+            raise ValueError(
+                f"`{'beta_start' if trained_betas is None else 'trained_betas'}` must be at least 6e-8: float32 "
+                f"rounds 1 - beta to 1 for {betas.min():g}, and such a timestep adds no noise."
+            )
         if rescale_betas_zero_snr:
             betas = _rescale_zero_terminal_snr(betas)
 
@@ -193,6 +200,16 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         self.betas = betas
         self.alphas = 1.0 - betas
         self.alphas_cumprod = self.alphas.cumprod(dim=0)
+        if not (self.alphas_cumprod[:-1] > 0).all():
+            raise ValueError(
+                f"{_betas_argument(trained_betas)} too large for `num_train_timesteps` ({num_train_timesteps}): in "
+                "float32, several timesteps are pure noise, and no step between them is defined."
+            )
+        if prediction_type == "epsilon" and self.alphas_cumprod[-1] == 0:
+            raise ValueError(
+                f"{_betas_argument(trained_betas)} too large for `prediction_type='epsilon'`: the last timestep is "
+                "pure noise (zero terminal SNR), from which it cannot tell the image. Use 'v_prediction' or 'sample'."
+            )
         self.alphas_cumprod_prev = torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
         self.sqrt_recip_alphas = (1.0 / self.alphas).sqrt()
         self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
@@ -494,6 +511,11 @@ def _check_integer(name: str, value: int, minimum: int) -> None:
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def _betas_argument(trained_betas: Sequence[float] | None) -> str:
+    """The beginning of a sentence about the betas, by the arguments that they come from."""
+    return "`beta_start` and `beta_end` are" if trained_betas is None else "`trained_betas` are"
 
 
 def _cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> torch.Tensor:

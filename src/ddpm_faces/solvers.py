@@ -59,11 +59,16 @@ class FastSolver(DPMSolverMultistepScheduler):
         super().set_timesteps(device=device, timesteps=timesteps)
 
     def convert_model_output(self, model_output: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """x_0, of the shape of `model_output`: the sample less its noise, as [`DPMSolverMultistepScheduler`] says."""
+        """Predict x_0, as [`~diffusers.DPMSolverMultistepScheduler.convert_model_output`] does.
+
+        Channels of `model_output` beyond those of the sample are a learned variance, which is ignored.
+        """
+        sample = kwargs["sample"] if "sample" in kwargs else args[1]
+        if model_output.shape != sample.shape:
+            model_output = model_output[:, : sample.shape[1]]
         x0 = super().convert_model_output(model_output, *args, **kwargs)
         if self.epsilon_scaling == 1 or self.step_index == 0:
             return x0
-        sample = kwargs["sample"] if "sample" in kwargs else args[1]
         alpha, _ = self._sigma_to_alpha_sigma_t(self.sigmas[self.step_index])
         # epsilon = (x - alpha x_0) / sigma, and x_0 = (x - sigma epsilon / scaling) / alpha
         return x0 + (1 - 1 / self.epsilon_scaling) * (sample / alpha - x0)
@@ -109,6 +114,7 @@ def fast_solver(
     solver = FastSolver.from_config(
         scheduler.config,
         trained_betas=scheduler.betas.tolist(),  # which it knows, whatever the schedule is called
+        variance_type=None,  # a learned one would cut the output to three channels, whatever the image has
     )
     if sigma_min is not None:
         solver.sigma_min = sigma_min
