@@ -85,6 +85,20 @@ def test_importing_is_cheap_and_needs_no_extra():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_publishing_is_the_only_way_from_the_pipeline_into_the_rest_of_the_package():
+    """The file travels; all else that it uses of the package are the other two that do."""
+    code = (SOURCE / "pipeline_ddpm_faces.py").read_text()
+    calls = [
+        node
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module")
+    ]
+    assert sorted(ast.unparse(call) for call in calls) == [
+        "importlib.import_module('ddpm_faces.hub')",
+        "importlib.import_module(f'.{CODE_FILES[class_name]}', __package__)",
+    ]
+
+
 def test_public_names_exist():
     for name in ddpm_faces.__all__:
         assert getattr(ddpm_faces, name) is not None

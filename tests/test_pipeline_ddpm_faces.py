@@ -423,6 +423,28 @@ def test_guide_is_saved_with_the_pipeline(pipeline, tmp_path):
     assert without == json.loads(before)  # what earlier versions load
 
 
+def test_publishing_without_the_package_says_what_to_install(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "model")
+    script = (
+        "import sys\n"
+        "sys.modules['ddpm_faces'] = None\n"
+        "from diffusers import DiffusionPipeline\n"
+        "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "for publish in (\n"
+        "    lambda: pipeline.push_to_hub('user/name'),\n"
+        "    lambda: pipeline.save_pretrained(sys.argv[2], push_to_hub=True),\n"
+        "):\n"
+        "    try:\n"
+        "        publish()\n"
+        "    except ImportError as error:\n"
+        "        print(error)\n"
+    )
+    arguments = [sys.executable, "-c", script, tmp_path / "model", tmp_path / "other"]
+    told = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    assert told.count("Publishing needs the ddpm-faces package, which is not installed: run `pip install .`") == 2
+    assert not (tmp_path / "other").exists()
+
+
 def test_networks_are_kept_where_the_scheduler_is_exchanged(pipeline):
     pipeline.set_guide(a_guide(), 1.5)
     fast = pipeline.with_scheduler(fast_solver(pipeline.scheduler))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import diffusers
@@ -232,6 +233,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         Raises:
             ValueError: `safe_serialization=False`, which would save pickles, or a component that could not be loaded.
             HubError: As that of [`push_to_hub`].
+            ImportError: `push_to_hub=True` without the ddpm-faces package.
         """
         if safe_serialization is not True:
             raise ValueError("`safe_serialization` must be True: other weights are pickles, which can run code.")
@@ -242,9 +244,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
                     f"`{name}` {type(self.components[name]).__name__} could not be loaded again, so nothing is saved: "
                     "use a class of this package, diffusers' UNet2DModel, or a scheduler of diffusers."
                 )
-        # By name, for this file travels without the package. Whatever is wrong with publishing is said before saving.
-        hub = importlib.import_module("ddpm_faces.hub") if push_to_hub else None
-        if hub is not None:
+        hub = _publisher() if push_to_hub else None
+        if hub is not None:  # whatever is wrong with publishing is said before saving
             name = repo_id or Path(save_directory).resolve().name
             inspect.signature(hub.push).bind(self, name, **kwargs)
             repo_id = hub.check_permission(name, kwargs.get("private"), kwargs.get("token"))
@@ -257,12 +258,20 @@ class DDPMFacesPipeline(DiffusionPipeline):
             hub.push(self, repo_id, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """Publish on the Hub, with a card, by [`ddpm_faces.hub.push`], which says what it takes.
+        """Publish on the Hub with a model card, as [`ddpm_faces.hub.push`] does.
+
+        Args:
+            repo_id (`str`): Repository to publish to, `"user/name"`.
+            kwargs: The other arguments of [`ddpm_faces.hub.push`].
 
         Returns:
-            `str`: Address of the commit.
+            `str`: URL of the commit.
+
+        Raises:
+            ImportError: The ddpm-faces package is not installed.
+            HubError: The Hub refuses, cannot be reached, or the pipeline does not pass the checks.
         """
-        return importlib.import_module("ddpm_faces.hub").push(self, repo_id, **kwargs)
+        return _publisher().push(self, repo_id, **kwargs)
 
     def to_json_string(self) -> str:
         """The text of `model_index.json`."""
@@ -605,6 +614,23 @@ def _image_shape(network: ModelMixin) -> tuple[int, int, int]:
     return network.config.in_channels, height, width
 
 
+def _publisher() -> ModuleType:
+    """Import `ddpm_faces.hub`: the only place where this file depends on the rest of the package.
+
+    `hub` imports this file, and this file also travels to repositories where the package is absent. Hence by name, and
+    only to publish.
+    """
+    try:
+        return importlib.import_module("ddpm_faces.hub")
+    except ModuleNotFoundError as error:
+        if error.name not in ("ddpm_faces", "ddpm_faces.hub"):
+            raise
+        raise ImportError(
+            "Publishing needs the ddpm-faces package, which is not installed: run `pip install .` in a checkout of "
+            "its repository. Saving and sampling work without it."
+        ) from error
+
+
 def _is_installed() -> bool:
     """Whether this file is that of the package, and not one that came with a repository."""
     return __name__ == f"ddpm_faces.{CODE_FILES['DDPMFacesPipeline']}"
@@ -623,7 +649,7 @@ def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
             f"{json_file} was saved in format {version!r}, by a later version of ddpm-faces; this one reads up to "
-            f"{FORMAT_VERSION}: pip install --upgrade ddpm-faces."
+            f"{FORMAT_VERSION}. Update the ddpm-faces package."
         )
     allowed = {*inspect.signature(cls.__init__).parameters, "auto_map"} - {"self"}
     unknown = sorted(k for k in index if k not in allowed and not k.startswith("_"))

@@ -259,7 +259,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         if unknown and Path(json_file).name == cls.config_name:
             raise ValueError(
                 f"{json_file} has keys that this version of DDPMFacesUNet does not know: {', '.join(unknown)}. It is "
-                "of another network, or of a later version: pip install --upgrade ddpm-faces."
+                "of another network, or of a later version: then update the ddpm-faces package."
             )
         return config
 
