@@ -1,7 +1,9 @@
 import json
 import subprocess
 import sys
+import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from diffusers import (
 )
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
+from safetensors.torch import load_file
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
 from ddpm_faces.solvers import fast_solver
@@ -584,6 +587,51 @@ def test_from_pipe(pipeline, with_guide):
     assert copy.config.guidance_scale == pipeline.config.guidance_scale
     assert copy.unet.dtype == torch.bfloat16
     assert DDPMFacesPipeline.from_pipe(DDPMPipeline(copy.unet, pipeline.scheduler)).unet is pipeline.unet
+
+
+# A folder that an earlier version saved
+
+
+@pytest.fixture(scope="module")
+def saved_by_287d241(tmp_path_factory) -> Path:
+    """Pipelines `alone` and `guided` as commit 287d241 saved them, and the images that they generated there.
+
+    Of 20 v-prediction timesteps on the cosine schedule, seeds 0 and 1: conv blocks alone, and resnet blocks with
+    attention, a guide and a guidance scale of 1.5.
+    """
+    folder = tmp_path_factory.mktemp("saved")
+    with tarfile.open(Path(__file__).parent / "fixtures" / "saved_by_287d241.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.mark.parametrize(("name", "weights", "scale"), [("alone", "raw", 1.0), ("guided", "ema", 1.5)])
+def test_an_earlier_folder_loads_with_the_package(saved_by_287d241, name, weights, scale):
+    loaded = quiet(DDPMFacesPipeline.from_pretrained(saved_by_287d241 / name))
+    assert type(loaded.scheduler) is DDPMFacesScheduler
+    assert (loaded.config.weights, loaded.guidance_scale) == (weights, scale)
+    assert (loaded.guide is not None) == (name == "guided")
+    images = loaded(2, generator=generators(0, 1), output_type="pt").images
+    expected = load_file(saved_by_287d241 / f"{name}.safetensors")["images"]
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["alone", "guided"])
+def test_an_earlier_folder_loads_without_the_package(saved_by_287d241, tmp_path, name):
+    """By diffusers alone, which runs the code in the folder."""
+    script = (
+        "import sys, torch\n"
+        "sys.modules['ddpm_faces'] = None\n"
+        "from diffusers import DiffusionPipeline\n"
+        "from safetensors.torch import save_file\n"
+        "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]\n"
+        "save_file({'images': pipeline(2, generator=generators, output_type='pt').images}, sys.argv[2])\n"
+    )
+    images = tmp_path / "images.safetensors"
+    subprocess.run([sys.executable, "-c", script, saved_by_287d241 / name, images], check=True)
+    expected = load_file(saved_by_287d241 / f"{name}.safetensors")
+    torch.testing.assert_close(load_file(images), expected, atol=1e-5, rtol=0)
 
 
 # A folder that is saved into twice
