@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lowest_versions import lowest_versions
 
 import ddpm_faces
 
@@ -71,6 +72,15 @@ def test_wings_import_one_another_in_one_direction(path):
 def test_network_and_scheduler_do_not_know_each_other():
     for module in ("unet_ddpm_faces", "scheduling_ddpm_faces"):
         assert not {name for name in imported_modules(SOURCE / f"{module}.py") if name.startswith(".")}
+
+
+def test_what_is_imported_is_declared_with_its_lowest_version():
+    """A package that comes along with another one today may not tomorrow."""
+    imported = {name.split(".")[0] for path in SOURCE.rglob("*.py") for name in imported_modules(path)}
+    trackers = {"trackio", "wandb"}  # which `report_to` asks for by name
+    imported = {name for name in imported if name} - {"ddpm_faces", *trackers, *sys.stdlib_module_names}
+    declared = {name.replace("-", "_") for name in lowest_versions()} | {"torch"}
+    assert {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in imported} <= declared
 
 
 def test_importing_is_cheap_and_needs_no_extra():

@@ -353,18 +353,16 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 f"`num_inference_steps` must be from 1 to {num_train_timesteps}, the timesteps that the network "
                 f"learned, got {num_inference_steps}."
             )
-        is_list = isinstance(generator, list)
+        generators = generator if isinstance(generator, list) else [generator]
         # In a list, `None` would silently make that image irreproducible.
-        if generator is not None and not all(
-            isinstance(g, torch.Generator) for g in (generator if is_list else [generator])
-        ):
+        if generator is not None and not all(isinstance(g, torch.Generator) for g in generators):
             raise ValueError(
                 f"`generator` must be a torch.Generator, a list of them, or None, got {generator!r}: make one of a "
                 "seed with torch.Generator().manual_seed(seed)."
             )
-        if is_list and len(generator) != batch_size:
+        if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
-                f"`generator` as a list must hold one generator per picture: got {len(generator)} for a `batch_size` "
+                f"`generator` as a list must hold one generator per image: got {len(generator)} for a `batch_size` "
                 f"of {batch_size}."
             )
         shape = (batch_size, *self._image_shape)
@@ -576,8 +574,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
         images = (latents / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
-        images = images.cpu().permute(0, 2, 3, 1).float().numpy()
-        return images if output_type == "np" else DiffusionPipeline.numpy_to_pil(images)
+        array = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return array if output_type == "np" else DiffusionPipeline.numpy_to_pil(array)
 
 
 @contextmanager
@@ -651,7 +649,7 @@ def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
             f"{json_file} was saved in format {version!r}, by a later version of ddpm-faces; this one reads up to "
             f"{FORMAT_VERSION}. Update the ddpm-faces package."
         )
-    allowed = {*inspect.signature(cls.__init__).parameters, "auto_map"} - {"self"}
+    allowed = {*inspect.signature(cls).parameters, "auto_map"}
     unknown = sorted(k for k in index if k not in allowed and not k.startswith("_"))
     missing = [name for name in ("unet", "scheduler") if name not in index]
     if unknown or missing:

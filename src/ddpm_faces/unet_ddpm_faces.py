@@ -490,7 +490,7 @@ class ResnetLayer(nn.Module):
         self.norm2 = _group_norm(num_groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _zero_init(nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1))
-        self.conv_shortcut = nn.Identity()
+        self.conv_shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
@@ -669,9 +669,12 @@ def _zero_init(layer: nn.Module) -> nn.Module:
 
 
 _ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
-_BLOCKS = {
+_BLOCKS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
     "conv": (ConvDownBlock, ConvUpBlock),
     "resnet": (ResnetDownBlock, ResnetUpBlock),
     "resnet_attn": (partial(ResnetDownBlock, with_attention=True), partial(ResnetUpBlock, with_attention=True)),
 }
-_MID_BLOCKS = {"resnet": ResnetMidBlock, "resnet_attn": partial(ResnetMidBlock, with_attention=True)}
+_MID_BLOCKS: dict[str, Callable[..., nn.Module]] = {
+    "resnet": ResnetMidBlock,
+    "resnet_attn": partial(ResnetMidBlock, with_attention=True),
+}
