@@ -458,8 +458,8 @@ def test_networks_are_kept_where_the_scheduler_is_exchanged(pipeline):
 @pytest.mark.parametrize(
     ("guide", "scale", "message"),
     [
-        (lambda: a_guide(sample_size=32), 1.5, r"of pictures of the shape \(3, 16, 16\).* \(3, 32, 32\)"),
-        (lambda: a_guide(in_channels=1, out_channels=1), 1.5, r"`guide` must be of pictures of .*\(1, 16, 16"),
+        (lambda: a_guide(sample_size=32), 1.5, r"of images of the shape \(3, 16, 16\).* \(3, 32, 32\)"),
+        (lambda: a_guide(in_channels=1, out_channels=1), 1.5, r"`guide` must be of images of .*\(1, 16, 16"),
         (lambda: a_guide(num_class_embeds=2), 1.5, "`guide` must have no classes or .*, None, got 2"),
         (lambda: a_guide().with_scheduler(DDPMFacesScheduler(10)), 1.5, "a `num_train_timesteps` of 20, got 10"),
         (lambda: a_guide().with_scheduler(DDPMFacesScheduler(20, beta_end=0.5)), 1.5, "with the same noise at each"),

@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""From noise to faces: predict, step, repeat (Algorithm 2 of DDPM, https://huggingface.co/papers/2006.11239)."""
+"""Sampling: predict the noise, take a step, repeat (Algorithm 2 of DDPM, https://huggingface.co/papers/2006.11239)."""
 
 import copy
 import importlib
@@ -26,10 +26,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 
-# Which take the variance that a network predicts beside its prediction; all others get the prediction alone.
+# Schedulers that use the variance that a network predicts. All others are given the prediction alone.
 VARIANCE_SCHEDULERS = {"DDPMFacesScheduler", "DDPMScheduler", "DDPMParallelScheduler"}
-# What diffusers' schedulers cannot do, as measured with diffusers 0.42: they fail in the middle of sampling, or worse,
-# go through and draw the wrong thing.
+# Schedulers that cannot sample zero-SNR betas, as measured with diffusers 0.42: they fail in the middle, or worse,
+# finish with wrong images.
 NOT_FOR_ZERO_SNR = (
     "PNDMScheduler",
     "HeunDiscreteScheduler",
@@ -39,19 +39,19 @@ NOT_FOR_ZERO_SNR = (
 )
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# What a saved folder holds, in diffusers' layout of custom components: each class in a file of its own, beside what it
-# loads. These names are in every published model_index.json, and never change.
+# The code in a saved folder, in diffusers' layout for custom components: each class in a file of its own beside its
+# configuration. Every published model_index.json has these names, so they never change.
 CODE_FILES = {
     "DDPMFacesPipeline": "pipeline_ddpm_faces",
     "DDPMFacesUNet": "unet_ddpm_faces",
     "DDPMFacesScheduler": "scheduling_ddpm_faces",
 }
-# What diffusers' own components may be configured with at most, for they check nothing, and a configuration from a
-# stranger must not take memory. (Ours check themselves.)
+# Upper bounds for the configurations of diffusers' own components, which do not check them: a stranger's must not
+# exhaust the memory. Our own components check themselves.
 MAX_NUMBER = {"unet": 16_384, "guide": 16_384, "scheduler": 1_000_000}
 MAX_LAYERS_PER_BLOCK, MAX_BLOCKS = 64, 12
-NETWORKS = ("unet", "guide")
-# Of a saved folder: what an earlier version of this file cannot load, it refuses by this. 2 has a guide.
+MODEL_COMPONENTS = ("unet", "guide")
+# Format of a saved folder. An earlier version of this file refuses a later format by this number. 2 added the guide.
 FORMAT_VERSION = 2
 
 
@@ -68,22 +68,24 @@ _CALLS: ContextVar[dict[int, _Call]] = ContextVar("ddpm_faces_calls")
 
 
 class DDPMFacesPipeline(DiffusionPipeline):
-    """Unconditional (or class-conditional) generation of faces.
+    """Pipeline for unconditional or class-conditional generation of faces.
 
     Args:
-        unet ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`]): Predicts the noise.
-        scheduler ([`DDPMFacesScheduler`] or any other of that family):
-            Takes the steps. Exchange: `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)`.
+        unet ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`]): Network that predicts the noise.
+        scheduler ([`DDPMFacesScheduler`] or another one of that family):
+            Scheduler that takes the denoising steps. To use another one:
+            `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)`.
         weights (`str`, *optional*):
-            Which weights of a training these are: `"ema"`, the averaged ones, or `"raw"`, the last. For the record, in
-            `pipeline.config`.
+            Which weights of the training run these are, `"ema"` or `"raw"` (those of the last step). Kept in
+            `pipeline.config` for the record.
         guide ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`], *optional*):
-            A weaker network of the same pictures and the same noise, which shows by its mistakes which way is worse
-            (autoguidance, https://huggingface.co/papers/2406.02507). [`set_guide`] says more.
-        guidance_scale (`float`, defaults to 1.0): What `__call__` takes where it is told nothing else.
+            Weaker network for autoguidance (https://huggingface.co/papers/2406.02507), trained on images of the same
+            shape with the same noise schedule; see [`set_guide`].
+        guidance_scale (`float`, defaults to 1.0): Default of the argument of that name in `__call__`.
 
     Raises:
-        ValueError: A guide of other pictures, or a `guidance_scale` that is negative, or not 1 without a guide.
+        ValueError: The guide expects images of another shape or other classes; or `guidance_scale` is negative, or is
+            not 1 although there is no guide.
     """
 
     model_cpu_offload_seq = "guide->unet"
@@ -104,24 +106,24 @@ class DDPMFacesPipeline(DiffusionPipeline):
         self.check_guide(guide, guidance_scale)
 
     def set_guide(self, guide: "DDPMFacesPipeline | None", guidance_scale: float = 1.0) -> None:
-        """Take a weaker model as a guide, which is saved and published with this one; `None` sends it away.
+        """Set the weaker model that guides this one (autoguidance), or remove it with `None`.
 
-        Where the weaker network is wrong, the stronger one is often wrong in the same way, though less. Each step goes
-        on from the guide's prediction beyond that of this pipeline (autoguidance,
-        https://huggingface.co/papers/2406.02507, eq. 3):
+        Both networks tend to make the same mistakes, the weaker one larger ones. Each step therefore extrapolates from
+        the guide's prediction through that of this pipeline (https://huggingface.co/papers/2406.02507, eq. 3):
 
             guide + guidance_scale (unet - guide)
 
-        A good guide is a small network that was trained on the same pictures for a short time. A step then takes an
-        evaluation of each. `ddpm-faces evaluate MODEL DATA --guide GUIDE --guidance-scale 1.2` tells what it gains.
+        A good guide is a small network that was trained on the same images for a short time. Each step evaluates both
+        networks. The guide is saved and published with the pipeline. `ddpm-faces evaluate MODEL DATA --guide GUIDE
+        --guidance-scale 1.2` measures the gain.
 
         Args:
-            guide ([`DDPMFacesPipeline`], *optional*): Its network is taken, not copied.
-            guidance_scale (`float`, defaults to 1.0): 1 does without it; 1.2 to 1.5 is much.
+            guide ([`DDPMFacesPipeline`], *optional*): Pipeline of the weaker model. Its network is shared, not copied.
+            guidance_scale (`float`, defaults to 1.0): 1 turns guidance off; 1.2 to 1.5 is strong.
 
         Raises:
-            ValueError: A model of other pictures, another noise schedule or another kind of prediction, or a
-                `guidance_scale` that is negative, or not 1 where there is no guide.
+            ValueError: The guide differs in image shape, noise schedule or prediction type; or `guidance_scale` is
+                negative, or is not 1 although there is no guide.
         """
         if guide is not None:
             if not isinstance(guide, DDPMFacesPipeline):
@@ -142,16 +144,18 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DDPMFacesPipeline":
-        """A pipeline of the same networks and scheduler, which are shared and not copied.
+        """Create a pipeline that shares the networks and the scheduler of another one.
 
         Args:
-            pipeline ([`~diffusers.DiffusionPipeline`]): Of a network and a scheduler that this pipeline takes.
+            pipeline ([`~diffusers.DiffusionPipeline`]): Pipeline whose network and scheduler this class accepts.
             kwargs:
-                Components and settings to use instead, or `dtype`. By default the networks keep their type, which
-                [`~diffusers.DiffusionPipeline.from_pipe`] would make float32 for the given pipeline as well.
+                Components and settings to use instead, or `dtype`. By default the networks keep their dtype, whereas
+                [`~diffusers.DiffusionPipeline.from_pipe`] would cast them to float32, in the given pipeline as well.
         """
         # diffusers switches a network over only where its class is the very one of the type hint.
-        networks = {name: pipeline.components[name] for name in NETWORKS if pipeline.components.get(name) is not None}
+        networks = {
+            name: pipeline.components[name] for name in MODEL_COMPONENTS if pipeline.components.get(name) is not None
+        }
         if "torch_dtype" not in kwargs and "unet" in networks:
             kwargs.setdefault("dtype", networks["unet"].dtype)
         return super().from_pipe(pipeline, **{**networks, **kwargs})
@@ -176,13 +180,13 @@ class DDPMFacesPipeline(DiffusionPipeline):
         return _CALLS.get({}).get(id(self))
 
     def with_scheduler(self, scheduler: SchedulerMixin) -> "DDPMFacesPipeline":
-        """The same networks, with another way through the timesteps."""
+        """Create a pipeline that shares the networks of this one and uses another scheduler."""
         components = {**self.components, "scheduler": scheduler}
         return type(self)(**components, weights=self.config.weights, guidance_scale=self.config.guidance_scale)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DDPMFacesPipeline":
-        """Load a pipeline from a folder, or from the Hub. No code of the repository is run.
+        """Load a pipeline from a folder or from the Hub, without running code of the repository.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or `"user/name"` on the Hub.
@@ -190,8 +194,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: `use_safetensors=False` (pickles can run code, and are not loaded), or a folder that holds
-                something other than a pipeline of this class, or one of a later version.
-            OSError: Not found, not allowed, not reached, or no safetensors in it.
+                something other than a pipeline of this class, or one that a later version saved.
+            OSError: The folder or repository is not found, not accessible or not reachable, or has no safetensors.
         """
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError(
@@ -203,10 +207,10 @@ class DDPMFacesPipeline(DiffusionPipeline):
         except Exception as error:
             if not type(error).__module__.startswith(("httpx", "requests")):
                 raise
-            # Of the HTTP library, which some requests of the client let through.
+            # Some requests of huggingface_hub let the exceptions of the HTTP library through.
             raise OSError(
-                f"{pretrained_model_name_or_path} could not be loaded, for the connection broke off: {error} Load it "
-                "again: what has arrived whole stays."
+                f"{pretrained_model_name_or_path} could not be loaded because the connection broke off: {error} Load "
+                "it again: files that were downloaded completely are kept."
             ) from error
 
     def save_pretrained(
@@ -219,26 +223,27 @@ class DDPMFacesPipeline(DiffusionPipeline):
         repo_id: str | None = None,
         **kwargs,
     ) -> None:
-        """Save in a form that loads with this package, and by `trust_remote_code=True` also without it.
+        """Save so that the folder loads with this package, and without it by `trust_remote_code=True`.
 
         Args:
-            save_directory (`str` or `os.PathLike`): A folder; what it holds of an earlier pipeline is overwritten.
-            safe_serialization (`bool`, defaults to `True`): Nothing but safetensors is written.
-            variant (`str`, *optional*): As that of [`~diffusers.DiffusionPipeline.save_pretrained`].
-            max_shard_size (`int` or `str`, *optional*): The same.
-            push_to_hub (`bool`, defaults to `False`): Whether to publish it as well, as [`push_to_hub`] does.
-            repo_id (`str`, *optional*): Where to; by default under the name of the folder, as the token's owner.
-            kwargs: With `push_to_hub`, those of [`push_to_hub`].
+            save_directory (`str` or `os.PathLike`): Folder to save to. A pipeline that it holds is overwritten.
+            safe_serialization (`bool`, defaults to `True`): Must be `True`: only safetensors are written.
+            variant (`str`, *optional*): As in [`~diffusers.DiffusionPipeline.save_pretrained`].
+            max_shard_size (`int` or `str`, *optional*): As in [`~diffusers.DiffusionPipeline.save_pretrained`].
+            push_to_hub (`bool`, defaults to `False`): Whether to publish the pipeline as well, as [`push_to_hub`].
+            repo_id (`str`, *optional*):
+                Repository to publish to. Defaults to the name of the folder in the namespace of the token's owner.
+            kwargs: With `push_to_hub=True`, the other arguments of [`push_to_hub`].
 
         Raises:
             ValueError: `safe_serialization=False`, which would save pickles, or a component that could not be loaded.
-            HubError: As that of [`push_to_hub`].
+            HubError: As in [`push_to_hub`].
             ImportError: `push_to_hub=True` without the ddpm-faces package.
         """
         if safe_serialization is not True:
             raise ValueError("`safe_serialization` must be True: other weights are pickles, which can run code.")
         index = json.loads(self.to_json_string())
-        for name in (*NETWORKS, "scheduler"):
+        for name in (*MODEL_COMPONENTS, "scheduler"):
             if name in index and not _is_component(name, index[name]):
                 raise ValueError(
                     f"`{name}` {type(self.components[name]).__name__} could not be loaded again, so nothing is saved: "
@@ -274,9 +279,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
         return _publisher().push(self, repo_id, **kwargs)
 
     def to_json_string(self) -> str:
-        """The text of `model_index.json`."""
+        """Return the content of `model_index.json`."""
         index = json.loads(super().to_json_string())
-        if self.guide is None:  # as before there were any: earlier versions load it
+        if self.guide is None:  # versions that knew no guides load this
             del index["guide"], index["guidance_scale"]
         for name, part in self.components.items():
             if type(part).__name__ in CODE_FILES:
@@ -289,11 +294,10 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        """Read `model_index.json`, from a stranger perhaps, such that our own classes count as known.
+        """Read `model_index.json`, which may come from a stranger, and present our own classes as diffusers' own.
 
-        diffusers reads it once when it decides what to download, and refuses classes that neither it nor the
-        repository has; for that reading, ours pass as diffusers' own. Where it loads, [`load_config`] says where ours
-        really are.
+        diffusers reads the file to decide what to download, and refuses classes that neither it nor the repository
+        defines. To load them, [`load_config`] replaces these entries with the modules of this package.
         """
         try:
             index = super()._dict_from_json_file(json_file)
@@ -309,10 +313,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args, **kwargs):
-        """As [`~diffusers.ConfigMixin.load_config`]; our own classes are those of this package.
-
-        diffusers loads the components next, from this folder.
-        """
+        """Load as [`~diffusers.ConfigMixin.load_config`] does, with our own classes taken from this package."""
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
         if args and os.path.isdir(args[0]):
@@ -341,7 +342,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         eta: float,
         guidance_scale: float = 1.0,
     ) -> None:
-        """Raise a `ValueError` that says what is wrong, before any work starts."""
+        """Raise a `ValueError` for arguments of `__call__` that cannot work, before any work starts."""
         scheduler_name = type(self.scheduler).__name__
         num_train_timesteps = self.scheduler.config.num_train_timesteps
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -413,7 +414,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             )
 
     def check_guide(self, guide: ModelMixin | None, guidance_scale: float) -> None:
-        """Raise a `ValueError` that says why this network cannot guide this pipeline so."""
+        """Raise a `ValueError` if this network cannot guide this pipeline at this scale."""
         is_number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
         if not is_number or not 0 <= guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` must be a number of at least 0, got {guidance_scale!r}.")
@@ -423,7 +424,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             return
         ours, theirs = self._image_shape, _image_shape(guide)
         if ours != theirs:
-            raise ValueError(f"`guide` must be of pictures of the shape {ours}, as this model, got {theirs}.")
+            raise ValueError(f"`guide` must be of images of the shape {ours}, as this model, got {theirs}.")
         classes, known = (network.config.get("num_class_embeds") for network in (guide, self.unet))
         if classes not in (None, known):
             raise ValueError(f"`guide` must have no classes or as many as this model, {known}, got {classes}.")
@@ -443,10 +444,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         init_noise_sigma: float | torch.Tensor = 1.0,
     ) -> torch.Tensor:
-        """x_T: `latents`, or standard normal noise, times the scheduler's `init_noise_sigma`.
+        """Return x_T: `latents`, or standard normal noise, times the scheduler's `init_noise_sigma`.
 
-        In float32 whatever the weights are: the picture is the sum of all steps, and only the network is allowed to
-        round.
+        The result is float32 whatever the dtype of the weights, because rounding errors would add up over the steps.
         """
         device = self._execution_device
         if latents is None:
@@ -472,25 +472,27 @@ class DDPMFacesPipeline(DiffusionPipeline):
         """Generate faces.
 
         Args:
-            batch_size (`int`, defaults to 1): Number of pictures.
-            num_inference_steps (`int`, *optional*): Denoising steps, 1 to T. By default T, as many as were trained.
-            generator (`torch.Generator` or a list of one per picture, *optional*):
-                Makes the result reproducible. With a list, picture i depends on generator i only, whatever the batch.
+            batch_size (`int`, defaults to 1): Number of images.
+            num_inference_steps (`int`, *optional*): Denoising steps, 1 to T. Defaults to T, the number in training.
+            generator (`torch.Generator` or a list of one per image, *optional*):
+                Makes the result reproducible. With a list, image i depends on generator i alone, whatever the batch.
             latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
-                Standard normal noise to start from, in place of the generator's.
+                Standard normal noise to start from; by default it is drawn from `generator`.
             output_type (`str`, defaults to `"pil"`):
                 `"pil"` (`PIL.Image`), `"np"` (`(batch, height, width, channels)` in [0, 1]), `"pt"` (`(batch,
                 channels, height, width)` in [0, 1]) or `"latent"` (the same in [-1, 1], not clamped).
             return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipeline, step_index, timestep, {"latents": ...})` after each step; the latents
-                that it returns in a dictionary take the place of the old ones.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): The tensors it is given.
-            class_labels (`list[int]` or `torch.Tensor`, *optional*): Class of each picture, for a model with classes.
-            eta (`float`, defaults to 0.0): Noise of DDIM, 0 to 1; other schedulers have no such parameter.
+                Called as `callback(pipeline, step_index, timestep, {"latents": ...})` after each step. Latents in the
+                dictionary that it returns replace the current ones. It may read `pipeline.num_timesteps` and
+                `pipeline.guidance_scale`.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                Names of the tensors that the callback is given.
+            class_labels (`list[int]` or `torch.Tensor`, *optional*): Class of each image, for a model with classes.
+            eta (`float`, defaults to 0.0): Amount of noise of DDIM, 0 to 1; other schedulers ignore it.
             guidance_scale (`float`, *optional*):
-                How far to go from the guide's prediction towards that of the network, and beyond: at least 0; 1 does
-                without the guide. By default that of the pipeline.
+                Weight of autoguidance, at least 0: 0 is the guide alone, 1 turns guidance off, and larger values move
+                away from the guide. Defaults to the pipeline's `guidance_scale`.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, as `output_type` says.
@@ -558,7 +560,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
                     callback_kwargs = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", latents)
 
-        # 4. Pictures
+        # 4. Images
         images = self.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
 
@@ -568,7 +570,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @staticmethod
     def postprocess(latents: torch.Tensor, output_type: str = "pil"):
-        """From x_0 in [-1, 1], shape `(batch, channels, height, width)`, to pictures of `output_type`."""
+        """Convert x_0 in [-1, 1], of shape `(batch, channels, height, width)`, to images of `output_type`."""
         if output_type == "latent":
             return latents
         images = (latents / 2 + 0.5).clamp(0, 1)
@@ -657,7 +659,7 @@ def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
             f"{json_file} is of another kind of pipeline: it has {', '.join(unknown) or f'no {missing[0]}'}; a "
             f"DDPMFacesPipeline has {', '.join(sorted(allowed - {'auto_map'}))}."
         )
-    for name in [name for name in (*NETWORKS, "scheduler") if name in index]:
+    for name in [name for name in (*MODEL_COMPONENTS, "scheduler") if name in index]:
         if not _is_component(name, index[name]):
             raise ValueError(
                 f"{json_file}: `{name}` must name a library and a class, one of this package, diffusers' UNet2DModel, "
@@ -676,20 +678,20 @@ def _is_component(name: str, value: Any) -> bool:
     library, class_name = value
     if (library, class_name) == (None, None):  # saved without; to be passed in
         return True
-    ours, theirs = ("DDPMFacesUNet", "UNet2DModel") if name in NETWORKS else ("DDPMFacesScheduler", None)
+    ours, theirs = ("DDPMFacesUNet", "UNet2DModel") if name in MODEL_COMPONENTS else ("DDPMFacesScheduler", None)
     if class_name == ours:
         return library in ("diffusers", CODE_FILES[ours], f"ddpm_faces.{CODE_FILES[ours]}")
     if library != "diffusers" or class_name is None:
         return False
     found = getattr(diffusers, class_name, None)
     is_scheduler = isinstance(found, type) and issubclass(found, SchedulerMixin)
-    return class_name == theirs if name in NETWORKS else is_scheduler
+    return class_name == theirs if name in MODEL_COMPONENTS else is_scheduler
 
 
 def _check_components(index: dict[str, Any], folder: Path) -> None:
     """Refuse configurations of diffusers' components that would take memory; ours check themselves."""
-    for name in [name for name in (*NETWORKS, "scheduler") if name in index]:
-        path = folder / name / ("config.json" if name in NETWORKS else "scheduler_config.json")
+    for name in [name for name in (*MODEL_COMPONENTS, "scheduler") if name in index]:
+        path = folder / name / ("config.json" if name in MODEL_COMPONENTS else "scheduler_config.json")
         if index[name][1] in (None, *CODE_FILES) or not path.is_file():
             continue
         try:
@@ -701,7 +703,7 @@ def _check_components(index: dict[str, Any], folder: Path) -> None:
         for key, value in config.items():
             values = value if isinstance(value, list) else [value]
             limit = MAX_LAYERS_PER_BLOCK if key == "layers_per_block" else MAX_NUMBER[name]
-            if len(values) > (MAX_BLOCKS if name in NETWORKS else limit):
+            if len(values) > (MAX_BLOCKS if name in MODEL_COMPONENTS else limit):
                 raise ValueError(f"{path}: `{key}` has {len(values)} entries, which is more than is loaded.")
             if any(isinstance(number, int | float) and not abs(number) <= limit for number in values):
                 raise ValueError(f"{path}: `{key}` must be at most {limit}, got {value!r}.")

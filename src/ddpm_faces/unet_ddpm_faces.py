@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The network that predicts the noise on a picture: a U-Net whose blocks are chosen by name.
+"""The network that predicts the noise on an image: a U-Net whose blocks are chosen by name.
 
 A *level* is a width and a resolution: level i has `block_out_channels[i]` channels at 1 / 2**i of the sample's size.
 Between two levels stands a pair of blocks of one type, `block_types[i]`: its down block goes from level i to level
@@ -67,13 +67,13 @@ class DDPMFacesUNetOutput(BaseOutput):
 
 
 class DDPMFacesUNet(ModelMixin, ConfigMixin):
-    """U-Net for DDPM on faces. Its defaults are the article's network: 62.4 million parameters at three channels.
+    """U-Net for DDPM on faces. The defaults are the article's network, with 62.4 million parameters.
 
     Args:
         sample_size (`int` or `(int, int)`, defaults to 64):
             Height and width that a pipeline generates. The network takes any size that its levels divide: multiples
             of `2 ** (len(block_out_channels) - 1)`.
-        in_channels (`int`, defaults to 3): Channels of the noisy picture.
+        in_channels (`int`, defaults to 3): Channels of the noisy image.
         out_channels (`int`, defaults to 3): Channels of the prediction.
         block_out_channels (`tuple[int]`, defaults to `(64, 128, 256, 512, 1024)`): Width of each level, at least two.
         block_types (`str` or `tuple[str]`, defaults to `"conv"`):
@@ -94,7 +94,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         dropout (`float`, defaults to 0.0): Probability of dropout within a residual layer.
         num_class_embeds (`int`, *optional*): Number of classes, for generation by class.
         augment_dim (`int`, *optional*):
-            Length of the labels of augmentation, for training on augmented pictures. Sampling needs no labels.
+            Length of the labels of augmentation, for training on augmented images. Sampling needs no labels.
 
     Raises:
         ValueError: A value outside what is said above, with the argument and what is allowed.
@@ -176,11 +176,11 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DDPMFacesUNet":
-        """Load from a folder or the Hub, as [`~diffusers.ModelMixin.from_pretrained`], but never a pickle.
+        """Load as [`~diffusers.ModelMixin.from_pretrained`] does, but from safetensors only.
 
         Raises:
             ValueError: `use_safetensors=False`, or a configuration that this version does not know.
-            OSError: Not found, not allowed, not reached, or no safetensors in it.
+            OSError: The folder or repository is not found, not accessible or not reachable, or has no safetensors.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` must be True: other weights are pickles, which can run code.")
@@ -212,7 +212,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """As [`~diffusers.ModelMixin.save_pretrained`], in safetensors only; this file is saved beside the weights.
+        """Save as [`~diffusers.ModelMixin.save_pretrained`] does, as safetensors only, with this file beside them.
 
         Raises:
             ValueError: `safe_serialization=False`, which would save a pickle.
@@ -241,7 +241,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
                 path.replace(Path(save_directory, path.name))
 
     def push_to_hub(self, *args, **kwargs) -> str:
-        """Refuse: a network alone, unchecked and without a card, is not what loads everywhere."""
+        """Raise a `NotImplementedError`: only whole pipelines are published, with a model card."""
         raise NotImplementedError(
             "A pipeline is published, not its network: DDPMFacesPipeline(unet, scheduler).push_to_hub(repo_id)."
         )
@@ -323,13 +323,13 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
 
         Args:
             sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): x_t.
-            timestep (`int`, `float` or `torch.Tensor` of shape `()`, `(1,)` or `(batch,)`): t of each picture.
+            timestep (`int`, `float` or `torch.Tensor` of shape `()`, `(1,)` or `(batch,)`): t of each image.
             class_labels (`torch.Tensor` of shape `(batch,)`, integer, *optional*):
-                The class of each picture, 0 to `num_class_embeds - 1`; required where the network has classes.
+                The class of each image, 0 to `num_class_embeds - 1`; required where the network has classes.
             return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
             augment_labels (`torch.Tensor` of shape `(batch, augment_dim)`, *optional*):
-                How each picture was augmented; by default not at all, which labels of 0 say as well. Training must
-                give them always: in a distributed run, each parameter must take part in each forward pass.
+                How each image was augmented. No labels mean the same as labels of 0: not augmented. Training must
+                always give them, because a distributed run needs each parameter in each forward pass.
 
         Raises:
             ValueError: A shape or an argument that the network does not take, and what it takes.
@@ -377,7 +377,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         return DDPMFacesUNetOutput(sample=sample)
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
-        """Keep the inputs of each block only, and compute the rest once more in the backward pass."""
+        """Keep only the inputs of each block, and recompute the rest in the backward pass."""
         super().enable_gradient_checkpointing(gradient_checkpointing_func or _checkpoint)
 
     def set_attention_backend(self, backend: str) -> None:
