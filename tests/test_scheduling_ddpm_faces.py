@@ -133,6 +133,19 @@ def test_given_and_shifted_timesteps_equal_diffusers():
         assert_same_steps(ours, theirs, ours.timesteps)
 
 
+def test_previous_timestep_is_of_the_kind_that_is_asked():
+    ours, theirs = DDPMFacesScheduler(num_train_timesteps=20), DDPMScheduler(num_train_timesteps=20)
+    ours.set_timesteps(5)
+    theirs.set_timesteps(5)
+    for t in ours.timesteps:
+        previous = ours.previous_timestep(t)
+        assert isinstance(previous, torch.Tensor)
+        assert torch.equal(previous, theirs.previous_timestep(t))
+        assert type(ours.previous_timestep(int(t))) is int
+        assert ours.previous_timestep(int(t)) == previous.item()
+    assert ours.previous_timestep(torch.tensor([4])).shape == (1,)
+
+
 def test_trained_betas_equal_diffusers():
     betas = torch.linspace(0.001, 0.3, 30).square().tolist()
     config = {"num_train_timesteps": 30, "trained_betas": betas}
@@ -438,6 +451,15 @@ def step_with(channels, variance_type="fixed_small", t=0, num_inference_steps=30
         (lambda new: new(sample_max_value=0.5), "`sample_max_value` must be at least 1, got 0.5"),
         (lambda new: new(steps_offset=-1), "`steps_offset` must be an integer of at least 0, got -1"),
         (lambda new: new(rescale_betas_zero_snr=True), "use 'v_prediction' or 'sample'"),
+        (lambda new: new(2, trained_betas=[0.1, 1.0]), "`trained_betas` are too large for .*'epsilon'.*zero terminal"),
+        (lambda new: new(beta_start=0.9, beta_end=0.9), "`beta_start` and `beta_end` are too large for .*300"),
+        (lambda new: new(13_000), "`beta_start` and `beta_end` are too large for `num_train_timesteps`"),
+        (
+            lambda new: new(50, prediction_type="sample", trained_betas=[0.99] * 50),
+            "`trained_betas` are too large for `num_train_timesteps`",
+        ),
+        (lambda new: new(beta_start=1e-9), "`beta_start` must be at least 6e-8: .* for 1e-09"),
+        (lambda new: new(2, trained_betas=[1e-9, 0.1]), "`trained_betas` must be at least 6e-8: .* for 1e-09"),
         (lambda new: new().set_timesteps(301), r"`num_inference_steps` must be .* \(300\), got 301"),
         (lambda new: new().set_timesteps(0), "`num_inference_steps` must be an integer from 1 to .*got 0"),
         (lambda new: new().set_timesteps(), "either `num_inference_steps` or `timesteps`"),

@@ -132,3 +132,19 @@ def test_more_steps_than_timesteps_are_refused(steps):
     solver = fast_solver(DDPMFacesScheduler(num_train_timesteps=20))
     with pytest.raises(ValueError, match="`num_inference_steps` must be from 1 to 20, got"):
         solver.set_timesteps(steps)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_learned_variance_is_ignored(channels):
+    """In a loop of one's own, which may hand over all that the network predicts."""
+    scheduler = DDPMFacesScheduler(num_train_timesteps=20, variance_type="learned_range")
+    plain, learned = fast_solver(DDPMFacesScheduler(num_train_timesteps=20)), fast_solver(scheduler)
+    x = torch.randn(2, channels, 4, 4)
+    output = torch.randn(2, 2 * channels, 4, 4)
+    expected = actual = x
+    plain.set_timesteps(4)
+    learned.set_timesteps(4)
+    for t in plain.timesteps:
+        expected = plain.step(output[:, :channels], t, expected).prev_sample
+        actual = learned.step(output, t, actual).prev_sample
+        torch.testing.assert_close(actual, expected)

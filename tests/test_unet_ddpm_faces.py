@@ -483,6 +483,41 @@ def test_compiles_once_for_all_timesteps(kind):
     assert len(graphs) <= 2  # the first number is compiled as a constant, the second as any number
 
 
+@torch.no_grad()
+def test_compile_repeated_blocks(unet):
+    torch.compiler.reset()
+    inputs, graphs = make_inputs(unet), []
+    expected = unet(**inputs).sample
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    unet.compile_repeated_blocks(fullgraph=True, backend=backend)
+    torch.testing.assert_close(unet(**inputs).sample, expected)
+    assert graphs
+    num_graphs = len(graphs)
+    unet(**{**inputs, "timestep": 7})
+    assert len(graphs) == num_graphs  # the timestep reaches the blocks as an embedding
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compile_repeated_blocks_with_the_default_backend():
+    unet = make_unet(**CONFIGS["attention"])
+    inputs = make_inputs(unet)
+    expected = unet(**inputs).sample
+    torch.compiler.reset()
+    unet.compile_repeated_blocks(fullgraph=True)
+    torch.testing.assert_close(unet(**inputs).sample, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_backend_is_pytorchs(unet):
+    unet.set_attention_backend("native")
+    with pytest.raises(ValueError, match="`backend` must be 'native', got 'flash'"):
+        unet.set_attention_backend("flash")
+
+
 def test_channels_last(unet):
     inputs = make_inputs(unet)
     output, gradients = loss_and_gradients(unet, inputs)
@@ -550,6 +585,27 @@ def test_class_labels_missing_or_needless():
         make_unet(**CONFIGS["attention"])(torch.zeros(1, 3, 16, 16), 0)
     with pytest.raises(ValueError, match="`class_labels` must be None"):
         make_unet(**CONFIGS["article"])(torch.zeros(1, 3, 16, 16), 0, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("block_type", ["conv", "resnet"])
+def test_one_block_type_for_all_levels(block_type, tmp_path):
+    config = {"sample_size": 32, "block_out_channels": (32, 64, 96)}
+    unet = make_unet(**config, block_types=block_type)
+    listed = make_unet(**config, block_types=(block_type, block_type))
+    assert list(unet.config.block_types) == [block_type, block_type]
+    assert unet.state_dict().keys() == listed.state_dict().keys()
+    # What earlier versions read: one name per pair of levels.
+    unet.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["block_types"] == [block_type, block_type]
+    assert list(DDPMFacesUNet.from_pretrained(tmp_path).config.block_types) == [block_type, block_type]
+
+
+def test_default_block_type_fits_any_number_of_levels():
+    for widths in ((8, 16), (8, 8, 8), (8, 8, 8, 8, 8, 8)):
+        unet = DDPMFacesUNet(sample_size=32, block_out_channels=widths)
+        assert list(unet.config.block_types) == ["conv"] * (len(widths) - 1)
+    with pytest.raises(ValueError, match="`block_types` must be of 'conv', 'resnet'.*'dense'"):
+        DDPMFacesUNet(block_types="dense")
 
 
 @pytest.mark.parametrize(

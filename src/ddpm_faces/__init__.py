@@ -5,7 +5,7 @@ import importlib
 
 __version__ = "0.1.0.dev0"
 
-# Looked up on first use, so that `import ddpm_faces` stays cheap and the optional packages optional.
+# Imported on first use, which keeps `import ddpm_faces` cheap and the optional packages optional.
 _MODULE_OF = {
     "DDPMFacesObjective": "objective",
     "DDPMFacesPipeline": "pipeline_ddpm_faces",

@@ -1,4 +1,4 @@
-"""Folders and files that are either whole or not there: written under another name, synced, then renamed."""
+"""Atomic writing of files and folders: write under another name, sync, then rename."""
 
 import json
 import os
@@ -13,20 +13,20 @@ UNFINISHED = ".unfinished-"
 
 
 def unfinished_path(path: str | os.PathLike) -> Path:
-    """The name under which `path` is written before it is whole, or deleted from: hidden, beside it."""
+    """Return the hidden name beside `path` under which it is written until it is complete, and deleted."""
     path = Path(path)
     return path.with_name(UNFINISHED + path.name)
 
 
 def commit(path: str | os.PathLike, unfinished: str | os.PathLike | None = None) -> None:
-    """Give a finished folder its name, and only then delete what stood there before.
+    """Move a finished folder to its final name, then delete the folder that it replaces.
 
-    Whoever dies in between leaves the old one, the new one, or neither, but never half of one. Who may read the folder
-    may read its files.
+    An interruption leaves the old folder, the new one or neither, but never a partial one. The files become readable
+    for everybody who may read the folder.
 
     Args:
-        path (`str` or `os.PathLike`): The name.
-        unfinished (`str` or `os.PathLike`, *optional*): Where it was written; by default at [`unfinished_path`].
+        path (`str` or `os.PathLike`): Final name of the folder.
+        unfinished (`str` or `os.PathLike`, *optional*): Where it was written. Defaults to [`unfinished_path`].
     """
     path = Path(path)
     unfinished = Path(unfinished or unfinished_path(path))
@@ -48,7 +48,7 @@ def commit(path: str | os.PathLike, unfinished: str | os.PathLike | None = None)
 
 
 def delete(path: str | os.PathLike) -> None:
-    """Delete a folder. Renamed first: an interruption must not leave half of it under a whole one's name."""
+    """Delete a folder. It is renamed first, so that an interruption leaves no partial folder under its name."""
     doomed = unfinished_path(path)
     shutil.rmtree(doomed, ignore_errors=True)
     Path(path).rename(doomed)
@@ -56,7 +56,7 @@ def delete(path: str | os.PathLike) -> None:
 
 
 def delete_unfinished(folder: str | os.PathLike) -> None:
-    """Delete what interrupted runs left in `folder`."""
+    """Delete the unfinished files and folders that interrupted runs left in `folder`."""
     for path in Path(folder).glob(f"{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
         if path.is_file():
@@ -65,7 +65,7 @@ def delete_unfinished(folder: str | os.PathLike) -> None:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Where to write a file that takes the place of `path` once it is whole."""
+    """Yield a path to write to. The file there replaces `path` when the block ends without an error."""
     path = Path(path)
     unfinished = unfinished_path(path)
     try:
@@ -86,10 +86,10 @@ def check_new(path: str | os.PathLike) -> None:
 
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Where to write what becomes the folder `path`, which must not exist or be empty, once it is whole.
+    """Yield a folder to write to. It becomes `path` when the block ends without an error.
 
     Raises:
-        ValueError: There is something at `path`.
+        ValueError: `path` exists and is not an empty folder.
     """
     path = Path(path)
     check_new(path)
@@ -104,7 +104,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Let a file or a folder reach the disk. Where the system opens no folders, as Windows, that is a file alone."""
+    """Flush a file or a folder to disk. Systems that cannot open folders, such as Windows, flush files only."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
@@ -118,10 +118,10 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
-    """What a file holds, which may be anybody's.
+    """Read a JSON object from a file, which may come from a stranger.
 
     Raises:
-        ValueError: It holds no JSON, or something other than an object.
+        ValueError: The file does not hold JSON, or holds something other than an object.
     """
     try:
         content = json.loads(Path(path).read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""Giving a pipeline in a folder the guide that it is saved, loaded and published with."""
+"""Add a guide to a pipeline in a folder, or remove it."""
 
 import json
 import os
@@ -12,21 +12,21 @@ from .pipeline_ddpm_faces import DDPMFacesPipeline
 def save_guide(
     folder: str | os.PathLike, guide: str | os.PathLike | DDPMFacesPipeline | None, guidance_scale: float = 1.0
 ) -> None:
-    """Write a guide into the folder of a pipeline, in place of the one that is there, or take that away.
+    """Write a guide into the folder of a pipeline, replacing the one it has, or remove that.
 
-    Its own weights are not touched. An interruption leaves the old guide, the new one, or a folder that says that it
-    lacks one.
+    The weights of the pipeline itself are not touched. An interruption leaves the old guide, the new one, or a folder
+    whose loading reports that the guide is missing.
 
     Args:
-        folder (`str` or `os.PathLike`): What training, `save_pretrained` or a download left.
+        folder (`str` or `os.PathLike`): Folder of a pipeline, from training, `save_pretrained` or a download.
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*):
-            A weaker model, its folder or its name on the Hub; `None` takes the guide away.
-        guidance_scale (`float`, defaults to 1.0): As that of [`DDPMFacesPipeline.set_guide`].
+            Weaker model: a pipeline, its folder or its name on the Hub. `None` removes the guide.
+        guidance_scale (`float`, defaults to 1.0): As in [`DDPMFacesPipeline.set_guide`].
 
     Raises:
-        ValueError: A folder without a pipeline, or whose training_summary.json cannot be read, or what
-            [`DDPMFacesPipeline.set_guide`] refuses.
-        OSError: A guide that cannot be loaded.
+        ValueError: The folder holds no pipeline, its training_summary.json cannot be read, or
+            [`DDPMFacesPipeline.set_guide`] refuses the guide.
+        OSError: The guide cannot be loaded.
     """
     folder = Path(folder)
     index = folder / "model_index.json"
@@ -49,7 +49,7 @@ def save_guide(
             commit(folder / "guide")
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    if told is not None:  # neither the guide nor the pictures are those of the training any more
+    if told is not None:  # the summary describes a guide and samples that are no longer those of the folder
         told |= {"guide_images_seen": None, "guidance_scale": None}
         with replacing(summary) as path:
             path.write_text(json.dumps(told, indent=2) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""Names that are imported on first use, so that importing a package stays cheap and its extras stay optional."""
+"""Lazy public names: a package imports them on first use, which keeps it cheap and its extras optional."""
 
 import importlib
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def attach(package: str, module_of: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Make `__getattr__`, `__dir__` and `__all__` of a package.
+    """Create `__getattr__`, `__dir__` and `__all__` of a package.
 
     Args:
         package (`str`): The package's `__name__`.

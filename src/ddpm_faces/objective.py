@@ -17,7 +17,7 @@ class ObjectiveOutput(NamedTuple):
     """What `DDPMFacesObjective` returns.
 
     Args:
-        losses (`torch.Tensor` of shape `(batch,)`, `torch.float32`): Mean loss over each picture.
+        losses (`torch.Tensor` of shape `(batch,)`, `torch.float32`): Mean loss over each image.
         timesteps (`torch.Tensor` of shape `(batch,)`, `torch.int64`): The timestep that each was drawn at.
     """
 
@@ -26,9 +26,9 @@ class ObjectiveOutput(NamedTuple):
 
 
 class DDPMFacesObjective:
-    """Noise a batch of pictures at random timesteps, let the network predict, and measure its error.
+    """Training objective: add noise to images at random timesteps and measure the error of the network's prediction.
 
-    All of it but the network is float32: in bfloat16 the first timesteps would get no noise at all.
+    Everything but the network runs in float32; in bfloat16 the first timesteps would get no noise at all.
 
     Args:
         scheduler ([`DDPMFacesScheduler`] or [`~diffusers.DDPMScheduler`]):
@@ -37,18 +37,19 @@ class DDPMFacesObjective:
             the variance too.
         loss_type (`str`, defaults to `"l2"`): `"l2"` (DDPM, the article), `"l1"` or `"huber"`.
         snr_gamma (`float`, *optional*):
-            Weigh a squared error in x_0 by min(SNR, `snr_gamma`), SNR = alpha_bar_t / (1 - alpha_bar_t), whatever is
-            predicted (Min-SNR, section 3.4 of https://huggingface.co/papers/2303.09556, which takes 5). With `inf` the
-            loss is the article's, the squared error of the noise, also where the network predicts something else. By
-            default it is the error of what is predicted.
+            Weight the squared error of x_0 by min(SNR, `snr_gamma`), with SNR = alpha_bar_t / (1 - alpha_bar_t),
+            whatever the network predicts (Min-SNR, section 3.4 of https://huggingface.co/papers/2303.09556, which uses
+            5). With `inf`, the loss is the squared error of the noise, as in the article, for each prediction type. By
+            default, the loss is the unweighted error of the prediction.
         bound_weight (`float`, defaults to 0.001):
-            Of the variational bound, in bits per dimension, which is added to the loss for a learned variance, and
-            teaches that alone (Improved DDPM's hybrid loss, eq. 16 of https://huggingface.co/papers/2102.09672).
+            Weight of the variational bound, in bits per dimension. It is added to the loss if the variance is learned,
+            and trains the variance only (hybrid loss of Improved DDPM, eq. 16 of
+            https://huggingface.co/papers/2102.09672).
 
     Raises:
-        ValueError: An unknown `loss_type`, a `snr_gamma` that is not positive or not for `"l2"`, a negative
-            `bound_weight`, a scheduler with the `variance_type` `"learned"`, which a network cannot learn as it is
-            (nothing keeps it positive), or with `"learned_range"` one of diffusers.
+        ValueError: `loss_type` is unknown; `snr_gamma` is not positive, or the loss is not `"l2"`; `bound_weight` is
+            negative; or the scheduler has the `variance_type` `"learned"` (nothing would keep the variance positive),
+            or `"learned_range"` but is not a [`DDPMFacesScheduler`].
     """
 
     def __init__(
@@ -92,14 +93,14 @@ class DDPMFacesObjective:
             unet (`Callable`): The network, `unet(sample, timesteps, ...)`, which returns an output with `.sample`.
             original_samples (`torch.Tensor` of shape `(batch, channels, height, width)`, float32): x_0 in [-1, 1].
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): For a network with classes.
-            generator (`torch.Generator`, *optional*): Of timesteps and noise; on the device of the pictures.
-            timesteps (`torch.Tensor` of shape `(batch,)`, `torch.int64`, *optional*): In place of drawn ones.
-            noise (`torch.Tensor` of the shape of the pictures, *optional*): N(0, 1), in place of what is drawn.
+            generator (`torch.Generator`, *optional*): Source of timesteps and noise, on the device of the images.
+            timesteps (`torch.Tensor` of shape `(batch,)`, `torch.int64`, *optional*): Timesteps; drawn by default.
+            noise (`torch.Tensor` of the shape of the images, *optional*): Standard normal noise; drawn by default.
             augment_labels (`torch.Tensor` of shape `(batch, augment_dim)`, *optional*):
-                How each picture was augmented, for a network that is told.
+                How each image was augmented, for a network with an `augment_dim`.
 
         Returns:
-            [`ObjectiveOutput`]: The loss of each picture and its timestep.
+            [`ObjectiveOutput`]: Loss and timestep of each image.
         """
         batch_size, device = original_samples.shape[0], original_samples.device
 

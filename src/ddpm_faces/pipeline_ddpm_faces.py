@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""From noise to faces: predict, step, repeat (Algorithm 2 of DDPM, https://huggingface.co/papers/2006.11239)."""
+"""Sampling: predict the noise, take a step, repeat (Algorithm 2 of DDPM, https://huggingface.co/papers/2006.11239)."""
 
 import copy
 import importlib
@@ -13,8 +13,10 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -24,10 +26,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 
-# Which take the variance that a network predicts beside its prediction; all others get the prediction alone.
+# Schedulers that use the variance that a network predicts. All others are given the prediction alone.
 VARIANCE_SCHEDULERS = {"DDPMFacesScheduler", "DDPMScheduler", "DDPMParallelScheduler"}
-# What diffusers' schedulers cannot do, as measured with diffusers 0.42: they fail in the middle of sampling, or worse,
-# go through and draw the wrong thing.
+# Schedulers that cannot sample zero-SNR betas, as measured with diffusers 0.42: they fail in the middle, or worse,
+# finish with wrong images.
 NOT_FOR_ZERO_SNR = (
     "PNDMScheduler",
     "HeunDiscreteScheduler",
@@ -37,39 +39,53 @@ NOT_FOR_ZERO_SNR = (
 )
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# What a saved folder holds, in diffusers' layout of custom components: each class in a file of its own, beside what it
-# loads. These names are in every published model_index.json, and never change.
+# The code in a saved folder, in diffusers' layout for custom components: each class in a file of its own beside its
+# configuration. Every published model_index.json has these names, so they never change.
 CODE_FILES = {
     "DDPMFacesPipeline": "pipeline_ddpm_faces",
     "DDPMFacesUNet": "unet_ddpm_faces",
     "DDPMFacesScheduler": "scheduling_ddpm_faces",
 }
-# What diffusers' own components may be configured with at most, for they check nothing, and a configuration from a
-# stranger must not take memory. (Ours check themselves.)
+# Upper bounds for the configurations of diffusers' own components, which do not check them: a stranger's must not
+# exhaust the memory. Our own components check themselves.
 MAX_NUMBER = {"unet": 16_384, "guide": 16_384, "scheduler": 1_000_000}
 MAX_LAYERS_PER_BLOCK, MAX_BLOCKS = 64, 12
-NETWORKS = ("unet", "guide")
-# Of a saved folder: what an earlier version of this file cannot load, it refuses by this. 2 has a guide.
+MODEL_COMPONENTS = ("unet", "guide")
+# Format of a saved folder. An earlier version of this file refuses a later format by this number. 2 added the guide.
 FORMAT_VERSION = 2
 
 
+class _Call(NamedTuple):
+    """What a callback may ask the pipeline about the call that it is part of."""
+
+    num_timesteps: int
+    guidance_scale: float
+
+
+# The calls in progress, by the `id` of their pipeline. Each thread has a context of its own, so calls in several
+# threads do not see one another's values, even if they share a pipeline.
+_CALLS: ContextVar[dict[int, _Call]] = ContextVar("ddpm_faces_calls")
+
+
 class DDPMFacesPipeline(DiffusionPipeline):
-    """Unconditional (or class-conditional) generation of faces.
+    """Pipeline for unconditional or class-conditional generation of faces.
 
     Args:
-        unet ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`]): Predicts the noise.
-        scheduler ([`DDPMFacesScheduler`] or any other of that family):
-            Takes the steps. Exchange: `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)`.
+        unet ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`]): Network that predicts the noise.
+        scheduler ([`DDPMFacesScheduler`] or another one of that family):
+            Scheduler that takes the denoising steps. To use another one:
+            `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)`.
         weights (`str`, *optional*):
-            Which weights of a training these are: `"ema"`, the averaged ones, or `"raw"`, the last. For the record, in
-            `pipeline.config`.
+            Which weights of the training run these are, `"ema"` or `"raw"` (those of the last step). Kept in
+            `pipeline.config` for the record.
         guide ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`], *optional*):
-            A weaker network of the same pictures and the same noise, which shows by its mistakes which way is worse
-            (autoguidance, https://huggingface.co/papers/2406.02507). [`set_guide`] says more.
-        guidance_scale (`float`, defaults to 1.0): What `__call__` takes where it is told nothing else.
+            Weaker network for autoguidance (https://huggingface.co/papers/2406.02507), trained on images of the same
+            shape with the same noise schedule; see [`set_guide`].
+        guidance_scale (`float`, defaults to 1.0): Default of the argument of that name in `__call__`.
 
     Raises:
-        ValueError: A guide of other pictures, or a `guidance_scale` that is negative, or not 1 without a guide.
+        ValueError: The guide expects images of another shape or other classes; or `guidance_scale` is negative, or is
+            not 1 although there is no guide.
     """
 
     model_cpu_offload_seq = "guide->unet"
@@ -90,24 +106,24 @@ class DDPMFacesPipeline(DiffusionPipeline):
         self.check_guide(guide, guidance_scale)
 
     def set_guide(self, guide: "DDPMFacesPipeline | None", guidance_scale: float = 1.0) -> None:
-        """Take a weaker model as a guide, which is saved and published with this one; `None` sends it away.
+        """Set the weaker model that guides this one (autoguidance), or remove it with `None`.
 
-        Where the weaker network is wrong, the stronger one is often wrong in the same way, though less. Each step goes
-        on from the guide's prediction beyond that of this pipeline (autoguidance,
-        https://huggingface.co/papers/2406.02507, eq. 3):
+        Both networks tend to make the same mistakes, the weaker one larger ones. Each step therefore extrapolates from
+        the guide's prediction through that of this pipeline (https://huggingface.co/papers/2406.02507, eq. 3):
 
             guide + guidance_scale (unet - guide)
 
-        A good guide is a small network that was trained on the same pictures for a short time. A step then takes an
-        evaluation of each. `ddpm-faces evaluate MODEL DATA --guide GUIDE --guidance-scale 1.2` tells what it gains.
+        A good guide is a small network that was trained on the same images for a short time. Each step evaluates both
+        networks. The guide is saved and published with the pipeline. `ddpm-faces evaluate MODEL DATA --guide GUIDE
+        --guidance-scale 1.2` measures the gain.
 
         Args:
-            guide ([`DDPMFacesPipeline`], *optional*): Its network is taken, not copied.
-            guidance_scale (`float`, defaults to 1.0): 1 does without it; 1.2 to 1.5 is much.
+            guide ([`DDPMFacesPipeline`], *optional*): Pipeline of the weaker model. Its network is shared, not copied.
+            guidance_scale (`float`, defaults to 1.0): 1 turns guidance off; 1.2 to 1.5 is strong.
 
         Raises:
-            ValueError: A model of other pictures, another noise schedule or another kind of prediction, or a
-                `guidance_scale` that is negative, or not 1 where there is no guide.
+            ValueError: The guide differs in image shape, noise schedule or prediction type; or `guidance_scale` is
+                negative, or is not 1 although there is no guide.
         """
         if guide is not None:
             if not isinstance(guide, DDPMFacesPipeline):
@@ -128,28 +144,49 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DDPMFacesPipeline":
-        """A pipeline of the same networks and scheduler, which are shared and not copied.
+        """Create a pipeline that shares the networks and the scheduler of another one.
 
         Args:
-            pipeline ([`~diffusers.DiffusionPipeline`]): Of a network and a scheduler that this pipeline takes.
+            pipeline ([`~diffusers.DiffusionPipeline`]): Pipeline whose network and scheduler this class accepts.
             kwargs:
-                Components and settings to use instead, or `dtype`. By default the networks keep their type, which
-                [`~diffusers.DiffusionPipeline.from_pipe`] would make float32 for the given pipeline as well.
+                Components and settings to use instead, or `dtype`. By default the networks keep their dtype, whereas
+                [`~diffusers.DiffusionPipeline.from_pipe`] would cast them to float32, in the given pipeline as well.
         """
         # diffusers switches a network over only where its class is the very one of the type hint.
-        networks = {name: pipeline.components[name] for name in NETWORKS if pipeline.components.get(name) is not None}
+        networks = {
+            name: pipeline.components[name] for name in MODEL_COMPONENTS if pipeline.components.get(name) is not None
+        }
         if "torch_dtype" not in kwargs and "unet" in networks:
             kwargs.setdefault("dtype", networks["unet"].dtype)
         return super().from_pipe(pipeline, **{**networks, **kwargs})
 
+    @property
+    def num_timesteps(self) -> int:
+        """Number of denoising steps: of the call in progress, or by default.
+
+        A `callback_on_step_end` reads that of its own call, whatever another thread asks of the same pipeline.
+        """
+        call = self._call
+        return self.scheduler.config.num_train_timesteps if call is None else call.num_timesteps
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale: of the call in progress, as for [`num_timesteps`], or the configured one."""
+        call = self._call
+        return self.config.guidance_scale if call is None else call.guidance_scale
+
+    @property
+    def _call(self) -> _Call | None:
+        return _CALLS.get({}).get(id(self))
+
     def with_scheduler(self, scheduler: SchedulerMixin) -> "DDPMFacesPipeline":
-        """The same networks, with another way through the timesteps."""
+        """Create a pipeline that shares the networks of this one and uses another scheduler."""
         components = {**self.components, "scheduler": scheduler}
         return type(self)(**components, weights=self.config.weights, guidance_scale=self.config.guidance_scale)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DDPMFacesPipeline":
-        """Load a pipeline from a folder, or from the Hub. No code of the repository is run.
+        """Load a pipeline from a folder or from the Hub, without running code of the repository.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or `"user/name"` on the Hub.
@@ -157,8 +194,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: `use_safetensors=False` (pickles can run code, and are not loaded), or a folder that holds
-                something other than a pipeline of this class, or one of a later version.
-            OSError: Not found, not allowed, not reached, or no safetensors in it.
+                something other than a pipeline of this class, or one that a later version saved.
+            OSError: The folder or repository is not found, not accessible or not reachable, or has no safetensors.
         """
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError(
@@ -170,10 +207,10 @@ class DDPMFacesPipeline(DiffusionPipeline):
         except Exception as error:
             if not type(error).__module__.startswith(("httpx", "requests")):
                 raise
-            # Of the HTTP library, which some requests of the client let through.
+            # Some requests of huggingface_hub let the exceptions of the HTTP library through.
             raise OSError(
-                f"{pretrained_model_name_or_path} could not be loaded, for the connection broke off: {error} Load it "
-                "again: what has arrived whole stays."
+                f"{pretrained_model_name_or_path} could not be loaded because the connection broke off: {error} Load "
+                "it again: files that were downloaded completely are kept."
             ) from error
 
     def save_pretrained(
@@ -186,33 +223,34 @@ class DDPMFacesPipeline(DiffusionPipeline):
         repo_id: str | None = None,
         **kwargs,
     ) -> None:
-        """Save in a form that loads with this package, and by `trust_remote_code=True` also without it.
+        """Save so that the folder loads with this package, and without it by `trust_remote_code=True`.
 
         Args:
-            save_directory (`str` or `os.PathLike`): A folder; what it holds of an earlier pipeline is overwritten.
-            safe_serialization (`bool`, defaults to `True`): Nothing but safetensors is written.
-            variant (`str`, *optional*): As that of [`~diffusers.DiffusionPipeline.save_pretrained`].
-            max_shard_size (`int` or `str`, *optional*): The same.
-            push_to_hub (`bool`, defaults to `False`): Whether to publish it as well, as [`push_to_hub`] does.
-            repo_id (`str`, *optional*): Where to; by default under the name of the folder, as the token's owner.
-            kwargs: With `push_to_hub`, those of [`push_to_hub`].
+            save_directory (`str` or `os.PathLike`): Folder to save to. A pipeline that it holds is overwritten.
+            safe_serialization (`bool`, defaults to `True`): Must be `True`: only safetensors are written.
+            variant (`str`, *optional*): As in [`~diffusers.DiffusionPipeline.save_pretrained`].
+            max_shard_size (`int` or `str`, *optional*): As in [`~diffusers.DiffusionPipeline.save_pretrained`].
+            push_to_hub (`bool`, defaults to `False`): Whether to publish the pipeline as well, as [`push_to_hub`].
+            repo_id (`str`, *optional*):
+                Repository to publish to. Defaults to the name of the folder in the namespace of the token's owner.
+            kwargs: With `push_to_hub=True`, the other arguments of [`push_to_hub`].
 
         Raises:
             ValueError: `safe_serialization=False`, which would save pickles, or a component that could not be loaded.
-            HubError: As that of [`push_to_hub`].
+            HubError: As in [`push_to_hub`].
+            ImportError: `push_to_hub=True` without the ddpm-faces package.
         """
         if safe_serialization is not True:
             raise ValueError("`safe_serialization` must be True: other weights are pickles, which can run code.")
         index = json.loads(self.to_json_string())
-        for name in (*NETWORKS, "scheduler"):
+        for name in (*MODEL_COMPONENTS, "scheduler"):
             if name in index and not _is_component(name, index[name]):
                 raise ValueError(
                     f"`{name}` {type(self.components[name]).__name__} could not be loaded again, so nothing is saved: "
                     "use a class of this package, diffusers' UNet2DModel, or a scheduler of diffusers."
                 )
-        # By name, for this file travels without the package. Whatever is wrong with publishing is said before saving.
-        hub = importlib.import_module("ddpm_faces.hub") if push_to_hub else None
-        if hub is not None:
+        hub = _publisher() if push_to_hub else None
+        if hub is not None:  # whatever is wrong with publishing is said before saving
             name = repo_id or Path(save_directory).resolve().name
             inspect.signature(hub.push).bind(self, name, **kwargs)
             repo_id = hub.check_permission(name, kwargs.get("private"), kwargs.get("token"))
@@ -225,17 +263,25 @@ class DDPMFacesPipeline(DiffusionPipeline):
             hub.push(self, repo_id, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """Publish on the Hub, with a card, by [`ddpm_faces.hub.push`], which says what it takes.
+        """Publish on the Hub with a model card, as [`ddpm_faces.hub.push`] does.
+
+        Args:
+            repo_id (`str`): Repository to publish to, `"user/name"`.
+            kwargs: The other arguments of [`ddpm_faces.hub.push`].
 
         Returns:
-            `str`: Address of the commit.
+            `str`: URL of the commit.
+
+        Raises:
+            ImportError: The ddpm-faces package is not installed.
+            HubError: The Hub refuses, cannot be reached, or the pipeline does not pass the checks.
         """
-        return importlib.import_module("ddpm_faces.hub").push(self, repo_id, **kwargs)
+        return _publisher().push(self, repo_id, **kwargs)
 
     def to_json_string(self) -> str:
-        """The text of `model_index.json`."""
+        """Return the content of `model_index.json`."""
         index = json.loads(super().to_json_string())
-        if self.guide is None:  # as before there were any: earlier versions load it
+        if self.guide is None:  # versions that knew no guides load this
             del index["guide"], index["guidance_scale"]
         for name, part in self.components.items():
             if type(part).__name__ in CODE_FILES:
@@ -248,11 +294,10 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        """Read `model_index.json`, from a stranger perhaps, such that our own classes count as known.
+        """Read `model_index.json`, which may come from a stranger, and present our own classes as diffusers' own.
 
-        diffusers reads it once when it decides what to download, and refuses classes that neither it nor the
-        repository has; for that reading, ours pass as diffusers' own. Where it loads, [`load_config`] says where ours
-        really are.
+        diffusers reads the file to decide what to download, and refuses classes that neither it nor the repository
+        defines. To load them, [`load_config`] replaces these entries with the modules of this package.
         """
         try:
             index = super()._dict_from_json_file(json_file)
@@ -268,10 +313,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args, **kwargs):
-        """As [`~diffusers.ConfigMixin.load_config`]; our own classes are those of this package.
-
-        diffusers loads the components next, from this folder.
-        """
+        """Load as [`~diffusers.ConfigMixin.load_config`] does, with our own classes taken from this package."""
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
         if args and os.path.isdir(args[0]):
@@ -300,7 +342,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         eta: float,
         guidance_scale: float = 1.0,
     ) -> None:
-        """Raise a `ValueError` that says what is wrong, before any work starts."""
+        """Raise a `ValueError` for arguments of `__call__` that cannot work, before any work starts."""
         scheduler_name = type(self.scheduler).__name__
         num_train_timesteps = self.scheduler.config.num_train_timesteps
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -312,18 +354,16 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 f"`num_inference_steps` must be from 1 to {num_train_timesteps}, the timesteps that the network "
                 f"learned, got {num_inference_steps}."
             )
-        is_list = isinstance(generator, list)
+        generators = generator if isinstance(generator, list) else [generator]
         # In a list, `None` would silently make that image irreproducible.
-        if generator is not None and not all(
-            isinstance(g, torch.Generator) for g in (generator if is_list else [generator])
-        ):
+        if generator is not None and not all(isinstance(g, torch.Generator) for g in generators):
             raise ValueError(
                 f"`generator` must be a torch.Generator, a list of them, or None, got {generator!r}: make one of a "
                 "seed with torch.Generator().manual_seed(seed)."
             )
-        if is_list and len(generator) != batch_size:
+        if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
-                f"`generator` as a list must hold one generator per picture: got {len(generator)} for a `batch_size` "
+                f"`generator` as a list must hold one generator per image: got {len(generator)} for a `batch_size` "
                 f"of {batch_size}."
             )
         shape = (batch_size, *self._image_shape)
@@ -360,6 +400,13 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 f"`scheduler` {scheduler_name} is not defined by betas: it steps along noise levels of its own and "
                 "expects a network preconditioned for them, which one trained with DDPM is not."
             )
+        config = self.scheduler.config
+        is_zero_snr = config.get("rescale_betas_zero_snr") or bool((self.scheduler.alphas_cumprod == 0).any())
+        if config.get("prediction_type") == "epsilon" and is_zero_snr:
+            raise ValueError(
+                f"`scheduler` {scheduler_name} has betas of zero terminal SNR: the last timestep is pure noise, from "
+                "which its `prediction_type` 'epsilon' cannot tell the image."
+            )
         if self._scheduler_is_of(NOT_FOR_ZERO_SNR) and bool((self.scheduler.alphas_cumprod <= 1e-7).any()):
             raise ValueError(
                 f"`scheduler` {scheduler_name} divides by the signal of the last timestep, which these betas (zero "
@@ -367,7 +414,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             )
 
     def check_guide(self, guide: ModelMixin | None, guidance_scale: float) -> None:
-        """Raise a `ValueError` that says why this network cannot guide this pipeline so."""
+        """Raise a `ValueError` if this network cannot guide this pipeline at this scale."""
         is_number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
         if not is_number or not 0 <= guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` must be a number of at least 0, got {guidance_scale!r}.")
@@ -377,7 +424,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             return
         ours, theirs = self._image_shape, _image_shape(guide)
         if ours != theirs:
-            raise ValueError(f"`guide` must be of pictures of the shape {ours}, as this model, got {theirs}.")
+            raise ValueError(f"`guide` must be of images of the shape {ours}, as this model, got {theirs}.")
         classes, known = (network.config.get("num_class_embeds") for network in (guide, self.unet))
         if classes not in (None, known):
             raise ValueError(f"`guide` must have no classes or as many as this model, {known}, got {classes}.")
@@ -397,10 +444,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         init_noise_sigma: float | torch.Tensor = 1.0,
     ) -> torch.Tensor:
-        """x_T: `latents`, or standard normal noise, times the scheduler's `init_noise_sigma`.
+        """Return x_T: `latents`, or standard normal noise, times the scheduler's `init_noise_sigma`.
 
-        In float32 whatever the weights are: the picture is the sum of all steps, and only the network is allowed to
-        round.
+        The result is float32 whatever the dtype of the weights, because rounding errors would add up over the steps.
         """
         device = self._execution_device
         if latents is None:
@@ -426,25 +472,27 @@ class DDPMFacesPipeline(DiffusionPipeline):
         """Generate faces.
 
         Args:
-            batch_size (`int`, defaults to 1): Number of pictures.
-            num_inference_steps (`int`, *optional*): Denoising steps, 1 to T. By default T, as many as were trained.
-            generator (`torch.Generator` or a list of one per picture, *optional*):
-                Makes the result reproducible. With a list, picture i depends on generator i only, whatever the batch.
+            batch_size (`int`, defaults to 1): Number of images.
+            num_inference_steps (`int`, *optional*): Denoising steps, 1 to T. Defaults to T, the number in training.
+            generator (`torch.Generator` or a list of one per image, *optional*):
+                Makes the result reproducible. With a list, image i depends on generator i alone, whatever the batch.
             latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
-                Standard normal noise to start from, in place of the generator's.
+                Standard normal noise to start from; by default it is drawn from `generator`.
             output_type (`str`, defaults to `"pil"`):
                 `"pil"` (`PIL.Image`), `"np"` (`(batch, height, width, channels)` in [0, 1]), `"pt"` (`(batch,
                 channels, height, width)` in [0, 1]) or `"latent"` (the same in [-1, 1], not clamped).
             return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipeline, step_index, timestep, {"latents": ...})` after each step; the latents
-                that it returns in a dictionary take the place of the old ones.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): The tensors it is given.
-            class_labels (`list[int]` or `torch.Tensor`, *optional*): Class of each picture, for a model with classes.
-            eta (`float`, defaults to 0.0): Noise of DDIM, 0 to 1; other schedulers have no such parameter.
+                Called as `callback(pipeline, step_index, timestep, {"latents": ...})` after each step. Latents in the
+                dictionary that it returns replace the current ones. It may read `pipeline.num_timesteps` and
+                `pipeline.guidance_scale`.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                Names of the tensors that the callback is given.
+            class_labels (`list[int]` or `torch.Tensor`, *optional*): Class of each image, for a model with classes.
+            eta (`float`, defaults to 0.0): Amount of noise of DDIM, 0 to 1; other schedulers ignore it.
             guidance_scale (`float`, *optional*):
-                How far to go from the guide's prediction towards that of the network, and beyond: at least 0; 1 does
-                without the guide. By default that of the pipeline.
+                Weight of autoguidance, at least 0: 0 is the guide alone, 1 turns guidance off, and larger values move
+                away from the guide. Defaults to the pipeline's `guidance_scale`.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, as `output_type` says.
@@ -483,12 +531,16 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 guide_kwargs = model_kwargs
 
         takes_variance = self._scheduler_is_of(VARIANCE_SCHEDULERS)
+        if not takes_variance and "variance_type" in scheduler.config:
+            # diffusers' solvers would cut the output to three channels for a learned variance, whatever the image has.
+            scheduler.register_to_config(variance_type=None)
 
         # 2. Noise
         latents = self.prepare_latents(batch_size, generator, latents, scheduler.init_noise_sigma)
 
         # 3. Denoise
-        with _evaluating(self.unet, self.guide):
+        call = _Call(num_timesteps=len(scheduler.timesteps), guidance_scale=guidance_scale)
+        with _calling(self, call), _evaluating(self.unet, self.guide):
             for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
                 # 3.1 Predict the noise
                 model_input = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
@@ -508,7 +560,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
                     callback_kwargs = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", latents)
 
-        # 4. Pictures
+        # 4. Images
         images = self.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
 
@@ -518,14 +570,24 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @staticmethod
     def postprocess(latents: torch.Tensor, output_type: str = "pil"):
-        """From x_0 in [-1, 1], shape `(batch, channels, height, width)`, to pictures of `output_type`."""
+        """Convert x_0 in [-1, 1], of shape `(batch, channels, height, width)`, to images of `output_type`."""
         if output_type == "latent":
             return latents
         images = (latents / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
-        images = images.cpu().permute(0, 2, 3, 1).float().numpy()
-        return images if output_type == "np" else DiffusionPipeline.numpy_to_pil(images)
+        array = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return array if output_type == "np" else DiffusionPipeline.numpy_to_pil(array)
+
+
+@contextmanager
+def _calling(pipeline: DDPMFacesPipeline, call: _Call) -> Iterator[None]:
+    """Let the properties of `pipeline` tell of `call`, in this thread alone."""
+    token = _CALLS.set({**_CALLS.get({}), id(pipeline): call})
+    try:
+        yield
+    finally:
+        _CALLS.reset(token)
 
 
 @contextmanager
@@ -552,6 +614,23 @@ def _image_shape(network: ModelMixin) -> tuple[int, int, int]:
     return network.config.in_channels, height, width
 
 
+def _publisher() -> ModuleType:
+    """Import `ddpm_faces.hub`: the only place where this file depends on the rest of the package.
+
+    `hub` imports this file, and this file also travels to repositories where the package is absent. Hence by name, and
+    only to publish.
+    """
+    try:
+        return importlib.import_module("ddpm_faces.hub")
+    except ModuleNotFoundError as error:
+        if error.name not in ("ddpm_faces", "ddpm_faces.hub"):
+            raise
+        raise ImportError(
+            "Publishing needs the ddpm-faces package, which is not installed: run `pip install .` in a checkout of "
+            "its repository. Saving and sampling work without it."
+        ) from error
+
+
 def _is_installed() -> bool:
     """Whether this file is that of the package, and not one that came with a repository."""
     return __name__ == f"ddpm_faces.{CODE_FILES['DDPMFacesPipeline']}"
@@ -570,9 +649,9 @@ def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
             f"{json_file} was saved in format {version!r}, by a later version of ddpm-faces; this one reads up to "
-            f"{FORMAT_VERSION}: pip install --upgrade ddpm-faces."
+            f"{FORMAT_VERSION}. Update the ddpm-faces package."
         )
-    allowed = {*inspect.signature(cls.__init__).parameters, "auto_map"} - {"self"}
+    allowed = {*inspect.signature(cls).parameters, "auto_map"}
     unknown = sorted(k for k in index if k not in allowed and not k.startswith("_"))
     missing = [name for name in ("unet", "scheduler") if name not in index]
     if unknown or missing:
@@ -580,7 +659,7 @@ def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
             f"{json_file} is of another kind of pipeline: it has {', '.join(unknown) or f'no {missing[0]}'}; a "
             f"DDPMFacesPipeline has {', '.join(sorted(allowed - {'auto_map'}))}."
         )
-    for name in [name for name in (*NETWORKS, "scheduler") if name in index]:
+    for name in [name for name in (*MODEL_COMPONENTS, "scheduler") if name in index]:
         if not _is_component(name, index[name]):
             raise ValueError(
                 f"{json_file}: `{name}` must name a library and a class, one of this package, diffusers' UNet2DModel, "
@@ -599,20 +678,20 @@ def _is_component(name: str, value: Any) -> bool:
     library, class_name = value
     if (library, class_name) == (None, None):  # saved without; to be passed in
         return True
-    ours, theirs = ("DDPMFacesUNet", "UNet2DModel") if name in NETWORKS else ("DDPMFacesScheduler", None)
+    ours, theirs = ("DDPMFacesUNet", "UNet2DModel") if name in MODEL_COMPONENTS else ("DDPMFacesScheduler", None)
     if class_name == ours:
         return library in ("diffusers", CODE_FILES[ours], f"ddpm_faces.{CODE_FILES[ours]}")
     if library != "diffusers" or class_name is None:
         return False
     found = getattr(diffusers, class_name, None)
     is_scheduler = isinstance(found, type) and issubclass(found, SchedulerMixin)
-    return class_name == theirs if name in NETWORKS else is_scheduler
+    return class_name == theirs if name in MODEL_COMPONENTS else is_scheduler
 
 
 def _check_components(index: dict[str, Any], folder: Path) -> None:
     """Refuse configurations of diffusers' components that would take memory; ours check themselves."""
-    for name in [name for name in (*NETWORKS, "scheduler") if name in index]:
-        path = folder / name / ("config.json" if name in NETWORKS else "scheduler_config.json")
+    for name in [name for name in (*MODEL_COMPONENTS, "scheduler") if name in index]:
+        path = folder / name / ("config.json" if name in MODEL_COMPONENTS else "scheduler_config.json")
         if index[name][1] in (None, *CODE_FILES) or not path.is_file():
             continue
         try:
@@ -624,7 +703,7 @@ def _check_components(index: dict[str, Any], folder: Path) -> None:
         for key, value in config.items():
             values = value if isinstance(value, list) else [value]
             limit = MAX_LAYERS_PER_BLOCK if key == "layers_per_block" else MAX_NUMBER[name]
-            if len(values) > (MAX_BLOCKS if name in NETWORKS else limit):
+            if len(values) > (MAX_BLOCKS if name in MODEL_COMPONENTS else limit):
                 raise ValueError(f"{path}: `{key}` has {len(values)} entries, which is more than is loaded.")
             if any(isinstance(number, int | float) and not abs(number) <= limit for number in values):
                 raise ValueError(f"{path}: `{key}` must be at most {limit}, got {value!r}.")

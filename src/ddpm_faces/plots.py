@@ -1,4 +1,4 @@
-"""Pictures of results: grids, the strip from noise to face, the loss curve."""
+"""Plots of results: grids, the strip from noise to face, the loss curve."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,19 +8,19 @@ from PIL import Image, ImageDraw
 
 
 def image_grid(images: Sequence[Image.Image], columns: int | None = None, scale: int = 1, gap: int = 2) -> Image.Image:
-    """Lay pictures of one size side by side.
+    """Arrange images of one size in a grid.
 
     Args:
-        images (`list[PIL.Image.Image]`): At least one picture, all of one size.
-        columns (`int`, *optional*): Pictures in a row; by default as many as make the grid a square, or wider.
-        scale (`int`, defaults to 1): Whole number by which each pixel is enlarged.
-        gap (`int`, defaults to 2): Pixels of white between the pictures.
+        images (`list[PIL.Image.Image]`): At least one image, all of one size.
+        columns (`int`, *optional*): Images in a row. By default the smallest number that rows do not exceed.
+        scale (`int`, defaults to 1): Factor by which each pixel is enlarged.
+        gap (`int`, defaults to 2): White pixels between the images.
 
     Raises:
-        ValueError: No pictures, or pictures of different sizes.
+        ValueError: There are no images, or they differ in size.
     """
     if not images:
-        raise ValueError("`images` must hold at least one picture.")
+        raise ValueError("`images` must hold at least one image.")
     if len({image.size for image in images}) > 1:
         raise ValueError(f"`images` must be of one size, got {sorted({image.size for image in images})}.")
     columns = columns or next(n for n in range(1, len(images) + 1) if n * n >= len(images))
@@ -36,16 +36,16 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None, scale:
 def labelled_strip(
     rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], path: str | os.PathLike, title: str | None = None
 ) -> None:
-    """Save rows of pictures under one line of labels, such as the timesteps of a denoising.
+    """Save rows of images under one line of labels, such as the timesteps of a denoising run.
 
     Args:
-        rows (`list[list[PIL.Image.Image]]`): Each as long as `labels`.
-        labels (`list[str]`): One per column.
-        path (`str` or `os.PathLike`): The file to write.
-        title (`str`, *optional*): A line above.
+        rows (`list[list[PIL.Image.Image]]`): Rows of images, each as long as `labels`.
+        labels (`list[str]`): Label of each column.
+        path (`str` or `os.PathLike`): File to write.
+        title (`str`, *optional*): Title above the labels.
     """
     plt = _pyplot()
-    figure, axes = plt.subplots(
+    fig, axes = plt.subplots(
         len(rows), len(labels), squeeze=False, figsize=(1.2 * len(labels), 1.2 * len(rows) + (0.6 if title else 0.3))
     )
     for row_axes, row in zip(axes, rows, strict=True):
@@ -55,30 +55,30 @@ def labelled_strip(
     for axis, label in zip(axes[0], labels, strict=True):
         axis.set_title(label, fontsize=9)
     if title:
-        figure.suptitle(title, fontsize=11)
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        fig.suptitle(title, fontsize=11)
+    fig.tight_layout(pad=0.4)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
 
 
 def side_by_side(grids: Mapping[str, Image.Image], margin: int = 12) -> Image.Image:
-    """Lay grids of one height side by side, each under its name; a single one is returned as it is.
+    """Arrange grids side by side, each under its name. A single grid is returned unchanged.
 
     Args:
-        grids (`dict[str, PIL.Image.Image]`): At least one grid.
-        margin (`int`, defaults to 12): Pixels of white between them.
+        grids (`dict[str, PIL.Image.Image]`): At least one grid, by name.
+        margin (`int`, defaults to 12): White pixels between the grids.
     """
     if len(grids) == 1:
         return next(iter(grids.values()))
     title_height = 18
     width = sum(grid.width + margin for grid in grids.values()) - margin
-    picture = Image.new("RGB", (width, title_height + max(grid.height for grid in grids.values())), "white")
-    draw, left = ImageDraw.Draw(picture), 0
+    canvas = Image.new("RGB", (width, title_height + max(grid.height for grid in grids.values())), "white")
+    draw, left = ImageDraw.Draw(canvas), 0
     for name, grid in grids.items():
         draw.text((left + 2, 2), name, fill="black", font_size=12)
-        picture.paste(grid, (left, title_height))
+        canvas.paste(grid, (left, title_height))
         left += grid.width + margin
-    return picture
+    return canvas
 
 
 def loss_curve(
@@ -87,31 +87,31 @@ def loss_curve(
     path: str | os.PathLike,
     held_out: tuple[Sequence[int], Sequence[float]] | None = None,
 ) -> None:
-    """Save the loss over the images seen, and its running mean.
+    """Plot the loss and its running mean over the images seen.
 
     Args:
-        images_seen (`list[int]`): One per log entry, rising.
-        losses (`list[float]`): The mean loss since the entry before.
-        path (`str` or `os.PathLike`): The file to write.
-        held_out (`(list[int], list[float])`, *optional*): Images seen and loss of each validation.
+        images_seen (`list[int]`): Images seen at each log entry, ascending.
+        losses (`list[float]`): Mean loss since the previous entry.
+        path (`str` or `os.PathLike`): File to write.
+        held_out (`(list[int], list[float])`, *optional*): Images seen and held-out loss at each validation.
     """
     plt = _pyplot()
     window = max(len(losses) // 20, 1)
     smooth = [sum(losses[max(i - window + 1, 0) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
-    figure, axis = plt.subplots(figsize=(6.4, 3.6))
+    fig, axis = plt.subplots(figsize=(6.4, 3.6))
     axis.plot(images_seen, losses, color="0.75", linewidth=1, label="loss")
     axis.plot(images_seen, smooth, color="C0", linewidth=1.8, label=f"mean of the last {window} entries")
     if held_out is not None and len(held_out[0]):
-        axis.plot(*held_out, color="C1", linewidth=1.4, marker="o", markersize=4, label="held-out pictures")
+        axis.plot(*held_out, color="C1", linewidth=1.4, marker="o", markersize=4, label="held-out images")
     # The fall from 1 at the start would hide the rest.
     axis.set_ylim(0, min(1.05 * max(losses), 4 * losses[-1]))
     axis.set_xlabel("images seen")
     axis.set_ylabel("loss")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(Path(path), dpi=120)
-    plt.close(figure)
+    fig.tight_layout()
+    fig.savefig(Path(path), dpi=120)
+    plt.close(fig)
 
 
 def _pyplot():

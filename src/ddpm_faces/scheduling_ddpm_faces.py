@@ -44,7 +44,7 @@ class DDPMFacesSchedulerOutput(BaseOutput):
         prev_sample (`torch.Tensor` of shape `(batch, channels, height, width)`):
             x_t-1, the input of the next step.
         pred_original_sample (`torch.Tensor` of shape `(batch, channels, height, width)`):
-            The picture x_0 that the model sees behind the noise at this step.
+            Predicted x_0 at this step.
     """
 
     prev_sample: torch.Tensor
@@ -84,10 +84,12 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         steps_offset (`int`, defaults to 0): Added to the timesteps of `"leading"`.
         rescale_betas_zero_snr (`bool`, defaults to `False`):
             Rescale the betas so that the last timestep is pure noise (Algorithm 1 of the same paper). Needs a
-            `prediction_type` other than `"epsilon"`, which says nothing about x_0 there.
+            `prediction_type` other than `"epsilon"`, which says nothing about x_0 there. The same holds for
+            `trained_betas` that end with 1.
 
     Raises:
-        ValueError: A value outside what is said above, with the argument and what is allowed.
+        ValueError: A value outside what is said above, with the argument and what is allowed; or betas so small that
+            float32 rounds them away, or so large that it rounds alpha_bar_t to 0 before the last timestep.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
@@ -157,7 +159,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         if rescale_betas_zero_snr and prediction_type == "epsilon":
             raise ValueError(
                 "`rescale_betas_zero_snr=True` makes the last timestep pure noise, from which `prediction_type="
-                "'epsilon'` cannot tell the picture: use 'v_prediction' or 'sample'."
+                "'epsilon'` cannot tell the image: use 'v_prediction' or 'sample'."
             )
         if rescale_betas_zero_snr and num_train_timesteps < 2:
             raise ValueError("`rescale_betas_zero_snr=True` needs a `num_train_timesteps` of at least 2, got 1.")
@@ -186,6 +188,11 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
             betas = _cosine_betas(num_train_timesteps)
         else:  # sigmoid
             betas = torch.linspace(-6, 6, num_train_timesteps).sigmoid() * (beta_end - beta_start) + beta_start
+        if not (1.0 - betas < 1.0).all():
+            raise ValueError(
+                f"`{'beta_start' if trained_betas is None else 'trained_betas'}` must be at least 6e-8: float32 "
+                f"rounds 1 - beta to 1 for {betas.min():g}, and such a timestep adds no noise."
+            )
         if rescale_betas_zero_snr:
             betas = _rescale_zero_terminal_snr(betas)
 
@@ -193,6 +200,16 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         self.betas = betas
         self.alphas = 1.0 - betas
         self.alphas_cumprod = self.alphas.cumprod(dim=0)
+        if not (self.alphas_cumprod[:-1] > 0).all():
+            raise ValueError(
+                f"{_betas_argument(trained_betas)} too large for `num_train_timesteps` ({num_train_timesteps}): in "
+                "float32, several timesteps are pure noise, and no step between them is defined."
+            )
+        if prediction_type == "epsilon" and self.alphas_cumprod[-1] == 0:
+            raise ValueError(
+                f"{_betas_argument(trained_betas)} too large for `prediction_type='epsilon'`: the last timestep is "
+                "pure noise (zero terminal SNR), from which it cannot tell the image. Use 'v_prediction' or 'sample'."
+            )
         self.alphas_cumprod_prev = torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
         self.sqrt_recip_alphas = (1.0 / self.alphas).sqrt()
         self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
@@ -212,7 +229,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         return super().extract_init_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """As [`~diffusers.SchedulerMixin.save_pretrained`]; this file is saved beside the configuration."""
+        """Save as [`~diffusers.SchedulerMixin.save_pretrained`] does, with this file beside the configuration."""
         if push_to_hub:
             self.push_to_hub()
         if kwargs:
@@ -221,7 +238,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
 
     def push_to_hub(self, *args, **kwargs) -> str:
-        """Refuse: a schedule alone, without a card, is not what loads everywhere."""
+        """Raise a `NotImplementedError`: only whole pipelines are published, with a model card."""
         raise NotImplementedError(
             "A pipeline is published, not its scheduler: DDPMFacesPipeline(unet, scheduler).push_to_hub(repo_id)."
         )
@@ -245,15 +262,15 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Choose the timesteps that sampling visits.
+        """Set the timesteps of the next sampling run.
 
         Args:
-            num_inference_steps (`int`, *optional*): How many, 1 to T, laid out by `timestep_spacing`.
-            device (`str` or `torch.device`, *optional*): Where `self.timesteps` (`torch.int64`) is to lie.
-            timesteps (`Sequence[int]`, *optional*): The timesteps themselves, descending, in place of a number.
+            num_inference_steps (`int`, *optional*): Number of timesteps, 1 to T, laid out by `timestep_spacing`.
+            device (`str` or `torch.device`, *optional*): Device of `self.timesteps` (`torch.int64`).
+            timesteps (`Sequence[int]`, *optional*): Descending timesteps to use instead of a number.
 
         Raises:
-            ValueError: Both or neither are given, more steps than T, or timesteps that do not descend within 0..T-1.
+            ValueError: Both or neither are given, there are more than T, or they do not descend within 0..T-1.
         """
         num_train_timesteps = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
@@ -294,8 +311,14 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
         self._previous_timestep = dict(zip(timesteps, [*timesteps[1:], -1], strict=True))
 
-    def previous_timestep(self, timestep: int | torch.Tensor) -> int:
-        """The timestep that follows `timestep` when sampling; -1 after the last.
+    def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
+        """The timestep that follows `timestep` in sampling, or -1 after the last.
+
+        Args:
+            timestep (`int` or `torch.Tensor` with one element): One of `self.timesteps`.
+
+        Returns:
+            `int`, or a `torch.Tensor` of the shape, type and device of `timestep`, if that is a tensor.
 
         Raises:
             ValueError: `timestep` is none of `self.timesteps`.
@@ -303,10 +326,11 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         t = int(timestep)
         if t not in self._previous_timestep:
             raise ValueError(f"`timestep` {t} is none of the {len(self.timesteps)} that `set_timesteps` chose.")
-        return self._previous_timestep[t]
+        previous = self._previous_timestep[t]
+        return torch.full_like(timestep, previous) if isinstance(timestep, torch.Tensor) else previous
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
-        """Return `sample` as it is: DDPM's network takes x_t unscaled. For interchange with other schedulers."""
+        """Return `sample` unchanged. Schedulers whose networks expect a scaled x_t scale it here."""
         return sample
 
     def step(
@@ -321,10 +345,10 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output (`torch.Tensor` of shape `(batch, channels, height, width)`):
-                What the network predicts, by `prediction_type`; `2 * channels` with a learned variance.
+                Output of the network, as `prediction_type` says; `2 * channels` with a learned variance.
             timestep (`int` or 0-d `torch.Tensor`): t, one of `self.timesteps`.
             sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t.
-            generator (`torch.Generator` or a list of one per picture, *optional*): Of the noise that is added.
+            generator (`torch.Generator` or a list of one per image, *optional*): Source of the added noise.
             return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
 
         Returns:
@@ -368,7 +392,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         current_sample_coeff = current_alpha_t.sqrt() * (1 - alpha_prod_t_prev) / (1 - alpha_prod_t)
         prev_sample = original_sample_coeff * pred_original_sample + current_sample_coeff * sample
 
-        # 4. Noise of the posterior's variance, but for the finished picture
+        # 4. Noise of the posterior's variance, except at the last step
         if prev_t >= 0:
             noise = randn_tensor(
                 model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
@@ -384,11 +408,12 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
     def predict_original_sample(
         self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """The picture that the model sees behind the noise, within the data range if the configuration says so.
+        """Predict x_0, clipped or thresholded if the configuration says so.
 
         Args:
-            model_output (`torch.Tensor` of shape `(batch, channels, height, width)`): By `prediction_type`.
-            timesteps (`int` or `torch.Tensor` of shape `(batch,)`, integer): t of each picture, 0 to T - 1.
+            model_output (`torch.Tensor` of shape `(batch, channels, height, width)`):
+                Output of the network without a learned variance, as `prediction_type` says.
+            timesteps (`int` or `torch.Tensor` of shape `(batch,)`, integer): t of each image, 0 to T - 1.
             sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t.
 
         Returns:
@@ -413,12 +438,12 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
     def variance(
         self, posterior_variance: torch.Tensor, beta: torch.Tensor, predicted_variance: torch.Tensor | None
     ) -> torch.Tensor:
-        """The variance (never a deviation or a logarithm) of p(x_t-1 | x_t), by `variance_type`.
+        """Return the variance of p(x_t-1 | x_t) by `variance_type`, never its square root or logarithm.
 
         Args:
-            posterior_variance (`torch.Tensor` that broadcasts): Of q(x_t-1 | x_t, x_0), eq. 7.
-            beta (`torch.Tensor` that broadcasts): beta_t.
-            predicted_variance (`torch.Tensor`, *optional*): The further channels of the network, where it is learned.
+            posterior_variance (`torch.Tensor`, broadcastable): Variance of q(x_t-1 | x_t, x_0), eq. 7.
+            beta (`torch.Tensor`, broadcastable): beta_t.
+            predicted_variance (`torch.Tensor`, *optional*): Additional channels of the network, if it is learned.
         """
         variance_type = self.config.variance_type
         if variance_type in ("fixed_small", "fixed_small_log"):
@@ -445,7 +470,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         Args:
             original_samples (`torch.Tensor` of shape `(batch, channels, height, width)`): x_0 in [-1, 1].
             noise (`torch.Tensor` of the same shape): Standard normal noise.
-            timesteps (`torch.Tensor` of shape `(batch,)` or `(1,)` or `()`, integer): t of each picture, 0 to T - 1.
+            timesteps (`torch.Tensor` of shape `(batch,)` or `(1,)` or `()`, integer): t of each image, 0 to T - 1.
 
         Returns:
             `torch.Tensor` of the shape and type of `original_samples`: x_t.
@@ -459,7 +484,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         Args:
             sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_0 in [-1, 1].
             noise (`torch.Tensor` of the same shape): The noise of x_t.
-            timesteps (`torch.Tensor` of shape `(batch,)`, integer): t of each picture, 0 to T - 1.
+            timesteps (`torch.Tensor` of shape `(batch,)`, integer): t of each image, 0 to T - 1.
         """
         sqrt_alpha_prod, sqrt_one_minus_alpha_prod = self._signal_and_noise_rates(sample, timesteps)
         return sqrt_alpha_prod * noise - sqrt_one_minus_alpha_prod * sample
@@ -487,6 +512,11 @@ def _check_integer(name: str, value: int, minimum: int) -> None:
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def _betas_argument(trained_betas: Sequence[float] | None) -> str:
+    """The beginning of a sentence about the betas, by the arguments that they come from."""
+    return "`beta_start` and `beta_end` are" if trained_betas is None else "`trained_betas` are"
 
 
 def _cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> torch.Tensor:

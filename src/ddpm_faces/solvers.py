@@ -8,27 +8,27 @@ from .scheduling_ddpm_faces import DDPMFacesScheduler
 
 
 class FastSolver(DPMSolverMultistepScheduler):
-    """DPM-Solver++ (2M) at the timesteps where few steps are enough for a good picture.
+    """DPM-Solver++ (2M) with timesteps that suit sampling in few steps.
 
-    Brightness, colour and pose of a face are decided where there is tens of times more noise than picture. A cosine
-    schedule passes through all of that within its last tenth, where evenly spaced timesteps hardly step: in 10 steps
-    they make greyish faces. Here all steps divide the noise by the same factor (equal steps of the logarithm of the
-    signal-to-noise ratio, as in https://huggingface.co/papers/2206.00927): with sigma = sqrt((1 - alpha_bar) /
-    alpha_bar), noise to picture, step i of n is at the timestep whose sigma is next to
+    Brightness, colour and pose of a face are decided at noise levels tens of times above the signal. A cosine schedule
+    covers these levels in its last tenth, of which evenly spaced timesteps visit too few: in 10 steps they produce
+    greyish faces. This solver instead divides the noise level by the same factor in each step (uniform steps in the
+    log-SNR, https://huggingface.co/papers/2206.00927). With the noise-to-signal ratio sigma = sqrt((1 - alpha_bar) /
+    alpha_bar), step i of n is at the timestep whose sigma is closest to
 
         sigma_max (sigma_min / sigma_max)^(i / (n - 1))
 
-    Each is a timestep that the network was trained at, and none comes twice. From the last, the picture is predicted.
+    All timesteps are distinct, and the network was trained at each of them. The image is predicted at the last one.
 
-    The noise that the network predicts can be divided by an `epsilon_scaling` in each step but the first (Epsilon
-    Scaling, https://huggingface.co/papers/2308.15321). A sampler arrives at each step with the errors of those before,
-    and not with what the network saw in training; a good one, guided, then takes a little too much for noise, and
-    faces come out too smooth.
+    Epsilon Scaling (https://huggingface.co/papers/2308.15321) divides the predicted noise by `epsilon_scaling` in each
+    step but the first. It corrects exposure bias: in sampling, the input of the network contains the errors of earlier
+    steps, unlike in training, so a well-trained, guided network predicts slightly too much noise, and faces become too
+    smooth.
 
     Attributes:
-        sigma_max (`float`): Where the first step is: 120, or the most that the schedule has.
-        sigma_min (`float`): Where the last step is, or the least that the schedule has.
-        epsilon_scaling (`float`): By what the predicted noise is divided.
+        sigma_max (`float`): Sigma of the first step: 120, or the largest of the schedule if that is smaller.
+        sigma_min (`float`): Sigma of the last step, or the smallest of the schedule if that is larger.
+        epsilon_scaling (`float`): Divisor of the predicted noise; 1 leaves it as it is.
     """
 
     sigma_max = 120.0
@@ -41,15 +41,15 @@ class FastSolver(DPMSolverMultistepScheduler):
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ) -> None:
-        """Choose the timesteps of the next sampling.
+        """Set the timesteps of the next sampling run.
 
         Args:
-            num_inference_steps (`int`, *optional*): How many, 1 to T.
-            device (`str` or `torch.device`, *optional*): Where they are kept.
-            timesteps (`list[int]`, *optional*): In place of the number: which, falling.
+            num_inference_steps (`int`, *optional*): Number of steps, 1 to T.
+            device (`str` or `torch.device`, *optional*): Device of the timesteps.
+            timesteps (`list[int]`, *optional*): Descending timesteps to use instead of a number of steps.
 
         Raises:
-            ValueError: A number of steps outside of 1 to T.
+            ValueError: The number of steps is not an integer from 1 to T.
         """
         if timesteps is None:
             most = self.config.num_train_timesteps
@@ -59,18 +59,23 @@ class FastSolver(DPMSolverMultistepScheduler):
         super().set_timesteps(device=device, timesteps=timesteps)
 
     def convert_model_output(self, model_output: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """x_0, of the shape of `model_output`: the sample less its noise, as [`DPMSolverMultistepScheduler`] says."""
+        """Predict x_0, as [`~diffusers.DPMSolverMultistepScheduler.convert_model_output`] does.
+
+        Channels of `model_output` beyond those of the sample are a learned variance, which is ignored.
+        """
+        sample = kwargs["sample"] if "sample" in kwargs else args[1]
+        if model_output.shape != sample.shape:
+            model_output = model_output[:, : sample.shape[1]]
         x0 = super().convert_model_output(model_output, *args, **kwargs)
         if self.epsilon_scaling == 1 or self.step_index == 0:
             return x0
-        sample = kwargs["sample"] if "sample" in kwargs else args[1]
         alpha, _ = self._sigma_to_alpha_sigma_t(self.sigmas[self.step_index])
         # epsilon = (x - alpha x_0) / sigma, and x_0 = (x - sigma epsilon / scaling) / alpha
         return x0 + (1 - 1 / self.epsilon_scaling) * (sample / alpha - x0)
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """Refuse: without this package it could not be loaded."""
-        raise ValueError("A FastSolver is made anew by `fast_solver`, not saved: save the scheduler of the training.")
+        """Raise a `ValueError`: a saved `FastSolver` would not load without this package."""
+        raise ValueError("A FastSolver is not saved: save the scheduler of the training and call `fast_solver` again.")
 
     def _spaced(self, num_steps: int) -> list[int]:
         alphas_cumprod = self.alphas_cumprod.double().numpy()
@@ -88,19 +93,19 @@ class FastSolver(DPMSolverMultistepScheduler):
 def fast_solver(
     scheduler: DDPMFacesScheduler, sigma_min: float | None = None, epsilon_scaling: float | None = None
 ) -> FastSolver:
-    """A [`FastSolver`] for the schedule that a network was trained with; 10 to 20 steps are enough.
+    """Create a [`FastSolver`] for the noise schedule of a network; 10 to 20 steps are enough.
 
     Args:
-        scheduler ([`DDPMFacesScheduler`]): Of the training.
+        scheduler ([`DDPMFacesScheduler`]): Scheduler that the network was trained with.
         sigma_min (`float`, *optional*, defaults to 0.02):
-            Noise to picture at the last step, above 0 and below 1. A network that has learned too little to tell
-            fine detail from noise leaves noise behind there, and makes cleaner pictures with 0.1.
+            Noise-to-signal ratio at the last step, in (0, 1). A network with little training cannot tell fine detail
+            from noise and leaves noise behind there; it makes cleaner images with 0.1.
         epsilon_scaling (`float`, *optional*, defaults to 1.0):
-            By what the predicted noise is divided, 0.9 to 1.1: more leaves more of it, and makes richer detail. 1.003
-            suits `models/faces64` with its guide, where 1 suits it without, and networks that have learned little.
+            Divisor of the predicted noise, 0.9 to 1.1. Larger values give richer detail. 1.003 suits `models/faces64`
+            with its guide; 1 suits it without, and networks with little training.
 
     Raises:
-        ValueError: `sigma_min` or `epsilon_scaling` outside of that.
+        ValueError: `sigma_min` or `epsilon_scaling` is outside its range.
     """
     if sigma_min is not None and not 0 < sigma_min < 1:
         raise ValueError(f"`sigma_min` must lie in (0, 1), got {sigma_min}.")
@@ -108,7 +113,8 @@ def fast_solver(
         raise ValueError(f"`epsilon_scaling` must lie in [0.9, 1.1], got {epsilon_scaling}.")
     solver = FastSolver.from_config(
         scheduler.config,
-        trained_betas=scheduler.betas.tolist(),  # which it knows, whatever the schedule is called
+        trained_betas=scheduler.betas.tolist(),  # the solver does not know each `beta_schedule` by its name
+        variance_type=None,  # with a learned one, diffusers cuts the output to three channels, whatever the image has
     )
     if sigma_min is not None:
         solver.sigma_min = sigma_min

@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The network that predicts the noise on a picture: a U-Net whose blocks are chosen by name.
+"""The network that predicts the noise on an image: a U-Net whose blocks are chosen by name.
 
 A *level* is a width and a resolution: level i has `block_out_channels[i]` channels at 1 / 2**i of the sample's size.
 Between two levels stands a pair of blocks of one type, `block_types[i]`: its down block goes from level i to level
@@ -67,18 +67,20 @@ class DDPMFacesUNetOutput(BaseOutput):
 
 
 class DDPMFacesUNet(ModelMixin, ConfigMixin):
-    """U-Net for DDPM on faces. Its defaults are the article's network: 62.4 million parameters at three channels.
+    """U-Net for DDPM on faces. The defaults are the article's network, with 62.4 million parameters.
 
     Args:
         sample_size (`int` or `(int, int)`, defaults to 64):
             Height and width that a pipeline generates. The network takes any size that its levels divide: multiples
             of `2 ** (len(block_out_channels) - 1)`.
-        in_channels (`int`, defaults to 3): Channels of the noisy picture.
+        in_channels (`int`, defaults to 3): Channels of the noisy image.
         out_channels (`int`, defaults to 3): Channels of the prediction.
         block_out_channels (`tuple[int]`, defaults to `(64, 128, 256, 512, 1024)`): Width of each level, at least two.
-        block_types (`tuple[str]`, defaults to `("conv", "conv", "conv", "conv")`):
-            What stands between each two levels: `"conv"` (the article's convolution, ReLU, BatchNorm), `"resnet"`
-            (residual, GroupNorm, SiLU, scale and shift by time) or `"resnet_attn"` (the same with self-attention).
+        block_types (`str` or `tuple[str]`, defaults to `"conv"`):
+            The type of the blocks between two levels: `"conv"` (the article's convolution, ReLU, BatchNorm),
+            `"resnet"` (residual, GroupNorm, SiLU, scale and shift by time) or `"resnet_attn"` (the same with
+            self-attention). One name applies to all levels; a tuple names one type for each pair of neighbours. The
+            configuration always holds one name per pair.
         mid_block_type (`str`, *optional*): `"resnet"`, `"resnet_attn"`, or `None` for nothing at the last level.
         out_block_type (`str`, defaults to `"conv"`):
             `"conv"`, the article's 1x1 convolution, or `"norm_conv"`: GroupNorm, SiLU, 3x3 convolution from zero.
@@ -92,7 +94,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         dropout (`float`, defaults to 0.0): Probability of dropout within a residual layer.
         num_class_embeds (`int`, *optional*): Number of classes, for generation by class.
         augment_dim (`int`, *optional*):
-            Length of the labels of augmentation, for training on augmented pictures. Sampling needs no labels.
+            Length of the labels of augmentation, for training on augmented images. Sampling needs no labels.
 
     Raises:
         ValueError: A value outside what is said above, with the argument and what is allowed.
@@ -101,6 +103,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
     _auto_class = "AutoModel"  # which loads it with `trust_remote_code=True` where this package is not installed
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm"]
+    _repeated_blocks = ["ConvBlock", "ResnetLayer", "AttentionLayer"]  # what `compile_repeated_blocks` compiles
 
     @register_to_config
     def __init__(
@@ -109,7 +112,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         in_channels: int = 3,
         out_channels: int = 3,
         block_out_channels: tuple[int, ...] = (64, 128, 256, 512, 1024),
-        block_types: tuple[str, ...] = ("conv", "conv", "conv", "conv"),
+        block_types: str | tuple[str, ...] = "conv",
         mid_block_type: str | None = None,
         out_block_type: str = "conv",
         layers_per_block: int = 1,
@@ -124,6 +127,9 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         augment_dim: int | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(block_types, str) and _is_list(block_out_channels, 2, MAX_LEVELS):
+            block_types = (block_types,) * (len(block_out_channels) - 1)
+            self.register_to_config(block_types=block_types)
         self._check_config()
         block_args = {
             "num_layers": layers_per_block,
@@ -170,11 +176,11 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DDPMFacesUNet":
-        """Load from a folder or the Hub, as [`~diffusers.ModelMixin.from_pretrained`], but never a pickle.
+        """Load as [`~diffusers.ModelMixin.from_pretrained`] does, but from safetensors only.
 
         Raises:
             ValueError: `use_safetensors=False`, or a configuration that this version does not know.
-            OSError: Not found, not allowed, not reached, or no safetensors in it.
+            OSError: The folder or repository is not found, not accessible or not reachable, or has no safetensors.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` must be True: other weights are pickles, which can run code.")
@@ -206,7 +212,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """As [`~diffusers.ModelMixin.save_pretrained`], in safetensors only; this file is saved beside the weights.
+        """Save as [`~diffusers.ModelMixin.save_pretrained`] does, as safetensors only, with this file beside them.
 
         Raises:
             ValueError: `safe_serialization=False`, which would save a pickle.
@@ -235,7 +241,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
                 path.replace(Path(save_directory, path.name))
 
     def push_to_hub(self, *args, **kwargs) -> str:
-        """Refuse: a network alone, unchecked and without a card, is not what loads everywhere."""
+        """Raise a `NotImplementedError`: only whole pipelines are published, with a model card."""
         raise NotImplementedError(
             "A pipeline is published, not its network: DDPMFacesPipeline(unet, scheduler).push_to_hub(repo_id)."
         )
@@ -253,7 +259,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         if unknown and Path(json_file).name == cls.config_name:
             raise ValueError(
                 f"{json_file} has keys that this version of DDPMFacesUNet does not know: {', '.join(unknown)}. It is "
-                "of another network, or of a later version: pip install --upgrade ddpm-faces."
+                "of another network, or of a later version: then update the ddpm-faces package."
             )
         return config
 
@@ -317,13 +323,13 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
 
         Args:
             sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): x_t.
-            timestep (`int`, `float` or `torch.Tensor` of shape `()`, `(1,)` or `(batch,)`): t of each picture.
+            timestep (`int`, `float` or `torch.Tensor` of shape `()`, `(1,)` or `(batch,)`): t of each image.
             class_labels (`torch.Tensor` of shape `(batch,)`, integer, *optional*):
-                The class of each picture, 0 to `num_class_embeds - 1`; required where the network has classes.
+                The class of each image, 0 to `num_class_embeds - 1`; required where the network has classes.
             return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
             augment_labels (`torch.Tensor` of shape `(batch, augment_dim)`, *optional*):
-                How each picture was augmented; by default not at all, which labels of 0 say as well. Training must
-                give them always: in a distributed run, each parameter must take part in each forward pass.
+                How each image was augmented. No labels mean the same as labels of 0: not augmented. Training must
+                always give them, because a distributed run needs each parameter in each forward pass.
 
         Raises:
             ValueError: A shape or an argument that the network does not take, and what it takes.
@@ -371,8 +377,22 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         return DDPMFacesUNetOutput(sample=sample)
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
-        """Keep the inputs of each block only, and compute the rest once more in the backward pass."""
+        """Keep only the inputs of each block, and recompute the rest in the backward pass."""
         super().enable_gradient_checkpointing(gradient_checkpointing_func or _checkpoint)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Accept `"native"` only: attention is always PyTorch's `scaled_dot_product_attention`.
+
+        PyTorch chooses its kernel; `torch.nn.attention.sdpa_kernel` restricts the choice.
+
+        Raises:
+            ValueError: Another backend, which this network would not use.
+        """
+        if backend != "native":
+            raise ValueError(
+                f"`backend` must be 'native', got {backend!r}: DDPMFacesUNet always calls PyTorch's "
+                "scaled_dot_product_attention. Choose its kernel with torch.nn.attention.sdpa_kernel."
+            )
 
     def _run(self, block: nn.Module, *inputs):
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -470,7 +490,7 @@ class ResnetLayer(nn.Module):
         self.norm2 = _group_norm(num_groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _zero_init(nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1))
-        self.conv_shortcut = nn.Identity()
+        self.conv_shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
@@ -649,9 +669,12 @@ def _zero_init(layer: nn.Module) -> nn.Module:
 
 
 _ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
-_BLOCKS = {
+_BLOCKS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
     "conv": (ConvDownBlock, ConvUpBlock),
     "resnet": (ResnetDownBlock, ResnetUpBlock),
     "resnet_attn": (partial(ResnetDownBlock, with_attention=True), partial(ResnetUpBlock, with_attention=True)),
 }
-_MID_BLOCKS = {"resnet": ResnetMidBlock, "resnet_attn": partial(ResnetMidBlock, with_attention=True)}
+_MID_BLOCKS: dict[str, Callable[..., nn.Module]] = {
+    "resnet": ResnetMidBlock,
+    "resnet_attn": partial(ResnetMidBlock, with_attention=True),
+}

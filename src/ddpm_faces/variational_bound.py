@@ -14,18 +14,19 @@ def bound_terms(
     noisy_samples: torch.Tensor,
     timesteps: torch.Tensor,
 ) -> torch.Tensor:
-    """What each picture's timestep adds to the bound: L_t-1 of eq. 5, or L_0, the likelihood of its pixels, at t = 0.
+    """Compute the term of the bound at each image's timestep: L_t-1 of eq. 5, or the pixels' likelihood L_0 at t = 0.
 
     Args:
-        scheduler ([`DDPMFacesScheduler`]): The reverse process, with its `variance_type` and its clipping.
+        scheduler ([`DDPMFacesScheduler`]): Defines the reverse process, with its `variance_type` and its clipping.
         model_output (`torch.Tensor` of shape `(batch, channels, height, width)`):
-            What the network predicts; `2 * channels` with a learned variance.
-        original_samples (`torch.Tensor` of shape `(batch, channels, height, width)`): x_0 in [-1, 1], of 256 values.
+            Prediction of the network; `2 * channels` with a learned variance.
+        original_samples (`torch.Tensor` of shape `(batch, channels, height, width)`):
+            x_0, with the 256 values of 8-bit pixels scaled to [-1, 1].
         noisy_samples (`torch.Tensor` of the same shape): x_t.
-        timesteps (`torch.Tensor` of shape `(batch,)`, `torch.int64`): t of each.
+        timesteps (`torch.Tensor` of shape `(batch,)`, `torch.int64`): Timestep t of each image.
 
     Returns:
-        `torch.Tensor` of shape `(batch,)`: In bits per dimension, of the type of `original_samples`.
+        `torch.Tensor` of shape `(batch,)`: The terms in bits per dimension, in the dtype of `original_samples`.
     """
     predicted_variance = None
     if model_output.shape[1] != original_samples.shape[1]:
@@ -54,11 +55,11 @@ def bound_terms(
     return terms.flatten(start_dim=1).mean(dim=1) / math.log(2)
 
 
-def _log_probability(x: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-    """log of the part of N(mean, deviation^2) that rounds to x; the first and last of 256 values take the tails."""
-    upper = torch.where(x > 1 - 1e-3, math.inf, (x - mean + 1 / 255) / deviation)
-    lower = torch.where(x < -1 + 1e-3, -math.inf, (x - mean - 1 / 255) / deviation)
-    # In the left tail, where the logarithm of the distribution function is exact however small it is.
+def _log_probability(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Log-probability that N(mean, std^2) rounds to x. The first and the last of the 256 values include the tails."""
+    upper = torch.where(x > 1 - 1e-3, math.inf, (x - mean + 1 / 255) / std)
+    lower = torch.where(x < -1 + 1e-3, -math.inf, (x - mean - 1 / 255) / std)
+    # Computed in the left tail, where log_ndtr is accurate however small the probability is.
     is_right = lower + upper > 0
     upper, lower = torch.where(is_right, -lower, upper), torch.where(is_right, -upper, lower)
     log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)

@@ -34,7 +34,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from ..files import read_json_object
-from ..pipeline_ddpm_faces import NETWORKS, DDPMFacesPipeline
+from ..pipeline_ddpm_faces import MODEL_COMPONENTS, DDPMFacesPipeline
 from ..plots import image_grid
 from ..solvers import fast_solver
 from .card import check_license, merge_cards, model_card
@@ -179,7 +179,7 @@ def export(
 
     # 1. Weights, configurations and code
     networks, states = {}, {}
-    for name in NETWORKS:
+    for name in MODEL_COMPONENTS:
         network = pipeline.components.get(name)
         if network is None:
             continue
