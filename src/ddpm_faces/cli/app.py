@@ -77,7 +77,7 @@ def verify(
     repair: Annotated[bool, typer.Option("--repair", help="Download once more what differs.")] = False,
 ) -> None:
     """Compare what was downloaded with the checksums that the Hub has published."""
-    from ..hub.model_folder import verify
+    from ..hub.transport import verify
 
     repo_type = "dataset" if dataset else "model"
     differing = verify(repo_id, revision, repo_type, repair=repair)
