@@ -222,7 +222,7 @@ def faces(tmp_path) -> Path:
 def test_evaluate(command, model, faces, tmp_path):
     code, text = command("evaluate", model, faces, "--steps", 2, "--num-images", 20, "--likelihood-images", 2)
     assert code == 0, text
-    assert "| Faces that a detector finds, MTCNN | 0 ± 0 |" in text
+    assert "| Faces that a detector finds, MTCNN | 0 ± 0.048 |" in text  # 1 / 21
     assert "| Kernel distance x1000, EfficientNet-Lite0 |" in text
     figures = json.loads((model / "metrics.json").read_text())["metrics"]
     assert [figure["type"] for figure in figures].count("frechet_distance") == 2

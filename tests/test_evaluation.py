@@ -15,8 +15,10 @@ from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet, Dra
 from ddpm_faces.evaluation.likelihood import bits_per_dimension
 from ddpm_faces.evaluation.metrics import channel_statistics, frechet_distance, kernel_distance, precision_recall
 from ddpm_faces.evaluation.quality import (
+    Measured,
     Networks,
     check_comparable,
+    compare,
     evaluate,
     read_metrics,
     table,
@@ -143,6 +145,18 @@ def test_equal_pictures_are_at_no_distance_and_others_are(folder):
     assert value(others, "frechet_distance") > 0
     assert others["metrics"][1]["reference"].startswith("drawn faces (")
     assert others["metrics"][1]["real_faces"] > 0
+
+
+def test_no_share_is_known_exactly():
+    """All 40 images show faces, and all lie amid the real ones: the error is that of one image more."""
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(40, 2, generator=generator)
+    moments = torch.zeros(40, 2, 3, dtype=torch.float64)
+    real = Measured([reference], torch.ones(40, dtype=torch.bool), moments, (16, 16), [""] * 40)
+    blurred = Measured([reference / 1000], torch.ones(40, dtype=torch.bool), moments, (16, 16), [""] * 40)
+    figures = {figure["type"]: figure for figure in compare(blurred, real, Plain())}
+    for kind in ("face_rate", "precision"):
+        assert (figures[kind]["value"], figures[kind]["error"]) == (1, pytest.approx(1 / 41))
 
 
 def test_grey_pictures_and_classes(folder):

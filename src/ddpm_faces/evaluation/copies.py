@@ -26,6 +26,7 @@ from .extractors import Extractor
 from .held_out import held_out_losses
 from .metrics import extract_features
 from .samples import Generated, open_samples
+from .uncertainty import exceedance_p_value, wilson_interval
 
 
 MIN_IMAGES = 100  # so that at least one held-out face lies below the threshold
@@ -359,28 +360,6 @@ def audit_model(
         results["losses"] = _losses(accelerator, pictures, train, held_out, num_loss_images, batch_size)
         results["verdict"] += results["losses"].pop("sentence")
     return report, results, closest_pairs_picture(report, samples, train.images, held_out.images)
-
-
-def wilson_interval(count: int, total: int) -> tuple[float, float]:
-    """Compute the 95 % interval of the share `count / total`, 0 to 1, by Wilson (1927): sensible near 0, too."""
-    share, z = count / total, 1.959964
-    centre = share + z**2 / (2 * total)
-    reach = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return max((centre - reach) / (1 + z**2 / total), 0.0), min((centre + reach) / (1 + z**2 / total), 1.0)
-
-
-def exceedance_p_value(count: int, total: int, held_out_count: int, held_out_total: int) -> float:
-    """Compute the chance of `count` or more samples below the threshold, were they like the held-out faces.
-
-    It is the one-sided p of Fisher's exact test. That the threshold is itself the next of the held-out values does not
-    make this unfair: so many samples lie below that value if and only if, of the first `count + held_out_count` values
-    of both, at least `count` are samples, and all orders are equally likely.
-    """
-    ways = sum(
-        math.comb(total, count + more) * math.comb(held_out_total, held_out_count - more)
-        for more in range(held_out_count + 1)
-    )
-    return ways / math.comb(total + held_out_total, count + held_out_count)
 
 
 def closest_pairs_picture(

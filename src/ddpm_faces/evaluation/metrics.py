@@ -4,7 +4,7 @@ Compare figures only with those from the same network at the same size of the pi
 same number of pictures. The networks are in [`extractors`]; none is the one of the literature.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -189,42 +189,6 @@ def channel_statistics(images: Images) -> dict[str, list[float]]:
     mean = shares @ values
     variance = (shares * (values - mean[:, None]) ** 2).sum(dim=1)
     return {"mean": mean.tolist(), "deviation": variance.sqrt().tolist()}
-
-
-def bootstrap_error(
-    function: Callable[[torch.Tensor, torch.Tensor], Sequence[float]],
-    features: torch.Tensor,
-    reference: torch.Tensor,
-    num_resamples: int = 20,
-    seed: int = 0,
-) -> list[float]:
-    """Estimate the standard errors of figures, from how they scatter over pictures drawn anew with replacement.
-
-    Both sides are drawn anew (Efron 1979, https://doi.org/10.1214/aos/1176344552). Of the Frechet distance, whose bias
-    a repeated picture raises, the error is on the large side: up to twice what it is, with few pictures.
-
-    Args:
-        function (`Callable`): From `features` and `reference` to one figure or several.
-        features (`torch.Tensor` of shape `(num_images, dim)`): Rows that belong to pictures.
-        reference (`torch.Tensor` of shape `(num_reference_images, dim)`): The same.
-        num_resamples (`int`, defaults to 20): At least 2; with 20, an error is itself off by a sixth or so.
-        seed (`int`, defaults to 0): Which are drawn. Equal seeds give equal results.
-
-    Returns:
-        `list[float]`: The standard deviation of each figure over the resamples.
-
-    Raises:
-        ValueError: A `num_resamples` below 2.
-    """
-    if num_resamples < 2:
-        raise ValueError(f"`num_resamples` must be at least 2, got {num_resamples}.")
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(rows: torch.Tensor) -> torch.Tensor:
-        return rows[torch.randint(len(rows), (len(rows),), generator=generator)]
-
-    figures = [function(drawn(features), drawn(reference)) for _ in range(num_resamples)]
-    return torch.tensor(figures, dtype=torch.float64).std(dim=0).tolist()
 
 
 def _distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

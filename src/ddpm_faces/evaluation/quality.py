@@ -28,13 +28,13 @@ from .extractors import EfficientNetLite0, Extractor, InceptionV3, MobileNetV2
 from .likelihood import bits_per_dimension
 from .metrics import (
     NUM_SUBSETS,
-    bootstrap_error,
     channel_statistics,
     frechet_distance,
     kernel_distance,
     precision_recall,
 )
 from .samples import Generated, PictureFiles, open_samples, select
+from .uncertainty import half_split_error, share_error
 
 
 MIN_IMAGES = 2 * NUM_SUBSETS  # of the kernel distance, whose subsets hold two at least
@@ -272,7 +272,7 @@ def compare(measured: Measured, reference: Measured, networks: Networks) -> list
             "name": "Faces that a detector finds",
             "type": "face_rate",
             "value": rate,
-            "error": (rate * (1 - rate) / len(measured.faces)) ** 0.5,
+            "error": share_error(rate, len(measured.faces)),
             **common,
             "extractor": networks.detector.name,
             "resize": enlarged,
@@ -286,7 +286,9 @@ def compare(measured: Measured, reference: Measured, networks: Networks) -> list
         }
         distance, distance_error = kernel_distance(x, y)
         precision, recall = precision_recall(x, y)
-        errors = bootstrap_error(lambda a, b: (frechet_distance(a, b), *precision_recall(a, b)), x, y)
+        errors = half_split_error(lambda a, b: (frechet_distance(a, b), *precision_recall(a, b)), x, y)
+        # Where all halves agree, as at 1, the split shows no error, but there is that of a share of so many images.
+        errors[1:] = max(errors[1], share_error(precision, len(x))), max(errors[2], share_error(recall, len(y)))
         for kind, label, value, error in (
             ("frechet_distance", "Fréchet distance", frechet_distance(x, y), errors[0]),
             ("kernel_distance_x1000", "Kernel distance x1000", 1000 * distance, 1000 * distance_error),
