@@ -159,20 +159,15 @@ def evaluate(
     against: Annotated[Path | None, typer.Option(help="A metrics.json to set beside it.", exists=True)] = None,
 ) -> None:
     """Measure how far faces are from real ones; the figures go into the card. `accelerate launch` shares it out."""
-    from ..evaluation.quality import (
-        METRICS_NAME,
-        Networks,
-        check_comparable,
-        evaluate,
-        read_metrics,
-        table,
-        write_metrics,
-    )
+    from ..evaluation.measurements import MetricNetworks
+    from ..evaluation.quality import METRICS_NAME, check_metrics_file, evaluate, read_metrics, table, write_metrics
 
     others = None if against is None else read_metrics(against)["metrics"]
     if output is None and Path(source, "model_index.json").is_file():
         output = Path(source, METRICS_NAME)
-    networks = Networks.with_inception() if inception else None
+    if output is not None:
+        check_metrics_file(output)
+    networks = MetricNetworks.with_inception() if inception else None
     results = evaluate(
         *(source, data, split, baseline_split or None, num_images, sampler, steps, seed, batch_size, networks),
         num_likelihood_images=likelihood_images,
@@ -180,13 +175,12 @@ def evaluate(
         guide=guide,
         guidance_scale=guidance_scale,
         epsilon_scaling=epsilon_scaling,
+        against=others,
     )
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0":  # one process writes and reports
         return
     if output is not None:
         write_metrics(output, results)
-    if others is not None:
-        check_comparable(results["metrics"], others)
     typer.echo(table(results["metrics"], others))
     if output is not None:
         typer.echo(f"\nThe figures, and how they were measured, are in {output}")
@@ -215,7 +209,7 @@ def audit(
 ) -> None:
     """Search generated faces for copies of training pictures: the verdict goes into the card. Ends with 3 for yes."""
     from ..evaluation.copies import audit_model
-    from ..evaluation.quality import METRICS_NAME, write_metrics
+    from ..evaluation.quality import METRICS_NAME, check_metrics_file, write_metrics
     from ..files import replacing
 
     is_folder = Path(source, "model_index.json").is_file()
@@ -223,6 +217,8 @@ def audit(
         if not is_folder:
             raise ValueError("`--output` must name a folder: there is none of a pipeline to write into.")
         output = Path(source)
+    if is_folder:
+        check_metrics_file(Path(source, METRICS_NAME))
     extractor = None
     if features:
         from ..evaluation.extractors import MobileNetV2

@@ -344,7 +344,8 @@ def audit_model(
     if len(pictures) < num_images:
         raise ValueError(f"`source` must have `num_images` ({num_images}) pictures, has {len(pictures)}.")
     load = {"dataset_name": data, "resolution": pictures.image_size, "cache_dir": cache_dir}
-    train, held_out = load_faces(split=split, **load), load_faces(split=held_out_split, **load)
+    with accelerator.main_process_first():  # it decodes them, the others read its cache
+        train, held_out = load_faces(split=split, **load), load_faces(split=held_out_split, **load)
     if len(held_out) < MIN_IMAGES:
         raise ValueError(f"`held_out_split` must hold at least {MIN_IMAGES} pictures, has {len(held_out)}.")
     indices = torch.arange(num_images).split(batch_size)

@@ -513,10 +513,12 @@ class TrainingRun:
 
     def _evaluate(self, samples: torch.Tensor) -> None:
         from ..evaluation.extractors import MobileNetV2
-        from ..evaluation.quality import Networks, compare, measure, select
+        from ..evaluation.measurements import MetricNetworks, measure
+        from ..evaluation.quality import compare
+        from ..evaluation.samples import select
 
         if self._reference is None:
-            networks = Networks(self.accelerator.device, [MobileNetV2(self.accelerator.device)])
+            networks = MetricNetworks(self.accelerator.device, [MobileNetV2(self.accelerator.device)])
             held_out = self.data.held_out.images.expand(-1, 3, -1, -1)
             self._reference = networks, measure(select(held_out), len(held_out), networks, self.images_per_pass)
         networks, reference = self._reference
