@@ -95,7 +95,7 @@ def test_push_and_verify(server, client, command, model):
     blob.write_bytes(blob.read_bytes()[:-1] + b"\0")
     code, text = command("verify", "owner/typed", home=home)
     assert code == 1
-    assert f"Not what was published: {name}" in text
+    assert f"These files differ from the published checksums: {name}" in text
     assert "the same command with --repair" in text
     assert command("verify", "owner/typed", "--repair", home=home)[0] == 0
 
