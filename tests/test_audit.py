@@ -16,7 +16,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DrawnFaces
 from ddpm_faces.data import picture_to_tensor
-from ddpm_faces.evaluation import copies as audit_module
+from ddpm_faces.evaluation import copies, neighbours
 from ddpm_faces.evaluation.copies import (
     AuditReport,
     audit,
@@ -121,7 +121,7 @@ def standardised(images: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("rows_at_a_time", [7, 1024])
 @pytest.mark.parametrize("space", ["pixels", "features"])
 def test_search_equals_brute_force(faces, monkeypatch, rows_at_a_time, space):
-    monkeypatch.setattr(audit_module, "_ROWS", rows_at_a_time)
+    monkeypatch.setattr(neighbours, "_ROWS", rows_at_a_time)
     sides = faces["samples"][:20], faces["train"], faces["train"].flip(-1)
     if space == "pixels":
         rows, expected_rows = [images.flatten(start_dim=1) for images in sides], map(standardised, sides)
@@ -140,9 +140,9 @@ def test_search_equals_brute_force(faces, monkeypatch, rows_at_a_time, space):
 def test_memory_bounds_the_rows_of_large_pictures(faces, monkeypatch):
     rows = [images.flatten(start_dim=1) for images in (faces["samples"], faces["train"], faces["train"].flip(-1))]
     expected = nearest(*rows)
-    sizes, directions = set(), audit_module._directions
-    monkeypatch.setattr(audit_module, "_NUMBERS", 10 * rows[0].shape[1])
-    monkeypatch.setattr(audit_module, "_directions", lambda x, centre: sizes.add(len(x)) or directions(x, centre))
+    sizes, directions = set(), neighbours._directions
+    monkeypatch.setattr(neighbours, "_NUMBERS", 10 * rows[0].shape[1])
+    monkeypatch.setattr(neighbours, "_directions", lambda x, centre: sizes.add(len(x)) or directions(x, centre))
     for values, expected_values in zip(nearest(*rows), expected, strict=True):
         torch.testing.assert_close(values, expected_values)
     assert sizes == {10}
@@ -442,7 +442,7 @@ def test_picture_of_one_pair_has_room_for_its_title(faces):
     ],
 )
 def test_bad_input_is_refused_before_any_work(faces, monkeypatch, changes, message):
-    monkeypatch.setattr(audit_module, "nearest", None)
+    monkeypatch.setattr(copies, "nearest", None)
     with pytest.raises(ValueError, match=message):
         audit(**{**faces, **changes})
 

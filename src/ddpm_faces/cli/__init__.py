@@ -1,6 +1,6 @@
 """The command `ddpm-faces`."""
 
-from .app import app, main
+from .app import main
 
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

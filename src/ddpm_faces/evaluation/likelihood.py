@@ -1,6 +1,6 @@
-"""The variational bound of a picture's likelihood, DDPM eq. 5 (https://huggingface.co/papers/2006.11239).
+"""The variational bound of an image's likelihood, DDPM eq. 5 (https://huggingface.co/papers/2006.11239).
 
-In bits per dimension: how many bits each channel of each pixel would take, were the picture compressed with the model.
+Bits per dimension are the bits that each channel of each pixel takes if the model compresses the image.
 """
 
 import math
@@ -26,21 +26,21 @@ def bits_per_dimension(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> torch.Tensor:
-    """Bound the bits per dimension of pictures from above. Called by every process.
+    """Compute an upper bound on the bits per dimension of images. Every process must call it.
 
     Args:
         unet ([`DDPMFacesUNet`]): The network, without classes, in evaluation mode.
-        scheduler ([`DDPMFacesScheduler`]): Of its training.
-        images (`torch.Tensor` of shape `(num_images, channels, height, width)`, `torch.uint8`): The pictures.
+        scheduler ([`DDPMFacesScheduler`]): The scheduler of its training.
+        images (`torch.Tensor` of shape `(num_images, channels, height, width)`, `torch.uint8`): The images.
         num_terms (`int`, *optional*):
-            Of the T terms, how many to evaluate: one of each of so many groups of timesteps, drawn by a fixed seed,
-            stands for its group, which leaves the mean what it is. At least 2; by default all.
-        batch_size (`int`, defaults to 64): Evaluations at a time.
-        process_index (`int`, defaults to 0): Which process this is.
-        num_processes (`int`, defaults to 1): Among which the pictures are shared out.
+            Number of the T terms to evaluate, at least 2; by default all. The timesteps are divided into so many
+            groups, and one of each, drawn with a fixed seed, stands for its group, which keeps the expectation.
+        batch_size (`int`, defaults to 64): Evaluations in a batch.
+        process_index (`int`, defaults to 0): Index of this process.
+        num_processes (`int`, defaults to 1): Number of processes that share the images.
 
     Returns:
-        `torch.Tensor` of shape `(num_images,)`, `torch.float64`: On every process.
+        `torch.Tensor` of shape `(num_images,)`, `torch.float64`: The bits, on every process.
 
     Raises:
         ValueError: A `num_terms` below 2.
@@ -50,7 +50,7 @@ def bits_per_dimension(
     num_train_timesteps = scheduler.config.num_train_timesteps
     bounds = np.arange(num_train_timesteps + 1)
     if num_terms is not None and num_terms < num_train_timesteps:
-        # The first term, the largest, by itself; then narrow where terms are large and differ, and none empty.
+        # The first and largest term stands alone. Groups are narrow where terms are large, and none is empty.
         squares = np.linspace(0, 1, num_terms) ** 2
         bounds = np.unique([0, *(1 + (num_train_timesteps - 1) * squares).round().astype(int)])
     parameter = next(unet.parameters())
@@ -75,7 +75,7 @@ def bits_per_dimension(
 
 
 def _prior_bits(scheduler: DDPMFacesScheduler, original_samples: torch.Tensor) -> torch.Tensor:
-    """L_T of each picture: how far x_T is from pure noise."""
+    """L_T of each image: how far x_T is from pure noise."""
     alpha_bar = scheduler.alphas_cumprod[-1].to(original_samples)
     divergence = 0.5 * (alpha_bar * original_samples**2 - alpha_bar - torch.log1p(-alpha_bar))
     return divergence.flatten(start_dim=1).mean(dim=1) / math.log(2)

@@ -1,10 +1,10 @@
-"""How far generated faces are from real ones, by features of a network that was trained on something else.
+"""How far generated faces are from real ones, by the features of a network that was trained for another task.
 
-Compare figures only with those from the same network at the same size of the pictures, and the Frechet distance at the
-same number of pictures. The networks are in [`extractors`]; none is the one of the literature.
+Compare metrics only with those of the same network at the same image size, and the Frechet distance only at the same
+number of images. The networks are in [`extractors`].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -20,24 +20,24 @@ _ROWS = 1024  # of a matrix of distances at a time
 
 
 def extract_features(images: Images, extractor: Extractor | None = None, batch_size: int = 64) -> torch.Tensor:
-    """Compute the features of pictures.
+    """Compute the features of images.
 
     Args:
         images (`torch.Tensor` of shape `(num_images, 3, height, width)`, `torch.uint8`, or `list[PIL.Image.Image]`):
-            Pictures, 0 to 255. Those in a list are of one size, and are read as RGB.
+            Images, 0 to 255. Those in a list have one size and are converted to RGB.
         extractor (`Callable`, *optional*):
-            Takes uint8 pictures of shape `(batch, 3, height, width)`, resizes and normalises them as it needs, and
+            Takes uint8 images of shape `(batch, 3, height, width)`, resizes and normalizes them as it needs, and
             returns pooled features of shape `(batch, dim)`. By default [`EfficientNetLite0`] on the CPU: 224x224 by
             antialiased bicubic interpolation, `(pixel - 127) / 128`, 1280 features.
-        batch_size (`int`, defaults to 64): Pictures at a time.
+        batch_size (`int`, defaults to 64): Images in a batch.
 
     Returns:
         `torch.Tensor` of shape `(num_images, dim)`, `torch.float32`, on the CPU.
 
     Raises:
-        ValueError: Pictures of a wrong type, shape or number, a `batch_size` below 1, or an `extractor` that does not
-            return one row per picture.
-        ImportError: No `extractor`, and the extra `metrics` is not installed.
+        ValueError: Images of a wrong type, shape or number, a `batch_size` below 1, or an `extractor` that does not
+            return one row per image.
+        ImportError: `extractor` is `None`, and the packages of the default one are not installed.
     """
     images = _checked_images(images)
     if batch_size < 1:
@@ -57,7 +57,7 @@ def extract_features(images: Images, extractor: Extractor | None = None, batch_s
 
 
 def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
-    """Compute the squared Frechet distance between the Gaussians that are fitted to the two sets of features.
+    """Compute the squared Frechet distance between Gaussians fitted to two sets of features.
 
     With the means mu_i and the unbiased covariances S_i, which divide by n - 1 (Heusel et al. 2017, eq. 6,
     https://huggingface.co/papers/1706.08500):
@@ -65,14 +65,14 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
         d^2 = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
 
     Computed in float64 and without a matrix root: for any A_i with S_i = A_i^T A_i, tr (S_1 S_2)^(1/2) is the sum of
-    the singular values of A_1 A_2^T. That is exact also with fewer pictures than features, where S_i is singular.
+    the singular values of A_1 A_2^T. This is exact even with fewer images than features, where S_i is singular.
 
     Args:
         features (`torch.Tensor` of shape `(num_images, dim)`, floating point): At least 2 rows.
         reference (`torch.Tensor` of shape `(num_reference_images, dim)`, floating point): At least 2 rows.
 
     Returns:
-        `float`: The squared distance, 0 or larger. It falls as the number of pictures grows.
+        `float`: The squared distance, 0 or larger. It falls as the number of images grows.
 
     Raises:
         ValueError: Features of a wrong type, shape or number, of different `dim`, or not finite.
@@ -100,9 +100,9 @@ def kernel_distance(
 
         sum_{i != j} (k(x_i, x_j) + k(y_i, y_j)) / (m (m - 1)) - 2 sum_{i, j} k(x_i, y_j) / m^2
 
-    in float64. Both sides are shuffled by `seed` and cut into *disjoint* subsets of m rows, so that the estimates are
-    independent and the standard error of their mean is honest; the article's subsets overlap. The expectation depends
-    neither on m nor on the number of pictures, and the estimate may be negative.
+    in float64. Both sides are shuffled by `seed` and cut into *disjoint* subsets of m rows, which makes the estimates
+    independent and the standard error of their mean unbiased; the subsets of the article overlap. The expectation
+    depends neither on m nor on the number of images, and the estimate may be negative.
 
     Args:
         features (`torch.Tensor` of shape `(num_images, dim)`, floating point):
@@ -110,10 +110,10 @@ def kernel_distance(
         reference (`torch.Tensor` of shape `(num_reference_images, dim)`, floating point): The same.
         subset_size (`int`, *optional*): The m above, at least 2; by default the largest that fits.
         num_subsets (`int`, defaults to 10): At least 2.
-        seed (`int`, defaults to 0): Which rows meet in a subset. Equal seeds give equal results.
+        seed (`int`, defaults to 0): Seed of the shuffling. Equal seeds give equal results.
 
     Returns:
-        `(float, float)`: The mean over the subsets and its standard error; publications give them times 1000.
+        `(float, float)`: The mean over the subsets and its standard error; publications multiply both by 1000.
 
     Raises:
         ValueError: A `subset_size` or `num_subsets` below 2, or features of a wrong type, shape or number, of
@@ -135,11 +135,12 @@ def kernel_distance(
 
 
 def precision_recall(features: torch.Tensor, reference: torch.Tensor, num_neighbours: int = 3) -> tuple[float, float]:
-    """Estimate how many of the pictures look real, and how many of the real ones could have been generated.
+    """Estimate which share of the images looks real, and which share of the real ones could have been generated.
 
-    A set covers what lies within a ball about one of its members, as far as that one's k-th nearest neighbour in the
-    set. Precision is the share of `features` that `reference` covers, recall the share of `reference` that `features`
-    cover (Kynkaanniemi et al. 2019, eq. 1 and 2, https://huggingface.co/papers/1904.06991).
+    Each member of a set has a ball whose radius is the distance to its k-th nearest neighbour in the set. The set
+    covers what lies in one of its balls. Precision is the share of `features` that `reference` covers, recall the
+    share of `reference` that `features` cover (Kynkaanniemi et al. 2019, eq. 1 and 2,
+    https://huggingface.co/papers/1904.06991).
 
     Args:
         features (`torch.Tensor` of shape `(num_images, dim)`, floating point): More than `num_neighbours` rows.
@@ -147,7 +148,7 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, num_neighb
         num_neighbours (`int`, defaults to 3): The k above, at least 1.
 
     Returns:
-        `(float, float)`: Precision and recall, 0 to 1. Both fall where pictures are few; compare at equal numbers.
+        `(float, float)`: Precision and recall, 0 to 1. Both depend on the numbers of images; compare at equal numbers.
 
     Raises:
         ValueError: A `num_neighbours` below 1, or features of a wrong type, shape or number, of different `dim`, or
@@ -169,20 +170,21 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, num_neighb
 
 
 def channel_statistics(images: Images) -> dict[str, list[float]]:
-    """Compute the mean and the standard deviation of each channel over all pixels, which show a drift of colour.
+    """Compute mean and standard deviation of each channel over all pixels, which reveal a color shift.
 
     Args:
         images (`torch.Tensor` of shape `(num_images, 3, height, width)`, `torch.uint8`, or `list[PIL.Image.Image]`):
-            Pictures, 0 to 255.
+            Images, 0 to 255.
 
     Returns:
-        `dict[str, list[float]]`: `"mean"` and `"deviation"` of red, green and blue, for pixels in [-1, 1].
+        `dict[str, list[float]]`: `"mean"` and `"deviation"` (the standard deviation) of red, green and blue, for
+        pixels in [-1, 1].
 
     Raises:
-        ValueError: Pictures of a wrong type, shape or number.
+        ValueError: Images of a wrong type, shape or number.
     """
     images = _checked_images(images)
-    # Counting the 256 values is exact, and needs no copy of the pictures in floating point.
+    # Counting the 256 values is exact and needs no floating-point copy of the images.
     counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(dim=1)]).double()
     shares = counts / counts.sum(dim=1, keepdim=True)  # (3, 256)
     values = torch.arange(256, dtype=torch.float64, device=images.device) / 127.5 - 1.0
@@ -191,44 +193,8 @@ def channel_statistics(images: Images) -> dict[str, list[float]]:
     return {"mean": mean.tolist(), "deviation": variance.sqrt().tolist()}
 
 
-def bootstrap_error(
-    function: Callable[[torch.Tensor, torch.Tensor], Sequence[float]],
-    features: torch.Tensor,
-    reference: torch.Tensor,
-    num_resamples: int = 20,
-    seed: int = 0,
-) -> list[float]:
-    """Estimate the standard errors of figures, from how they scatter over pictures drawn anew with replacement.
-
-    Both sides are drawn anew (Efron 1979, https://doi.org/10.1214/aos/1176344552). Of the Frechet distance, whose bias
-    a repeated picture raises, the error is on the large side: up to twice what it is, with few pictures.
-
-    Args:
-        function (`Callable`): From `features` and `reference` to one figure or several.
-        features (`torch.Tensor` of shape `(num_images, dim)`): Rows that belong to pictures.
-        reference (`torch.Tensor` of shape `(num_reference_images, dim)`): The same.
-        num_resamples (`int`, defaults to 20): At least 2; with 20, an error is itself off by a sixth or so.
-        seed (`int`, defaults to 0): Which are drawn. Equal seeds give equal results.
-
-    Returns:
-        `list[float]`: The standard deviation of each figure over the resamples.
-
-    Raises:
-        ValueError: A `num_resamples` below 2.
-    """
-    if num_resamples < 2:
-        raise ValueError(f"`num_resamples` must be at least 2, got {num_resamples}.")
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(rows: torch.Tensor) -> torch.Tensor:
-        return rows[torch.randint(len(rows), (len(rows),), generator=generator)]
-
-    figures = [function(drawn(features), drawn(reference)) for _ in range(num_resamples)]
-    return torch.tensor(figures, dtype=torch.float64).std(dim=0).tolist()
-
-
 def _distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Exact also between equal rows, of which sets with repetitions have many."""
+    """Distances that are exactly 0 between equal rows, which sets with repetitions have."""
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -245,7 +211,7 @@ def _squared_discrepancy(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _checked_images(images: Images) -> torch.Tensor:
-    """Pictures as a uint8 tensor of shape (num_images, 3, height, width)."""
+    """Images as a uint8 tensor of shape (num_images, 3, height, width)."""
     if len(images) == 0:
         raise ValueError("`images` must hold at least 1 picture, got none.")
     if not isinstance(images, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Faces that are looked at: of a pipeline, or of a folder of pictures that any other program has made."""
+"""The faces to measure: of a pipeline, or of a folder of images that any other program has made."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -27,28 +27,28 @@ def open_samples(
     guidance_scale: float | None = None,
     epsilon_scaling: float | None = None,
 ) -> "Generated | PictureFiles":
-    """Open faces to look at; none is generated or read yet.
+    """Prepare the faces to measure; none is generated or read yet.
 
     Args:
         source (`str`, `os.PathLike` or [`DDPMFacesPipeline`]):
-            A pipeline, its folder or its name on the Hub; or a folder of pictures.
+            A pipeline, its folder or its name on the Hub; or a folder of images.
         sampler (`str`, defaults to `"ddpm"`): `"ddpm"`, the pipeline's own scheduler, or `"dpm-solver++"`.
-        num_inference_steps (`int`, *optional*): By default all T.
-        seed (`int`, defaults to 0): Of the first face.
-        device (`str` or `torch.device`, defaults to `"cpu"`): Of a pipeline that is loaded.
-        sigma_min (`float`, *optional*): For `"dpm-solver++"`, as that of [`fast_solver`].
+        num_inference_steps (`int`, *optional*): Sampling steps; by default all T.
+        seed (`int`, defaults to 0): Seed of the first image; image i uses `seed + i`.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Device for a pipeline that is loaded here.
+        sigma_min (`float`, *optional*): For `"dpm-solver++"`, see [`fast_solver`].
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*):
-            A weaker model to be guided by, as that of [`DDPMFacesPipeline.set_guide`]; by default the pipeline's own.
-        guidance_scale (`float`, *optional*): By default that of the pipeline; needed with `guide`.
-        epsilon_scaling (`float`, *optional*): For `"dpm-solver++"`, as that of [`fast_solver`].
+            A weaker model for autoguidance, see [`DDPMFacesPipeline.set_guide`]; by default the pipeline's own.
+        guidance_scale (`float`, *optional*): By default that of the pipeline; required with `guide`.
+        epsilon_scaling (`float`, *optional*): For `"dpm-solver++"`, see [`fast_solver`].
 
     Returns:
-        What has `batches` (from indices to `torch.uint8` of shape `(batch, 3, height, width)`), `image_size` (height
-        and width), `len` and `provenance`.
+        [`Generated`] or [`PictureFiles`]: Both have `batches` (from indices to `torch.uint8` of shape
+        `(batch, 3, height, width)`), `image_size` (height and width), `len` and `provenance`.
 
     Raises:
-        ValueError: An argument outside what is said above, a folder without pictures or with other files or with
-            pictures of several sizes, or a pipeline of other than RGB or grey pictures.
+        ValueError: An argument out of range, a folder without images, with other files or with images of several
+            sizes, or a pipeline that generates neither RGB nor grey images.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"`sampler` must be one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}.")
@@ -75,13 +75,13 @@ def open_samples(
             folder = Path(guide).expanduser()
             name = folder.resolve().name if folder.is_dir() else str(guide)
             guide = DDPMFacesPipeline.from_pretrained(guide)
-        source = source.with_scheduler(source.scheduler)  # which is the caller's, and stays as it is
+        source = source.with_scheduler(source.scheduler)  # a copy: the caller's pipeline stays as it is
         source.set_guide(guide, guidance_scale)
     return Generated(source, sampler, num_inference_steps, seed, sigma_min, guidance_scale, name, epsilon_scaling)
 
 
 class Generated:
-    """Faces of a pipeline, one by one of its own seed, so that a batch does not decide what is in it."""
+    """Faces of a pipeline. Each has its own seed, so it does not depend on its batch."""
 
     def __init__(
         self,
@@ -95,9 +95,9 @@ class Generated:
         epsilon_scaling: float | None = None,
     ) -> None:
         unet = pipeline.unet.config
-        if unet.in_channels not in (1, 3):  # out of the network may come a variance as well
+        if unet.in_channels not in (1, 3):  # `out_channels` may include a variance
             raise ValueError(f"`source` makes pictures of {unet.in_channels} channels; 1 or 3 can be measured.")
-        self.scheduler = pipeline.scheduler  # of the training
+        self.scheduler = pipeline.scheduler  # that of the training
         self.steps = num_inference_steps or self.scheduler.config.num_train_timesteps
         if self.steps > self.scheduler.config.num_train_timesteps:
             raise ValueError(
@@ -136,7 +136,7 @@ class Generated:
         if self.sampler == "dpm-solver++":
             solver = self.pipeline.scheduler
             provenance["sigma_min"] = solver.sigma_min
-            # Where there is any: figures from before there was compare with those without.
+            # Left out at 1, so that older metrics stay comparable.
             provenance |= {"epsilon_scaling": solver.epsilon_scaling} if solver.epsilon_scaling != 1 else {}
         if self.guidance_scale != 1:
             provenance["guidance_scale"] = self.guidance_scale
@@ -145,7 +145,7 @@ class Generated:
 
 
 class PictureFiles:
-    """Pictures of a folder, which must be pictures, and of one size."""
+    """The images of a folder, which must all be images of one size."""
 
     def __init__(self, folder: Path) -> None:
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
@@ -188,5 +188,5 @@ class PictureFiles:
 
 
 def select(images: torch.Tensor) -> Callable[[Sequence[int]], torch.Tensor]:
-    """For [`measure`], of pictures that are there."""
+    """Make `batches` for [`measure`] from a tensor of images."""
     return lambda indices: images[list(indices)]

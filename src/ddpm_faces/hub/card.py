@@ -1,28 +1,31 @@
-"""The model card, filled from the template `model_card.md`; what a person wrote into it stays."""
+"""The model card: filled from the template `model_card.md`, merged with what people wrote into the old card."""
 
 import re
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 
+_PACKAGE = "ddpm-faces"
 _SECTION = re.compile(r"<!-- generated: (\w+)[^>]*-->\n(?:(?!<!-- generated: ).)*?<!-- end: \1 -->", re.DOTALL)
-# Keys of the metadata that publishing writes; all others are a person's.
+_ROW = re.compile(r"^\| (.+?) \| (.*) \|$", re.MULTILINE)
+# Metadata that only publishing writes. Other keys may be written by a person, too.
 GENERATED_KEYS = ("library_name", "pipeline_tag", "model-index", "configs", "size_categories", "task_categories")
 TAGS = ["ddpm", "faces", "diffusers", "unconditional-image-generation"]
 
 
 def check_license(name: str, license: str | None) -> None:
-    """Refuse what the Hub takes for no licence, before any work is done.
+    """Check the form of a license, before any work is done.
 
     Args:
-        name (`str`): Of the argument.
-        license (`str`, *optional*): Identifier of the Hub: https://hf.co/docs/hub/repositories-licenses.
+        name (`str`): Name of the argument, for the message.
+        license (`str`, *optional*): An identifier of https://hf.co/docs/hub/repositories-licenses.
 
     Raises:
-        ValueError: It cannot be an identifier.
+        ValueError: The license cannot be such an identifier.
     """
     if license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
         raise ValueError(
@@ -32,9 +35,19 @@ def check_license(name: str, license: str | None) -> None:
 
 
 def template_path() -> Path:
-    """`model_card.md`: in the package where that is installed, at the top of the repository otherwise."""
+    """The path of `model_card.md`: in an installed package, or at the top of the repository."""
     package = Path(__file__).parents[1]
     return next(path for path in (package / "model_card.md", package.parents[1] / "model_card.md") if path.is_file())
+
+
+def source_url() -> str | None:
+    """The address of this package's source, `Repository` among the URLs in pyproject.toml, or `None` without one."""
+    try:
+        entries = metadata(_PACKAGE).get_all("Project-URL") or []
+    except PackageNotFoundError:
+        return None
+    urls = dict(entry.split(", ", 1) for entry in entries)
+    return urls.get("Repository")
 
 
 def model_card(
@@ -49,11 +62,14 @@ def model_card(
 
     Args:
         repo_id (`str`): "user/name".
-        values (`dict`): What the template names.
-        metrics (`list[dict]`, *optional*): Entries of `metrics.json`: `name`, `type`, `value`, and where it is from.
-        license (`str`, *optional*): Identifier of the Hub, such as "cc-by-nc-sa-4.0".
-        datasets (`list[str]`, *optional*): Names of data sets on the Hub.
-        base_model (`str`, *optional*): "user/name" of the model on the Hub that the training started from.
+        values (`dict`): The values that the template names.
+        metrics (`list[dict]`, *optional*): Entries of `metrics.json`: `name`, `type`, `value` and provenance.
+        license (`str`, *optional*): Hub identifier such as "cc-by-nc-sa-4.0".
+        datasets (`list[str]`, *optional*): "user/name" of the training datasets on the Hub.
+        base_model (`str`, *optional*): "user/name" of the model on the Hub that training started from.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: The card with its metadata.
     """
     results = [
         EvalResult(
@@ -77,14 +93,29 @@ def model_card(
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
     )
-    return ModelCard.from_template(data, template_path=str(template_path()), repo_id=repo_id, **values)
+    return ModelCard.from_template(
+        data, template_path=str(template_path()), repo_id=repo_id, source_url=source_url(), **values
+    )
 
 
 def merge_cards(old: str, new: str) -> str:
-    """What is generated, of the new card; all else, of the old one.
+    """Merge a new card into the one that is there: generated parts come from the new card, all else from the old one.
 
-    A generated section that the old card no longer has (somebody took it out with its marks) stays out. A card that
-    has none at all was written by a person or another program: the new one follows after it.
+    - A generated section that somebody removed from the old card, with its marks, stays out. If the old card has no
+      such section, a person or another program wrote it, and the new card follows after it.
+    - The license and the base model of the new card replace those of the old one; its tags and datasets are added.
+    - A base model or dataset that the old card's own training table names was generated, and goes if the new card does
+      not name it. Any other was written by a person, and stays.
+
+    Args:
+        old (`str`): The card that is there.
+        new (`str`): The card of [`model_card`].
+
+    Returns:
+        `str`: The merged card.
+
+    Raises:
+        ValueError: The metadata of the old card cannot be read.
     """
     old_sections, new_sections = (dict(_sections(card)) for card in (old, new))
     try:
@@ -98,12 +129,20 @@ def merge_cards(old: str, new: str) -> str:
     else:
         text = f"{text.rstrip()}\n\n{new_card.text.lstrip()}" if text.strip() else new_card.text
     old_data, new_data = old_card.data.to_dict(), new_card.data.to_dict()
+    training = dict(_ROW.findall(old_sections.get("training", "")))
+    generated = {"base_model": training.get("started from"), "datasets": training.get("pictures", "").split(": ")[0]}
+    for key, value in generated.items():
+        kept = [name for name in _list(old_data.get(key)) if name != value]
+        if not kept:
+            old_data.pop(key, None)
+        elif len(kept) < len(_list(old_data[key])):
+            old_data[key] = kept
     data = {**new_data, **{k: v for k, v in old_data.items() if k not in GENERATED_KEYS}}
     for key in GENERATED_KEYS:
         if key not in new_data and old_sections:
             data.pop(key, None)
     data["tags"] = list(dict.fromkeys(map(str, _list(old_data.get("tags")) + _list(new_data.get("tags")))))
-    if "license" in new_data:  # which is asked for at each publishing
+    if "license" in new_data:
         data["license"] = new_data["license"]
         if new_data["license"] != "other":
             for key in ("license_name", "license_link"):
@@ -120,7 +159,7 @@ def merge_cards(old: str, new: str) -> str:
 
 
 def _list(value: Any) -> list:
-    """What a person may have written as a single word."""
+    """A list of metadata, which a person may have written as a single word."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 

@@ -60,11 +60,12 @@ class Assessment:
 
     def _evaluate(self, run: "Run", samples: torch.Tensor) -> None:
         from ..evaluation.extractors import MobileNetV2
-        from ..evaluation.quality import Networks, compare, measure
+        from ..evaluation.measurements import MetricNetworks, measure
+        from ..evaluation.quality import compare
         from ..evaluation.samples import select
 
         if self._reference is None:
-            networks = Networks(run.accelerator.device, [MobileNetV2(run.accelerator.device)])
+            networks = MetricNetworks(run.accelerator.device, [MobileNetV2(run.accelerator.device)])
             held_out = run.data.held_out.images.expand(-1, 3, -1, -1)
             self._reference = networks, measure(select(held_out), len(held_out), networks, run.micro_batch_size)
         networks, reference = self._reference

@@ -1,0 +1,141 @@
+"""Commands that measure: how far faces are from real ones, and whether they copy training images."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import BatchSize, EpsilonScaling, GuidanceScale, Guide, Sampler, Seed, SigmaMin, Source
+
+
+def evaluate(
+    source: Source,
+    data: Annotated[
+        str | None, typer.Argument(help="Real faces: a dataset or a folder of images (default: drawn faces).")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Held-out split to compare against.")] = "test",
+    baseline_split: Annotated[
+        str, typer.Option(help="Split of other real faces that show what a perfect model could reach; '' for none.")
+    ] = "train",
+    num_images: Annotated[
+        int | None, typer.Option(help="Number of images on either side (default: as many as there are, up to 1000).")
+    ] = None,
+    sampler: Sampler = "ddpm",
+    steps: Annotated[int | None, typer.Option(help="Sampling steps (default: all training timesteps).")] = None,
+    sigma_min: SigmaMin = None,
+    epsilon_scaling: EpsilonScaling = None,
+    guide: Guide = None,
+    guidance_scale: GuidanceScale = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    inception: Annotated[
+        bool, typer.Option("--inception", help="Measure FID and KID of the literature, too (downloads 90 MB).")
+    ] = False,
+    likelihood_images: Annotated[
+        int, typer.Option(help="Number of real faces of which to bound the bits per dimension; 0 for none.")
+    ] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="File for the metrics (default: metrics.json in the pipeline's folder).")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Another metrics.json to show beside the result.", exists=True)
+    ] = None,
+) -> None:
+    """Measure how far faces are from real ones. The metrics go into the card. Runs under `accelerate launch`, too."""
+    from ..evaluation.measurements import MetricNetworks
+    from ..evaluation.quality import METRICS_NAME, check_metrics_file, evaluate, read_metrics, table, write_metrics
+
+    others = None if against is None else read_metrics(against)["metrics"]
+    if output is None and Path(source, "model_index.json").is_file():
+        output = Path(source, METRICS_NAME)
+    if output is not None:
+        check_metrics_file(output)
+    networks = MetricNetworks.with_inception() if inception else None
+    results = evaluate(
+        *(source, data, split, baseline_split or None, num_images, sampler, steps, seed, batch_size, networks),
+        num_likelihood_images=likelihood_images,
+        sigma_min=sigma_min,
+        guide=guide,
+        guidance_scale=guidance_scale,
+        epsilon_scaling=epsilon_scaling,
+        against=others,
+    )
+    if not _is_main_process():
+        return
+    if output is not None:
+        write_metrics(output, results)
+    typer.echo(table(results["metrics"], others))
+    if output is not None:
+        typer.echo(f"\nThe metrics and how they were measured are in {output}")
+
+
+def audit(
+    source: Source,
+    data: Annotated[str, typer.Argument(help="Dataset of the training.")],
+    split: Annotated[
+        str, typer.Option(help="Split of all training images and no others: 'train[:500]' for 500.")
+    ] = "train",
+    held_out_split: Annotated[str, typer.Option(help="Held-out split to compare against.")] = "test",
+    num_images: Annotated[int, typer.Option(help="Number of faces to search for.")] = 400,
+    sampler: Sampler = "dpm-solver++",
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
+    sigma_min: SigmaMin = None,
+    epsilon_scaling: EpsilonScaling = None,
+    guide: Guide = None,
+    guidance_scale: GuidanceScale = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    features: Annotated[bool, typer.Option(help="Compare features of a network, too, not only pixels.")] = True,
+    loss_images: Annotated[
+        int, typer.Option(help="Number of images on which to compare the losses; 0 for none.")
+    ] = 100,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for audit.json and audit.png (default: the pipeline's folder).")
+    ] = None,
+) -> None:
+    """Search generated faces for copies of training images. The verdict goes into the card. Exit code 3: copies."""
+    from ..evaluation.copies import audit_model
+    from ..evaluation.quality import METRICS_NAME, check_metrics_file, write_metrics
+    from ..files import replacing
+
+    is_folder = Path(source, "model_index.json").is_file()
+    if output is None:
+        if not is_folder:
+            raise ValueError("`--output` must name a folder: there is none of a pipeline to write into.")
+        output = Path(source)
+    if is_folder:
+        check_metrics_file(Path(source, METRICS_NAME))
+    extractor = None
+    if features:
+        from ..evaluation.extractors import MobileNetV2
+
+        extractor = MobileNetV2()
+    report, results, picture = audit_model(
+        *(source, data, split, held_out_split, num_images, sampler, steps, seed, batch_size, extractor, loss_images),
+        sigma_min=sigma_min,
+        guide=guide,
+        guidance_scale=guidance_scale,
+        epsilon_scaling=epsilon_scaling,
+    )
+    if not _is_main_process():
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with replacing(output / "audit.json") as path:
+        path.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    with replacing(output / "audit.png") as path:
+        picture.save(path, "PNG")
+    if is_folder:
+        keys = ("sampler", "steps", "seeds", "sigma_min", "epsilon_scaling", "guidance_scale", "guide")
+        provenance = {key: results[key] for key in keys if key in results}
+        write_metrics(Path(source, METRICS_NAME), {"memorisation": {"verdict": results["verdict"], **provenance}})
+    typer.echo(results["verdict"])
+    typer.echo(f"The closest pairs, which show training images: {output / 'audit.png'}")
+    if report.found_copies:
+        raise typer.Exit(3)
+
+
+def _is_main_process() -> bool:
+    """Whether this process writes and reports; `accelerate launch` sets the rank."""
+    return os.environ.get("RANK", "0") == "0"

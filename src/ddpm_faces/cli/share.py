@@ -1,0 +1,57 @@
+"""Commands that talk to the Hub: push and verify."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Private, Repo, Revision
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Output folder of a training.", exists=True, file_okay=False)],
+    repo_id: Repo,
+    private: Private = None,
+    license: Annotated[str | None, typer.Option(help="License of the model, such as cc-by-nc-sa-4.0.")] = None,
+    dataset_license: Annotated[str | None, typer.Option(help="License of the training images.")] = None,
+    variants: Annotated[
+        str, typer.Option(help="Half-precision weights to add, separated by commas; '' for none.")
+    ] = "bf16,fp16",
+    revision: Annotated[str | None, typer.Option(help="Existing branch (default: the main branch).")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+) -> None:
+    """Check a pipeline and publish it on the Hub with its card."""
+    from ..hub.model_folder import push
+
+    commit = push(
+        folder,
+        repo_id,
+        commit_message=message,
+        private=private,
+        create_pr=create_pr,
+        revision=revision,
+        variants=tuple(name for name in variants.split(",") if name),
+        license=license,
+        dataset_license=dataset_license,
+    )
+    typer.echo(f"Proposed: {commit.pr_url}" if commit.pr_url else f"Published: {commit}")
+
+
+def verify(
+    repo_id: Repo,
+    revision: Revision = None,
+    dataset: Annotated[bool, typer.Option("--dataset", help="The repository is a dataset, not a model.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Download differing files again.")] = False,
+) -> None:
+    """Compare downloaded files with the checksums on the Hub."""
+    from ..hub.transport import verify
+
+    repo_type = "dataset" if dataset else "model"
+    differing = verify(repo_id, revision, repo_type, repair=repair)
+    if differing:
+        typer.echo("These files differ from the published checksums: " + ", ".join(differing), err=True)
+        if not repair:
+            typer.echo("Download them again: the same command with --repair.", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"All files of {repo_id} in the cache are what was published.")

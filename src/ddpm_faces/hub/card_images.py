@@ -1,0 +1,81 @@
+"""The images of a model card: a grid of faces, and a strip from noise to face."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ..pipeline_ddpm_faces import DDPMFacesPipeline
+from ..plots import image_grid
+from ..solvers import fast_solver
+
+
+_STRIP_FRAMES, _STRIP_FACES = 10, 2
+_GRID_FACES, _GRID_STEPS = 16, 20
+
+
+def check_drawing(pipeline: DDPMFacesPipeline) -> None:
+    """Raise a `ValueError`, before any work starts, if the scheduler cannot be used with the network."""
+    labels = _labels(pipeline, 1)
+    pipeline.check_inputs(1, pipeline.scheduler.config.num_train_timesteps, None, None, "pil", labels, (), 0.0)
+
+
+def draw_grid(pipeline: DDPMFacesPipeline, path: Path, sigma_min: float | None) -> str:
+    """Save a grid of 16 faces, of the seeds 0 to 15; returns how they were sampled, in words."""
+    scheduler = pipeline.scheduler
+    fast = pipeline.with_scheduler(fast_solver(scheduler, sigma_min))
+    steps = min(_GRID_STEPS, scheduler.config.num_train_timesteps)
+    fast.set_progress_bar_config(desc="Drawing faces for the card", leave=False)
+    images = fast(_GRID_FACES, steps, _seeds(_GRID_FACES), class_labels=_labels(fast, _GRID_FACES)).images
+    image_grid(images, scale=_scale(images[0])).save(path)
+    return f"{steps} steps of DPM-Solver++"
+
+
+def draw_strip(pipeline: DDPMFacesPipeline, path: Path) -> list[int]:
+    """Save two rows of images from noise to face; returns the timestep of each column."""
+    total = pipeline.scheduler.config.num_train_timesteps
+    count = min(_STRIP_FRAMES, total)
+    wanted = {round((i + 1) * total / count) - 1 for i in range(count)}
+    frames, timesteps = [], []
+
+    def keep(_, index: int, timestep: int, values: dict) -> dict:
+        if index in wanted:
+            frames.append(DDPMFacesPipeline.postprocess(values["latents"]))
+            timesteps.append(int(timestep))
+        return {}
+
+    pipeline.set_progress_bar_config(desc="Drawing the strip for the card", leave=False)
+    labels = _labels(pipeline, _STRIP_FACES)
+    pipeline(_STRIP_FACES, generator=_seeds(_STRIP_FACES), callback_on_step_end=keep, class_labels=labels)
+    rows: list[Image.Image] = [frame[face] for face in range(_STRIP_FACES) for frame in frames]
+    image_grid(rows, columns=len(frames), scale=_scale(rows[0])).save(path)
+    return timesteps
+
+
+def _scale(image: Image.Image) -> int:
+    """By how much to enlarge a small image so that a person can see it."""
+    return max(1, 96 // max(image.size))
+
+
+def _seeds(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def _labels(pipeline: DDPMFacesPipeline, count: int) -> list[int] | None:
+    classes = pipeline.unet.config.get("num_class_embeds")
+    return None if classes is None else [i % classes for i in range(count)]
+
+
+def copy_pixels(source: Path, destination: Path) -> None:
+    """Copy an image without its metadata.
+
+    Raises:
+        ValueError: The file is not an image.
+    """
+    try:
+        with Image.open(source) as image:
+            pixels = image.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{source} must be an image: {error}") from error
+    pixels.info.clear()
+    pixels.save(destination)

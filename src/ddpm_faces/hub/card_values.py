@@ -1,0 +1,97 @@
+"""The values that fill the template of the model card."""
+
+from typing import Any
+
+import torch
+
+from ..pipeline_ddpm_faces import DDPMFacesPipeline
+
+
+def template_values(
+    repo_id: str,
+    pipeline: DDPMFacesPipeline,
+    config: dict,
+    metrics: dict,
+    summary: dict,
+    dataset_license: str | None,
+) -> dict[str, Any]:
+    """Everything that `model_card.md` names, except for its images, the weight variants and the loss curve.
+
+    Args:
+        repo_id (`str`): "user/name".
+        pipeline ([`DDPMFacesPipeline`]): The published pipeline.
+        config (`dict`): Content of `training_config.yaml`, empty if there is none.
+        metrics (`dict`): Content of `metrics.json`, empty if there is none.
+        summary (`dict`): Content of `training_summary.json`, empty if there is none.
+        dataset_license (`str`, *optional*): License of the training images.
+    """
+    unet, scheduler = pipeline.unet.config, pipeline.scheduler.config
+    size = unet.sample_size if isinstance(unet.sample_size, int) else tuple(unet.sample_size)
+    height, width = (size, size) if isinstance(size, int) else size
+    classes = unet.get("num_class_embeds")
+    kind = {"ema": ", averaged weights (EMA)", "raw": ", the last weights"}.get(pipeline.config.get("weights"), "")
+    source = config.get("dataset_name") or config.get("train_data_dir")
+    is_drawn = bool(config) and source is None
+    guide_images_seen = _thousands(summary.get("guide_images_seen"))
+    guide = f"this network after {guide_images_seen} images" if guide_images_seen else _network(pipeline.guide)
+    training = {
+        "pictures": ": ".join(filter(None, (source, summary.get("data")))),
+        "started from": config.get("pretrained_model_name_or_path"),
+        "their licence": dataset_license or ("not stated" if config and not is_drawn else None),
+        "images seen": _thousands(summary.get("images_seen")),
+        "time": summary and f"{_duration(summary['hours'])} on {summary['processes']} x {summary['device']}",
+        "precision": summary.get("precision"),
+        "batch size": config.get("train_batch_size"),
+        "learning rate": config.get("learning_rate"),
+        "held-out loss": summary.get("held_out_loss") and f"{summary['held_out_loss']:.4g}",
+        "network": _network(pipeline.unet) + kind,
+        "guide": pipeline.guide and f"{guide}, guidance scale {pipeline.config.guidance_scale:g}",
+        "noise schedule": f"{scheduler.beta_schedule}, T = {scheduler.num_train_timesteps}",
+        "predicts": scheduler.prediction_type,
+        "made with": summary.get("versions"),
+    }
+    entries = metrics.get("metrics", [])
+    if pipeline.guide is not None:  # say of each metric whether it was measured with the guide
+        entries = [{**entry, "guidance_scale": entry.get("guidance_scale", 1)} for entry in entries]
+    betas = "" if scheduler.beta_schedule != "sigmoid" else ", trained_betas=pipeline.scheduler.betas.tolist()"
+    return {
+        "title": repo_id.split("/")[-1],
+        "summary": (
+            f"A denoising diffusion model (DDPM) that makes faces of {height}x{width} pixels"
+            + (f", of {classes} classes" if classes else "")
+            + f", trained with ddpm-faces. {'' if entries else 'Its quality was not measured.'}".rstrip()
+        ),
+        "call": "class_labels=[0], " if classes else "",
+        "solver_arguments": betas,
+        "training": [(name, _cell(value)) for name, value in training.items() if value not in (None, {}, "")],
+        "has_config": bool(config),
+        "metrics": [_metric_row(metric) for metric in entries],
+        "memorisation": metrics.get("memorisation", {}).get("verdict", "Not measured. Assume that they can be."),
+    }
+
+
+def _network(network: torch.nn.Module | None) -> str | None:
+    return (
+        network and f"{type(network).__name__}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters"
+    )
+
+
+def _metric_row(metric: dict[str, Any]) -> dict[str, str]:
+    error = f" ± {metric['error']:.3g}" if metric.get("error") is not None else ""
+    shown = {k: v for k, v in metric.items() if k not in ("name", "type", "value", "error")}
+    provenance = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
+    name, provenance = _cell(metric["name"]), _cell(provenance)
+    return {"name": name, "text": f"{metric['value']:.4g}{error}", "provenance": provenance}
+
+
+def _cell(value: Any) -> str:
+    """Text for a cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+
+
+def _thousands(number: int | None) -> str | None:
+    return None if number is None else f"{number:,}"

@@ -1,0 +1,94 @@
+"""Errors of the Hub, explained to a user, and requests that are retried when the Hub is busy."""
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_ATTEMPTS = 5
+REASONS = {
+    401: "there is no valid token: log in with `hf auth login`, or set HF_TOKEN",
+    403: "this token may not do that there: make one that may, or take a name of your own",
+    404: "it was not found, or is not yours to see: is the name right, and the token its owner's?",
+    409: "it is being changed by somebody else: run this again",
+    412: "it was changed by somebody else meanwhile: look at their change, and run this again",
+    429: "the Hub asks for fewer requests: run this again later",
+}
+
+
+class HubError(OSError):
+    """The Hub could not be reached or refused a request. The message says what to do."""
+
+
+def retry(call: Callable[[], Any]) -> Any:
+    """Call up to five times while the Hub is busy or down: the client itself retries only some of its requests.
+
+    Waits as long as `Retry-After` asks for (five minutes at most), else 1, 2, 4 and 8 seconds.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            return call()
+        except Exception as error:
+            if attempt == _ATTEMPTS - 1 or not is_transient(error):
+                raise
+            response = getattr(error, "response", None)
+            asked = response.headers.get("Retry-After", "") if response is not None else ""
+            time.sleep(min(float(asked), 300) if asked.isdigit() else 2**attempt)
+
+
+def http_status(error: Exception) -> int | None:
+    """The HTTP status behind an error, or `None` where there was no answer."""
+    response = getattr(error, "response", None)
+    return None if response is None else response.status_code
+
+
+def is_transient(error: Exception) -> bool:
+    status = http_status(error)
+    if status is not None:
+        return status == 429 or status >= 500
+    if isinstance(error, OfflineModeIsEnabled):  # waiting does not change that
+        return False
+    if type(error).__name__ in ("UnsupportedProtocol", "LocalProtocolError"):  # the address is wrong, not the Hub
+        return False
+    # No answer at all, as Python or the client's HTTP library reports it.
+    return isinstance(error, ConnectionError) or type(error).__module__.startswith(("httpx", "requests"))
+
+
+@contextlib.contextmanager
+def explaining(repo_id: str, outcome: str) -> Iterator[None]:
+    """Turn errors of the Hub into a [`HubError`] that says what they mean, followed by `outcome`."""
+    try:
+        yield
+    except (ValueError, HubError):
+        raise
+    except Exception as error:
+        explanation = explanation_of(repo_id, error, outcome)
+        if explanation is None:
+            raise
+        raise explanation from error
+
+
+def explanation_of(repo_id: str, error: Exception, outcome: str) -> HubError | None:
+    """The [`HubError`] for an error, or `None` where the error did not come from the Hub."""
+    cause, status = error, http_status(error)
+    while status is None and cause.__cause__ is not None:
+        cause = cause.__cause__
+        status = http_status(cause)
+    if status is None and not isinstance(error, (OSError, RuntimeError)) and not is_transient(error):
+        return None
+    reason = REASONS.get(status) or reason_of(error)
+    code = "" if status is None else f" [HTTP {status}]"
+    return HubError(f"{repo_id}: {reason}{code}. {outcome}".strip())
+
+
+def reason_of(error: BaseException) -> str:
+    """The message of the root cause, in one line and without a token."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return TOKEN.sub("hf_...", text).rstrip(".")
