@@ -15,7 +15,9 @@ from tqdm.auto import tqdm
 from ..files import check_new, new_folder
 from ..hub.card import check_license, merge_cards
 from ..hub.model_folder import check_permission, check_repo_id, publish
-from .faces import FaceDataset, hold_out, load_faces, resolve_source
+from .dataset import FaceDataset, hold_out
+from .folders import resolve_source
+from .loading import load_faces
 
 
 DATASET_FILES = ("README.md", "data/*.parquet")

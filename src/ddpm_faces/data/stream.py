@@ -19,16 +19,10 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .batches import make_data_loader, restarting
-from .faces import (
-    MODES,
-    UNREADABLE,
-    choose_image_column,
-    is_picture_folder,
-    picture_to_tensor,
-    random_crop,
-    resize_to_cover,
-    resolve_source,
-)
+from .folders import ImageFolder, find_source
+from .images import CROPS, MAX_IMAGE_PIXELS, MODES, open_image, picture_to_tensor, random_crop, resize_to_cover
+from .labels import check_folder_label, class_number, folder_labels
+from .tables import choose_image_column, open_table, undecoded
 
 
 class FaceStream(IterableDataset):
@@ -54,6 +48,9 @@ class FaceStream(IterableDataset):
             from the generator is the same after a resumption. A function of a module, where workers are not forked.
         image_column (`str`, *optional*): Column of the pictures; by default the first that holds any.
         label_column (`str`, *optional*): Column of whole numbers or class labels.
+        num_class_embeds (`int`, *optional*):
+            Number of classes of the network: a label outside 0 to `num_class_embeds` - 1 is an error. By default, the
+            number of class labels, where they have names.
         batch_size (`int`, defaults to 32): Pictures per batch: the share of one process in a step.
         seed (`int`, defaults to 0): Seed of the order and of what `decode` draws, at least 0.
         block_size (`int`, defaults to 1024): Pictures shuffled together, and held undecoded by each worker.
@@ -61,11 +58,14 @@ class FaceStream(IterableDataset):
             Worker processes; 0 reads in this one. No more are started than a process has files.
         process_index (`int`, defaults to 0): Number of this process.
         num_processes (`int`, defaults to 1): Number of processes that train together.
-        skip_unreadable (`bool`, defaults to `False`): Leave out pictures that cannot be read, and name them.
+        skip_unreadable (`bool`, defaults to `False`):
+            Leave out pictures that cannot be read or have no label of a class, and name them.
+        max_image_pixels (`int`, defaults to 2**29): As that of [`load_faces`].
 
     Raises:
-        ValueError: A column that holds no pictures or no labels. While it is read: a picture that cannot be read or
-            has no label, by its name, or an epoch without any that can.
+        ValueError: A column that holds no pictures or no labels, or more classes than `num_class_embeds`. While it is
+            read: a picture that cannot be read or has no label of a class, by its name, or an epoch without any that
+            can.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class FaceStream(IterableDataset):
         decode: Callable[[Image.Image, np.random.Generator], torch.Tensor],
         image_column: str | None = None,
         label_column: str | None = None,
+        num_class_embeds: int | None = None,
         batch_size: int = 32,
         seed: int = 0,
         block_size: int = 1024,
@@ -81,12 +82,19 @@ class FaceStream(IterableDataset):
         process_index: int = 0,
         num_processes: int = 1,
         skip_unreadable: bool = False,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ) -> None:
         if min(batch_size, block_size) < 1:
             raise ValueError(f"`batch_size` and `block_size` must be at least 1, got {batch_size} and {block_size}.")
         if not 0 <= process_index < num_processes:
             raise ValueError(f"`process_index` must be 0 to {num_processes - 1}, got {process_index}.")
-        self.dataset, self.image_column = _undecoded(dataset, image_column, label_column)
+        self.dataset, self.image_column = _choose_columns(dataset, image_column, label_column)
+        feature = None if label_column is None else (self.dataset.features or {}).get(label_column)
+        self.has_class_labels = isinstance(feature, datasets.ClassLabel)
+        num_names = feature.num_classes if self.has_class_labels else None
+        if num_names is not None and num_class_embeds is not None and num_names > num_class_embeds:
+            raise ValueError(f"`num_class_embeds` is {num_class_embeds}, but there are {num_names} classes.")
+        self.num_classes = num_names or num_class_embeds
         self.decode = decode
         self.label_column = label_column
         self.batch_size = batch_size
@@ -95,6 +103,7 @@ class FaceStream(IterableDataset):
         self.process_index = process_index
         self.num_processes = num_processes
         self.skip_unreadable = skip_unreadable
+        self.max_image_pixels = max_image_pixels
         self.num_workers = min(num_workers, self._share().num_shards)  # a worker without a file would have no rows
         self.num_skipped = 0
         self.start_epoch(0)
@@ -214,14 +223,17 @@ class FaceStream(IterableDataset):
                 for index in order[place["taken"] :]:
                     value, label = block[index][self.image_column], block[index].get(self.label_column)
                     name = f"epoch {epoch}, process {self.process_index}, worker {worker}, row {place['row'] + index}"
-                    if isinstance(value, dict) and value["path"]:
+                    if isinstance(value, dict) and value.get("path"):
                         name += f" ({value['path']})"
                     try:
-                        if self.label_column is not None and label is None:
-                            raise ValueError("no label")
-                        pixels = self.decode(_open(value), np.random.default_rng(seeds[index]))
-                    except UNREADABLE as error:
-                        name += f": {error}"
+                        if self.label_column is not None:
+                            label = class_number(label, self.num_classes, self.has_class_labels)
+                        image = open_image(value, self.max_image_pixels)
+                        pixels = self.decode(image, np.random.default_rng(seeds[index]))
+                    except MemoryError:  # which is not the picture's fault
+                        raise
+                    except Exception as error:  # PIL raises many kinds on a picture that is cut off or damaged
+                        name += f": {error or type(error).__name__}"
                         if not self.skip_unreadable:
                             raise ValueError(f"A picture cannot be read: {name}") from error
                         pixels = None
@@ -257,25 +269,47 @@ def open_stream(
     """Open a source as [`load_faces`] does, but as a stream.
 
     Args:
-        dataset_name (`str`, *optional*): Data set on the Hub, or a local data set folder.
-        train_data_dir (`str`, *optional*): Local folder of pictures, or a data set folder.
+        dataset_name (`str`, *optional*): As that of [`load_faces`].
+        train_data_dir (`str`, *optional*): As that of [`load_faces`].
         resolution (`(int, int)`, defaults to `(64, 64)`): Height and width in pixels.
         channels (`int`, defaults to 3): 1 (grey), 3 (RGB) or 4 (RGBA).
         dataset_config_name (`str`, *optional*): Configuration of the data set.
-        split (`str`, defaults to `"train"`): Split of the data set.
+        split (`str`, defaults to `"train"`): Split of the dataset; a folder of images has no other.
         crop (`str`, defaults to `"center"`): `"center"` or `"random"`.
         **stream_arguments: Those of [`FaceStream`].
 
     Raises:
         ValueError: As [`load_faces`] and [`FaceStream`] say.
     """
-    name, folder = resolve_source(dataset_name, train_data_dir)
-    if folder is not None and is_picture_folder(folder):
-        dataset = datasets.load_dataset("imagefolder", data_dir=str(folder), split=split, streaming=True)
+    if channels not in MODES:
+        raise ValueError(f"`channels` must be one of {', '.join(map(str, MODES))}, got {channels}.")
+    if crop not in CROPS:
+        raise ValueError(f"`crop` must be one of {', '.join(map(repr, CROPS))}, got {crop!r}.")
+    name, folder = find_source(dataset_name, train_data_dir, split)
+    if folder is not None:
+        dataset = _stream_folder(folder, stream_arguments.get("label_column"))
     else:
-        dataset = datasets.load_dataset(name, dataset_config_name, split=split, streaming=True)
+        dataset = open_table(name, dataset_config_name, split, streaming=True)
     decode = partial(_decode, size=tuple(resolution), mode=MODES[channels], crop=crop)
     return FaceStream(dataset, decode, **stream_arguments)
+
+
+def _stream_folder(folder: ImageFolder, label_column: str | None) -> datasets.IterableDataset:
+    """The images of a folder, in the order in which [`load_faces`] reads them: each file is a shard."""
+    check_folder_label(label_column)
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    rows = {"paths": [str(path) for path in folder.paths]}
+    if label_column is not None:
+        labels = folder_labels(folder)
+        features["folder"] = datasets.ClassLabel(names=sorted(set(labels)))
+        rows["labels"] = features["folder"].str2int(labels)
+    return datasets.IterableDataset.from_generator(_folder_rows, features=features, gen_kwargs=rows)
+
+
+def _folder_rows(paths: list[str], labels: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    for index, path in enumerate(paths):
+        row = {"image": {"bytes": None, "path": path}}
+        yield row if labels is None else row | {"folder": labels[index]}
 
 
 def _decode(image: Image.Image, rng: np.random.Generator, size: tuple[int, int], mode: str, crop: str) -> torch.Tensor:
@@ -289,46 +323,23 @@ def _beginning(epoch: int) -> dict[str, Any]:
     return {"epoch": epoch, "row": 0, "taken": 0, "readable": 0, "reader": None}
 
 
-def _undecoded(
+def _choose_columns(
     dataset: datasets.IterableDataset, image_column: str | None, label_column: str | None
 ) -> tuple[datasets.IterableDataset, str]:
-    """The columns that are asked for, pictures as bytes or path, and the name of the column of pictures."""
-    # 1. Find the column of pictures: by its type or, where the stream has no types, by what its first row holds.
-    if dataset.features is None:
-        columns = next(iter(dataset), None)
-        if columns is None:
-            raise ValueError("The data set is empty: it holds no pictures.")
-    else:
-        columns = dataset.features
-    image_columns = [name for name, column in columns.items() if _is_picture(column)]
-    image_column = choose_image_column(image_column, image_columns, list(columns), "the stream")
-
-    # 2. Find the column of labels.
+    """The columns that are asked for, images as they are stored, and the name of the column of images."""
+    # The column of images is known by its type or, where the stream has no types, by what its first row holds.
+    columns = next(iter(dataset), None) if dataset.features is None else dataset.features
+    if columns is None:
+        raise ValueError("The data set is empty: it holds no pictures.")
+    image_column = choose_image_column(image_column, columns, "the stream")
     if label_column is not None and not _is_label(columns.get(label_column)):
         raise ValueError(
             f"`label_column` {label_column!r} of the stream holds no whole numbers or class labels. Columns that do: "
             f"{', '.join(name for name, column in columns.items() if _is_label(column)) or 'none'}."
         )
-
-    # 3. Leave out the others, and do not decode before the picture's turn.
-    dataset = dataset.select_columns([image_column] if label_column is None else [image_column, label_column])
-    if dataset.features is not None:
-        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    return dataset, image_column
-
-
-def _is_picture(column: Any) -> bool:
-    """Whether the type of a column, or a value in it, is that of pictures."""
-    is_file = isinstance(column, dict) and {"bytes", "path"} <= column.keys()
-    return is_file or isinstance(column, datasets.Image | Image.Image)
+    return undecoded(dataset, image_column, [] if label_column is None else [label_column]), image_column
 
 
 def _is_label(column: Any) -> bool:
-    is_whole = isinstance(column, datasets.Value) and column.dtype.startswith(("int", "uint"))
+    is_whole = isinstance(column, datasets.Value) and column.dtype.startswith(("bool", "int", "uint"))
     return is_whole or isinstance(column, datasets.ClassLabel | int)
-
-
-def _open(value: dict[str, Any] | Image.Image | None) -> Image.Image:
-    if value is None:
-        raise ValueError("no picture")
-    return value if isinstance(value, Image.Image) else datasets.Image().decode_example(value)

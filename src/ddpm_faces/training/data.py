@@ -8,7 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from ..data.batches import FaceBatches
-from ..data.faces import FaceDataset, hold_out, is_picture_folder, load_faces, resolve_source
+from ..data.dataset import FaceDataset, hold_out
+from ..data.folders import is_picture_folder, resolve_source
+from ..data.loading import load_faces
 from .config import LEAST_PICTURES, TrainingConfig
 
 
