@@ -193,8 +193,8 @@ def hold_out(dataset: FaceDataset, num_images: int) -> tuple[FaceDataset, FaceDa
     distinct = sorted(set(digests))  # hashes lie in no order that means anything
     if not 0 <= num_images < len(distinct):
         raise ValueError(
-            f"`num_images` must be from 0 to {len(distinct) - 1}, got {num_images}: there are {len(distinct)} distinct "
-            "pictures, and one must be left to train on."
+            f"`num_images` must be from 0 to {len(distinct) - 1}, got {num_images}: there are {len(distinct)} "
+            "distinct pictures, and one must be left to train on."
         )
     chosen = set(distinct[:num_images])
     is_held_out = np.array([digest in chosen for digest in digests])

@@ -16,8 +16,8 @@ CROPS = ("center", "random")
 MAX_IMAGE_PIXELS = 2**29  # by default: 2 GiB as PIL holds them
 
 # PIL's limits are meant for images that strangers upload, and refuse the photos of some phones and PNGs with a long
-# comment or a large colour profile. They belong to the whole process and must not change while threads decode: they are
-# set here, once. `open_image` checks the number of pixels instead, and a decompressed text or profile keeps a limit.
+# comment or a large colour profile. They belong to the whole process and must not change while threads decode, so they
+# are set here, once. `open_image` checks the number of pixels instead; texts and profiles keep a limit.
 Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26
 PngImagePlugin.MAX_TEXT_MEMORY = 2**28

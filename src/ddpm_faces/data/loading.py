@@ -36,10 +36,11 @@ def load_faces(
 
     Args:
         dataset_name (`str`, *optional*):
-            A dataset on the Hub, or a local folder: of shards or archives, written by `save_to_disk`, or of images alone.
+            A dataset on the Hub, or a local folder of shards or archives, of what `save_to_disk` writes, or of images
+            alone.
         train_data_dir (`str`, *optional*):
-            A local folder of images. It is searched in depth and along links, for all kinds of images that Pillow reads;
-            whatever else lies there is left out, and named in the log. A folder without any image may be a dataset.
+            A local folder of images. It is searched in depth and along links for all kinds of images that Pillow
+            reads; whatever else lies there is left out and named in the log. A folder without images may be a dataset.
         resolution (`int` or `(int, int)`, defaults to 64): Side, or height and width, in pixels.
         channels (`int`, defaults to 3): 1 (grey), 3 (RGB) or 4 (RGBA).
         dataset_config_name (`str`, *optional*): Configuration of the data set.
