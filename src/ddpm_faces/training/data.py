@@ -95,6 +95,7 @@ def _stream(
         **source,
         split=config.dataset_split,
         crop=config.crop,
+        num_class_embeds=config.num_class_embeds,
         batch_size=share.stop - share.start,
         seed=config.seed,
         block_size=config.shuffle_block_size,
