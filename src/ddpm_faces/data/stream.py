@@ -86,6 +86,8 @@ class FaceStream(IterableDataset):
     ) -> None:
         if min(batch_size, block_size) < 1:
             raise ValueError(f"`batch_size` and `block_size` must be at least 1, got {batch_size} and {block_size}.")
+        if max_image_pixels < 1:
+            raise ValueError(f"`max_image_pixels` must be at least 1, got {max_image_pixels}.")
         if not 0 <= process_index < num_processes:
             raise ValueError(f"`process_index` must be 0 to {num_processes - 1}, got {process_index}.")
         self.dataset, self.image_column = _choose_columns(dataset, image_column, label_column)
