@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image, PngImagePlugin
 
 from ddpm_faces.data import images, load_faces, open_stream, picture_to_tensor, resize_to_cover
@@ -217,6 +219,15 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, variable):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     place = tmp_path / "file" / ("home/ddpm-faces" if variable else "cache")
     assert f"ValueError: `cache_dir` '{place}' cannot be written" in done.stderr
+
+
+def test_a_cache_of_a_data_set_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "set").mkdir()
+    rows = {"image": [face()]}
+    Dataset.from_dict(rows, Features({"image": ImageFeature()})).to_parquet(tmp_path / "set" / "train.parquet")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="`cache_dir` '.*file/cache' cannot be written .*choose another"):
+        load_faces(str(tmp_path / "set"), cache_dir=str(tmp_path / "file" / "cache"))
 
 
 def test_a_lock_that_cannot_be_made_is_named(tmp_path, monkeypatch):

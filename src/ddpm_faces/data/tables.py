@@ -1,5 +1,6 @@
 """Datasets as the `datasets` library opens them: shards in a folder or on the Hub, and what their columns hold."""
 
+import errno
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -42,8 +43,11 @@ def open_table(
             return saved.to_iterable_dataset(min(num_shards, len(saved)) or 1) if streaming else saved
     try:
         return datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir, streaming=streaming)
-    except PermissionError as error:
-        raise ValueError(f"`cache_dir` {str(cache_dir or datasets.config.HF_DATASETS_CACHE)!r}: {error}") from error
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.ENOSPC, errno.ENOTDIR, errno.EROFS):
+            raise  # it is not about what `datasets` writes
+        place = str(cache_dir or datasets.config.HF_DATASETS_CACHE)
+        raise ValueError(f"`cache_dir` {place!r} cannot be written ({error}): choose another.") from error
 
 
 def _read_split(split: str) -> datasets.ReadInstruction:
