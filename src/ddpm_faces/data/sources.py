@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from . import drawn_faces
+from . import drawn_faces, portrait
 from .dataset import content_hash
 from .drawn_faces import DrawnFaces
 from .folders import ImageFolder
@@ -52,7 +52,8 @@ def drawn_source(num_images: int, side: int, label_column: str | None) -> Source
             return [drawn_faces.face_attributes(index, 0)[label_column] for index in range(num_images)]
 
     # Only what is drawn decides, not how many: an image depends on its index alone.
-    identity = ["drawn", side, content_hash(inspect.getsource(drawn_faces).encode())]
+    code = [inspect.getsource(module).encode() for module in (drawn_faces, portrait)]
+    identity = ["drawn", side, content_hash(*code)]
     return Source(identity, num_images, lambda i: (f"drawn face {i}", faces[i]["image"]), labels)
 
 
