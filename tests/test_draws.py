@@ -1,7 +1,9 @@
+import math
+
 import numpy as np
 import torch
 
-from ddpm_faces.data.draws import draw_crops, draw_step
+from ddpm_faces.data.draws import counted_normal, draw_crops, draw_step
 
 
 SHAPE = (3, 4, 5)
@@ -64,3 +66,55 @@ def test_low_discrepancy_spreads_timesteps_and_nothing_else():
     assert many.min() >= 97
     assert many.max() <= 103
     assert not torch.equal(draw(low_discrepancy=True).timesteps, draw(seed=1, low_discrepancy=True).timesteps)
+
+
+# The noise of a GPU, which is drawn alike on a CPU
+
+
+def splitmix64(state: int, number: int) -> list[int]:
+    """The reference, in whole numbers of any size."""
+    outputs = []
+    for _ in range(number):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        outputs.append(z ^ (z >> 31))
+    return outputs
+
+
+def test_counted_normal_is_splitmix64_through_box_muller():
+    # The first outputs for the seed 1234567, as published with many implementations.
+    assert splitmix64(1234567, 3) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    seeds = [1234567, 0, 2**63 - 1, 42]
+    expected = []
+    for seed in seeds:
+        for bits in splitmix64(seed, 4):
+            radius = math.sqrt(-2 * math.log(((bits >> 32) + 0.5) / 2**32))
+            angle = 2 * math.pi * (bits % 2**32) / 2**32
+            expected += [radius * math.cos(angle), radius * math.sin(angle)]
+    drawn = counted_normal(torch.tensor(seeds), (2, 4))
+    torch.testing.assert_close(drawn.flatten(), torch.tensor(expected), atol=2e-6, rtol=1e-5)
+    odd = counted_normal(torch.tensor(seeds), (7,))
+    torch.testing.assert_close(odd, drawn.flatten(1)[:, :7])
+
+
+def test_counted_normal_does_not_depend_on_the_rest_of_the_batch():
+    seeds = torch.from_numpy(np.random.default_rng(0).integers(2**63, size=9))
+    whole = counted_normal(seeds, SHAPE)
+    for first in range(9):
+        assert torch.equal(counted_normal(seeds[first : first + 1], SHAPE)[0], whole[first])
+    assert counted_normal(seeds[:0], SHAPE).shape == (0, *SHAPE)
+
+
+def test_counted_normal_is_normal_and_independent():
+    seeds = torch.from_numpy(np.random.default_rng(3).integers(2**63, size=256))
+    for chosen in (seeds, torch.arange(256)):  # and seeds that follow one another
+        z = counted_normal(chosen, (3, 32, 32)).double()
+        number = z.numel()
+        moments = [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]  # power, mean, variance
+        assert all(abs((z**k).mean() - mean) < 4.5 * (variance / number) ** 0.5 for k, mean, variance in moments)
+        quantiles = torch.special.ndtr(z).flatten().sort().values
+        assert (quantiles - (torch.arange(number) + 0.5) / number).abs().max() < 2 / number**0.5  # Kolmogorov-Smirnov
+        flat = z.flatten(1)
+        products = (flat[:, 1:] * flat[:, :-1], flat[:, 2:] * flat[:, :-2], flat[1:] * flat[:-1])
+        assert all(abs(product.mean()) < 4.5 / product.numel() ** 0.5 for product in products)

@@ -5,16 +5,16 @@ from ..lazy import attach
 
 _MODULE_OF = {
     "FaceBatches": "batches",
-    "FaceDataset": "faces",
+    "FaceDataset": "dataset",
     "FaceStream": "stream",
     "NonLeakingAugmentation": "augmentation",
-    "hold_out": "faces",
-    "load_faces": "faces",
+    "hold_out": "dataset",
+    "load_faces": "loading",
     "open_stream": "stream",
-    "picture_to_tensor": "faces",
+    "picture_to_tensor": "images",
     "prepare": "preparation",
-    "random_crop": "faces",
-    "resize_to_cover": "faces",
-    "to_samples": "faces",
+    "random_crop": "images",
+    "resize_to_cover": "images",
+    "to_samples": "images",
 }
 __getattr__, __dir__, __all__ = attach(__name__, _MODULE_OF)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from .dataset import FaceDataset
 from .draws import draw_crops
-from .faces import FaceDataset
 
 
 logger = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ Whatever number of processes share a batch, and in however many passes, a pictur
 noise; and whoever resumes a run needs no random state for them.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +58,7 @@ def draw_step(
         share (`slice`): Those of this process.
         num_train_timesteps (`int`): T.
         sample_shape (`(int, int, int)`): Channels, height and width.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where to. Noise differs between CPU and GPU.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where to. CPU and GPU draw different noise.
         low_discrepancy (`bool`, defaults to `False`):
             Spread the timesteps of pictures that follow one another evenly, in place of drawing each by itself (as
             https://huggingface.co/papers/2107.00630 does, by another sequence): image k of the run meets
@@ -77,14 +78,52 @@ def draw_step(
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     augmentations = NonLeakingAugmentation.draw(batch_size, generator)
 
-    # A generator's seed per picture: one for all would make each process draw the noise of all others as well.
-    generator = torch.Generator(device)
-    seeds = noise_seeds[share].tolist()
-    noise = torch.empty((len(seeds), *sample_shape), device=device)
-    for picture, picture_seed in zip(noise, seeds, strict=True):
-        picture.normal_(generator=generator.manual_seed(picture_seed))
+    # A seed per image: one for all would make each process draw the noise of all others as well.
+    seeds, device = noise_seeds[share], torch.device(device)
+    if device.type == "cuda":  # where a generator would launch a kernel for each image
+        noise = counted_normal(torch.from_numpy(seeds).to(device), sample_shape)
+    else:
+        generator = torch.Generator(device)
+        noise = torch.empty((len(seeds), *sample_shape), device=device)
+        for image, image_seed in zip(noise, seeds.tolist(), strict=True):
+            image.normal_(generator=generator.manual_seed(image_seed))
     small = (tensor[share].to(device, non_blocking=True) for tensor in (timesteps, flips, augmentations))
     return StepDraws(*small, noise)
+
+
+def counted_normal(seeds: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Normal numbers that depend on a seed and their place, whichever other seeds are in the batch.
+
+    The numbers of a seed are a SplitMix64 sequence (Steele et al., "Fast splittable pseudorandom number generators",
+    2014), of which each 64 bits give two normal numbers by the Box-Muller transform.
+
+    Args:
+        seeds (`torch.Tensor` of shape `(batch,)`, `torch.int64`): A seed for each image.
+        shape (`tuple[int, ...]`): The shape of an image.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, *shape)`, `torch.float32`: N(0, 1), within 6.8 of 0.
+    """
+    number = math.prod(shape)
+    places = torch.arange(1, (number + 1) // 2 + 1, device=seeds.device)
+    bits = seeds[:, None] + places * _signed(0x9E3779B97F4A7C15)  # (batch, ceil(number / 2)); int64 wraps around
+    bits = (bits ^ _shifted(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
+    bits = (bits ^ _shifted(bits, 27)) * _signed(0x94D049BB133111EB)
+    bits = bits ^ _shifted(bits, 31)
+    radius = ((_shifted(bits, 32).float() + 0.5) * 2**-32).log().mul(-2).sqrt()
+    angle = (bits & 0xFFFFFFFF).float() * (2 * math.pi * 2**-32)
+    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
+    return pairs.flatten(1)[:, :number].reshape(-1, *shape)
+
+
+def _signed(bits: int) -> int:
+    """The int64 of these 64 bits."""
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
+def _shifted(bits: torch.Tensor, places: int) -> torch.Tensor:
+    """Shift to the right, with zeros coming in, where torch's shift would copy the sign."""
+    return (bits >> places) & (2 ** (64 - places) - 1)
 
 
 def draw_crops(seed: int, images_seen: int, batch_size: int, share: slice) -> np.ndarray:

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from ..files import check_new, new_folder
 from ..hub.card import check_license, merge_cards
 from ..hub.transport import check_permission, check_repo_id, publish
-from .faces import FaceDataset, hold_out, load_faces, resolve_source
+from .dataset import FaceDataset, hold_out
+from .loading import load_faces
 
 
 DATASET_FILES = ("README.md", "data/*.parquet")
@@ -81,7 +82,7 @@ def prepare(
     """Make a data set that `datasets.load_dataset`, also streaming, and training read.
 
     Args:
-        source (`str`): A folder of pictures, a local data set folder, or the name of a data set on the Hub.
+        source (`str`): A folder of images or of a dataset, or a name on the Hub: the `dataset_name` of [`load_faces`].
         output (`str` or `os.PathLike`, *optional*): A new folder to write it into.
         push (`str`, *optional*): "user/name": a data set repository on the Hub to publish it in.
         resolution (`int` or `(int, int)`, defaults to 128): Side, or height and width, in pixels.
@@ -113,10 +114,8 @@ def prepare(
         check_permission(push, private, token, "dataset")
     else:
         check_new(output)
-    name, folder = resolve_source(source, None)
     faces = load_faces(
-        dataset_name=None if folder is not None else name,
-        train_data_dir=None if folder is None else str(folder),
+        dataset_name=source,
         resolution=resolution,
         channels=channels,
         split=split,
@@ -129,7 +128,7 @@ def prepare(
     if num_test_images:
         if not 0 < num_test_images < len(faces):
             raise ValueError(f"`num_test_images` must be from 0 to {len(faces) - 1}, got {num_test_images}.")
-        splits["train"], splits["test"] = hold_out(faces, num_test_images)
+        splits["train"], splits["test"] = hold_out(faces, num_test_images)  # duplicates of these are set aside, too
     if output is not None:
         with new_folder(output) as unfinished:
             _write(unfinished, splits, faces, Path(output).name, license, None)

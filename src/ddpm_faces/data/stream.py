@@ -1,34 +1,26 @@
-"""Pictures of faces from a stream: a data set that is read while it is trained on, and is never held as a whole.
+"""Images from a stream: a dataset that is read while it is trained on, and is never held as a whole.
 
-A stream comes in the order of its files. [`FaceStream`] reads a block of rows undecoded, shuffles them, and decodes
-one after the other. What is drawn for a block depends on (seed, epoch, process, worker, first row) alone, so a place
-in the stream is small: where its block begins in the files, and how many of the block's pictures have been taken.
-Whoever goes on from a place reads that block again, and decodes none of the pictures before it.
+A stream comes in the order of its files. `reader.py` reads a block of rows undecoded, shuffles them, and decodes one
+after the other. A place in the stream is small: where its block begins in the files, and how many images of the block
+have been taken. Resuming from a place reads that block again, and decodes none of the images before it.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .batches import make_data_loader, restarting
-from .faces import (
-    MODES,
-    UNREADABLE,
-    choose_image_column,
-    is_picture_folder,
-    picture_to_tensor,
-    random_crop,
-    resize_to_cover,
-    resolve_source,
-)
+from .folders import ImageFolder, find_source
+from .images import CROPS, MAX_IMAGE_PIXELS, MODES, picture_to_tensor, random_crop, resize_to_cover
+from .labels import check_folder_label, folder_labels
+from .reader import StreamReader, beginning
+from .tables import open_table
 
 
 class FaceStream(IterableDataset):
@@ -61,11 +53,17 @@ class FaceStream(IterableDataset):
             Worker processes; 0 reads in this one. No more are started than a process has files.
         process_index (`int`, defaults to 0): Number of this process.
         num_processes (`int`, defaults to 1): Number of processes that train together.
-        skip_unreadable (`bool`, defaults to `False`): Leave out pictures that cannot be read, and name them.
+        skip_unreadable (`bool`, defaults to `False`):
+            Leave out pictures that cannot be read or have no label of a class, and name them.
+        num_class_embeds (`int`, *optional*):
+            Number of classes of the network: a label outside 0 to `num_class_embeds` - 1 is an error. By default, the
+            number of class labels, where they have names.
+        max_image_pixels (`int`, defaults to 2**29): As that of [`load_faces`].
 
     Raises:
-        ValueError: A column that holds no pictures or no labels. While it is read: a picture that cannot be read or
-            has no label, by its name, or an epoch without any that can.
+        ValueError: A column that holds no pictures or no labels, or more classes than `num_class_embeds`. While it is
+            read: a picture that cannot be read or has no label of a class, by its name, or an epoch without any that
+            can.
     """
 
     def __init__(
@@ -81,21 +79,31 @@ class FaceStream(IterableDataset):
         process_index: int = 0,
         num_processes: int = 1,
         skip_unreadable: bool = False,
+        num_class_embeds: int | None = None,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ) -> None:
         if min(batch_size, block_size) < 1:
             raise ValueError(f"`batch_size` and `block_size` must be at least 1, got {batch_size} and {block_size}.")
+        if max_image_pixels < 1:
+            raise ValueError(f"`max_image_pixels` must be at least 1, got {max_image_pixels}.")
         if not 0 <= process_index < num_processes:
             raise ValueError(f"`process_index` must be 0 to {num_processes - 1}, got {process_index}.")
-        self.dataset, self.image_column = _undecoded(dataset, image_column, label_column)
-        self.decode = decode
-        self.label_column = label_column
+        self._reader = StreamReader(
+            dataset,
+            decode,
+            image_column=image_column,
+            label_column=label_column,
+            num_class_embeds=num_class_embeds,
+            seed=seed,
+            block_size=block_size,
+            process_index=process_index,
+            num_processes=num_processes,
+            skip_unreadable=skip_unreadable,
+            max_image_pixels=max_image_pixels,
+        )
+        self.dataset = self._reader.dataset
         self.batch_size = batch_size
-        self.seed = seed
-        self.block_size = block_size
-        self.process_index = process_index
-        self.num_processes = num_processes
-        self.skip_unreadable = skip_unreadable
-        self.num_workers = min(num_workers, self._share().num_shards)  # a worker without a file would have no rows
+        self.num_workers = min(num_workers, self._reader.share().num_shards)  # one without a file would have no rows
         self.num_skipped = 0
         self.start_epoch(0)
 
@@ -129,7 +137,7 @@ class FaceStream(IterableDataset):
 
     def start_epoch(self, epoch: int) -> None:
         """Let [`~FaceStream.batches`] begin with the first picture of an epoch."""
-        self._places = [_beginning(epoch)] * max(1, self.num_workers)
+        self._places = [beginning(epoch)] * max(1, self.num_workers)
         self._next_worker = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -166,12 +174,12 @@ class FaceStream(IterableDataset):
 
     def _split(self) -> dict[str, int]:
         return {
-            "num_processes": self.num_processes,
-            "process_index": self.process_index,
+            "num_processes": self._reader.num_processes,
+            "process_index": self._reader.process_index,
             "num_workers": len(self._places),  # none and one read alike
             "num_shards": self.dataset.num_shards,
-            "block_size": self.block_size,
-            "seed": self.seed,
+            "block_size": self._reader.block_size,
+            "seed": self._reader.seed,
         }
 
     # The worker's side
@@ -181,67 +189,7 @@ class FaceStream(IterableDataset):
         worker = 0 if info is None else info.id
         if worker < self._next_worker:
             yield None  # a DataLoader begins with worker 0; those who have had their turn let it pass
-
-        pictures, skipped = [], []
-        for name, pixels, label, place in self._pictures(worker):
-            if pixels is None:
-                skipped.append(name)
-                continue
-            pictures.append((name, pixels, label))
-            if len(pictures) == self.batch_size:
-                names, images, labels = zip(*pictures, strict=True)
-                batch = {"images": torch.stack(images), "names": list(names), "skipped": skipped, "place": place}
-                if self.label_column is not None:
-                    batch["labels"] = torch.tensor(labels)
-                yield batch
-                pictures, skipped = [], []
-
-    def _pictures(self, worker: int) -> Iterator[tuple[str, torch.Tensor | None, int | None, dict[str, Any]]]:
-        """Endless: a picture's name, its pixels or None where it cannot be read, its label, and the place after it."""
-        dataset = self._share()
-        place = self._places[worker]
-        while True:
-            # 1. Open the epoch. datasets shuffles the files by the number of the epoch, for all processes and workers.
-            epoch = place["epoch"]
-            dataset.set_epoch(int(np.random.default_rng((self.seed, epoch)).integers(1, 2**31)))
-            dataset.load_state_dict(place["reader"])
-            rows = iter(dataset)
-
-            # 2. Read and shuffle a block, and take those of its pictures that have not been taken.
-            while block := list(islice(rows, self.block_size)):
-                rng = np.random.default_rng((self.seed, epoch, self.process_index, worker, place["row"]))
-                order, seeds = rng.permutation(len(block)), rng.integers(2**63, size=len(block))
-                for index in order[place["taken"] :]:
-                    value, label = block[index][self.image_column], block[index].get(self.label_column)
-                    name = f"epoch {epoch}, process {self.process_index}, worker {worker}, row {place['row'] + index}"
-                    if isinstance(value, dict) and value["path"]:
-                        name += f" ({value['path']})"
-                    try:
-                        if self.label_column is not None and label is None:
-                            raise ValueError("no label")
-                        pixels = self.decode(_open(value), np.random.default_rng(seeds[index]))
-                    except UNREADABLE as error:
-                        name += f": {error}"
-                        if not self.skip_unreadable:
-                            raise ValueError(f"A picture cannot be read: {name}") from error
-                        pixels = None
-                    readable = place["readable"] + (pixels is not None)
-                    place = place | {"taken": place["taken"] + 1, "readable": readable}
-                    yield name, pixels, label, place
-                place = place | {"row": place["row"] + len(block), "taken": 0, "reader": dataset.state_dict()}
-                block.clear()  # before the next is read
-
-            # 3. Go on to the next epoch, unless this would never end.
-            if place["readable"] == 0:
-                raise ValueError(
-                    f"Process {self.process_index}, worker {worker} found no picture that can be read in the "
-                    f"{place['row']} rows that epoch {epoch} has for it. Check the data set, or take fewer workers."
-                )
-            place = _beginning(epoch + 1)
-
-    def _share(self) -> datasets.IterableDataset:
-        """The rows of this process; a new object, for all workers share the memory that holds the epoch of one."""
-        return split_dataset_by_node(self.dataset, rank=self.process_index, world_size=self.num_processes)
+        yield from self._reader.batches(worker, self._places[worker], self.batch_size)
 
 
 def open_stream(
@@ -257,78 +205,50 @@ def open_stream(
     """Open a source as [`load_faces`] does, but as a stream.
 
     Args:
-        dataset_name (`str`, *optional*): Data set on the Hub, or a local data set folder.
-        train_data_dir (`str`, *optional*): Local folder of pictures, or a data set folder.
+        dataset_name (`str`, *optional*): As that of [`load_faces`].
+        train_data_dir (`str`, *optional*): As that of [`load_faces`].
         resolution (`(int, int)`, defaults to `(64, 64)`): Height and width in pixels.
         channels (`int`, defaults to 3): 1 (grey), 3 (RGB) or 4 (RGBA).
         dataset_config_name (`str`, *optional*): Configuration of the data set.
-        split (`str`, defaults to `"train"`): Split of the data set.
+        split (`str`, defaults to `"train"`): Split of the dataset; a folder of images has no other.
         crop (`str`, defaults to `"center"`): `"center"` or `"random"`.
         **stream_arguments: Those of [`FaceStream`].
 
     Raises:
         ValueError: As [`load_faces`] and [`FaceStream`] say.
     """
-    name, folder = resolve_source(dataset_name, train_data_dir)
-    if folder is not None and is_picture_folder(folder):
-        dataset = datasets.load_dataset("imagefolder", data_dir=str(folder), split=split, streaming=True)
+    if channels not in MODES:
+        raise ValueError(f"`channels` must be one of {', '.join(map(str, MODES))}, got {channels}.")
+    if crop not in CROPS:
+        raise ValueError(f"`crop` must be one of {', '.join(map(repr, CROPS))}, got {crop!r}.")
+    name, folder = find_source(dataset_name, train_data_dir, split)
+    if folder is not None:
+        dataset = _stream_folder(folder, stream_arguments.get("label_column"))
     else:
-        dataset = datasets.load_dataset(name, dataset_config_name, split=split, streaming=True)
+        dataset = open_table(name, dataset_config_name, split, streaming=True)
     decode = partial(_decode, size=tuple(resolution), mode=MODES[channels], crop=crop)
     return FaceStream(dataset, decode, **stream_arguments)
+
+
+def _stream_folder(folder: ImageFolder, label_column: str | None) -> datasets.IterableDataset:
+    """The images of a folder, in the order in which [`load_faces`] reads them: each file is a shard."""
+    check_folder_label(label_column)
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    rows = {"paths": [str(path) for path in folder.paths]}
+    if label_column is not None:
+        labels = folder_labels(folder)
+        features["folder"] = datasets.ClassLabel(names=sorted(set(labels)))
+        rows["labels"] = features["folder"].str2int(labels)
+    return datasets.IterableDataset.from_generator(_folder_rows, features=features, gen_kwargs=rows)
+
+
+def _folder_rows(paths: list[str], labels: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    for index, path in enumerate(paths):
+        row = {"image": {"bytes": None, "path": path}}
+        yield row if labels is None else row | {"folder": labels[index]}
 
 
 def _decode(image: Image.Image, rng: np.random.Generator, size: tuple[int, int], mode: str, crop: str) -> torch.Tensor:
     if crop == "center":
         return picture_to_tensor(image, size, mode)
     return random_crop(resize_to_cover(image, size, mode), size, tuple(rng.random(2)))
-
-
-def _beginning(epoch: int) -> dict[str, Any]:
-    """A place: `taken` pictures into the block that begins at `row`, which datasets finds by its state, `reader`."""
-    return {"epoch": epoch, "row": 0, "taken": 0, "readable": 0, "reader": None}
-
-
-def _undecoded(
-    dataset: datasets.IterableDataset, image_column: str | None, label_column: str | None
-) -> tuple[datasets.IterableDataset, str]:
-    """The columns that are asked for, pictures as bytes or path, and the name of the column of pictures."""
-    # 1. Find the column of pictures: by its type or, where the stream has no types, by what its first row holds.
-    if dataset.features is None:
-        columns = next(iter(dataset), None)
-        if columns is None:
-            raise ValueError("The data set is empty: it holds no pictures.")
-    else:
-        columns = dataset.features
-    image_columns = [name for name, column in columns.items() if _is_picture(column)]
-    image_column = choose_image_column(image_column, image_columns, list(columns), "the stream")
-
-    # 2. Find the column of labels.
-    if label_column is not None and not _is_label(columns.get(label_column)):
-        raise ValueError(
-            f"`label_column` {label_column!r} of the stream holds no whole numbers or class labels. Columns that do: "
-            f"{', '.join(name for name, column in columns.items() if _is_label(column)) or 'none'}."
-        )
-
-    # 3. Leave out the others, and do not decode before the picture's turn.
-    dataset = dataset.select_columns([image_column] if label_column is None else [image_column, label_column])
-    if dataset.features is not None:
-        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    return dataset, image_column
-
-
-def _is_picture(column: Any) -> bool:
-    """Whether the type of a column, or a value in it, is that of pictures."""
-    is_file = isinstance(column, dict) and {"bytes", "path"} <= column.keys()
-    return is_file or isinstance(column, datasets.Image | Image.Image)
-
-
-def _is_label(column: Any) -> bool:
-    is_whole = isinstance(column, datasets.Value) and column.dtype.startswith(("int", "uint"))
-    return is_whole or isinstance(column, datasets.ClassLabel | int)
-
-
-def _open(value: dict[str, Any] | Image.Image | None) -> Image.Image:
-    if value is None:
-        raise ValueError("no picture")
-    return value if isinstance(value, Image.Image) else datasets.Image().decode_example(value)

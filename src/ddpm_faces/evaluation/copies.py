@@ -15,7 +15,9 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..data.faces import FaceDataset, is_picture_folder, load_faces
+from ..data.dataset import FaceDataset
+from ..data.folders import is_picture_folder
+from ..data.loading import load_faces
 from ..objective import DDPMFacesObjective
 from ..pipeline_ddpm_faces import DDPMFacesPipeline
 from ..scheduling_ddpm_faces import DDPMFacesScheduler

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from ..data.faces import FaceDataset, to_samples
+from ..data.dataset import FaceDataset
+from ..data.images import to_samples
 
 
 NUM_TIMESTEP_BINS = 10

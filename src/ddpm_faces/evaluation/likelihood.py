@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.faces import to_samples
+from ..data.images import to_samples
 from ..scheduling_ddpm_faces import DDPMFacesScheduler
 from ..variational_bound import bound_terms
 

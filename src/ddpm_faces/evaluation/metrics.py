@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..data.faces import picture_to_tensor
+from ..data.images import picture_to_tensor
 from .extractors import EfficientNetLite0, Extractor
 
 

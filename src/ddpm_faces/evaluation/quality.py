@@ -15,7 +15,9 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..data.drawn_faces import DrawnFaces
-from ..data.faces import is_picture_folder, load_faces, picture_to_tensor
+from ..data.folders import is_picture_folder
+from ..data.images import picture_to_tensor
+from ..data.loading import load_faces
 from ..files import replacing
 from ..pipeline_ddpm_faces import DDPMFacesPipeline
 from ..scheduling_ddpm_faces import DDPMFacesScheduler

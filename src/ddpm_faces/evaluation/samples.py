@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..data.faces import PICTURE_SUFFIXES, picture_to_tensor
+from ..data.folders import image_suffixes
+from ..data.images import picture_to_tensor
 from ..pipeline_ddpm_faces import DDPMFacesPipeline
 from ..solvers import fast_solver
 
@@ -149,7 +150,7 @@ class PictureFiles:
 
     def __init__(self, folder: Path) -> None:
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-        strangers = [path for path in files if path.suffix.lower() not in PICTURE_SUFFIXES]
+        strangers = [path for path in files if path.suffix.lower() not in image_suffixes()]
         if strangers:
             raise ValueError(
                 f"`source` {str(folder)!r} holds files that are no pictures: {strangers[0].name}"

@@ -8,7 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from ..data.batches import FaceBatches
-from ..data.faces import FaceDataset, hold_out, is_picture_folder, load_faces, resolve_source
+from ..data.dataset import FaceDataset, hold_out
+from ..data.folders import is_picture_folder, resolve_source
+from ..data.loading import load_faces
 from .config import LEAST_PICTURES, TrainingConfig
 
 
@@ -93,6 +95,7 @@ def _stream(
         **source,
         split=config.dataset_split,
         crop=config.crop,
+        num_class_embeds=config.num_class_embeds,
         batch_size=share.stop - share.start,
         seed=config.seed,
         block_size=config.shuffle_block_size,

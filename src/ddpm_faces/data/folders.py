@@ -1,0 +1,244 @@
+"""The images of a folder: which files are read, which are left out, and what is said about those."""
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image
+
+
+logger = logging.getLogger(__name__)
+
+DATA_SUFFIXES = frozenset((".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tar", ".zip"))
+_TABLES = frozenset((".arrow", ".parquet", ".tar", ".zip"))  # those that can hold images
+_METADATA = frozenset(("metadata.csv", "metadata.jsonl", "metadata.parquet"))  # of the `imagefolder` of `datasets`
+
+# Formats that PIL opens and that hold no photos: documents, films, measurements, icons, brushes.
+_NO_PHOTOS = frozenset(
+    "BUFR CUR EPS FITS FLI GBR GRIB HDF5 ICNS ICO IPTC MPEG WMF XBM XPM".split()  # noqa: SIM905
+)
+_HEIC = frozenset((".heic", ".heics", ".heif", ".heifs", ".hif"))
+_RAW = frozenset(".3fr .arw .cr2 .cr3 .dng .erf .nef .nrw .orf .pef .raf .raw .rw2 .srw .x3f".split())
+_OTHER_IMAGES = frozenset(".ai .avif .avifs .emf .eps .icns .ico .jxl .psb .svg .svgz .wmf .xcf".split())
+
+_RUN_FILES = frozenset(("model_index.json", "training_config.yaml"))
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+# Where a run that writes into the folder itself puts images.
+_RUN_FOLDERS, _RUN_IMAGES = frozenset(("audits", "samples")), frozenset(("loss_curve.png", "samples.png"))
+
+
+def _register_heif() -> bool:
+    """Let PIL read the photos of iPhones where the package for them is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+@lru_cache(maxsize=1)
+def image_suffixes() -> frozenset[str]:
+    """The endings of the images that PIL reads here, in lower case."""
+    _register_heif()
+    Image.init()
+    registered = Image.registered_extensions().items()
+    return frozenset(end for end, kind in registered if kind in Image.OPEN and kind not in _NO_PHOTOS)
+
+
+@dataclass
+class ImageFolder:
+    """What [`list_images`] found.
+
+    Args:
+        root (`pathlib.Path`): The folder.
+        paths (`list[pathlib.Path]`): Its images: the files of a folder first, by name, then its subfolders.
+        has_tables (`bool`): Whether there are files of a dataset as well, which can hold images or describe them.
+        others (`collections.Counter`): The number of files that are no images, by their ending in lower case.
+        unreadable (`list[str]`): Subfolders that may not be read.
+        outputs (`list[str]`): What training runs or pipelines have left here.
+    """
+
+    root: Path
+    paths: list[Path] = field(default_factory=list)
+    has_tables: bool = False
+    others: Counter[str] = field(default_factory=Counter)
+    unreadable: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+
+    def left_out(self) -> str:
+        """What is not read, in words, or an empty string."""
+        parts = []
+        for suffix, count in sorted(self.others.items()):
+            hint = " (install pillow-heif)" if suffix in _HEIC else ""
+            hint = " (raw photos: export them as JPEG or TIFF)" if suffix in _RAW else hint
+            hint = " (`dataset_name` reads these)" if suffix in _TABLES and self.paths else hint
+            parts.append(f"{count} {suffix or 'without an ending'}{hint}")
+        for names, kind in (
+            (self.unreadable, "that may not be read"),
+            (self.outputs, "with the output of training or of a pipeline"),
+        ):
+            if names:
+                shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+                parts.append(f"{len(names)} folder{'s' if len(names) > 1 else ''} {kind} ({shown})")
+        return ", ".join(parts)
+
+    def log_left_out(self) -> None:
+        """Say in a line what is not read: a warning, where there may be images in it."""
+        may_hold_images = _HEIC | _RAW | _OTHER_IMAGES | _TABLES | {""}
+        is_warning = self.unreadable or self.outputs or may_hold_images & self.others.keys()
+        if text := self.left_out():
+            logger.log(logging.WARNING if is_warning else logging.INFO, "Left out of %s: %s", self.root, text)
+
+
+def list_images(root: Path) -> ImageFolder:
+    """Search a folder for images, in depth and along links, but not in hidden files and folders.
+
+    A file is an image by its ending or, where it has none, by its first bytes. What a training run or a pipeline has
+    left in the folder is no image to train on.
+
+    Raises:
+        ValueError: The folder itself may not be read.
+    """
+    folder = ImageFolder(root)
+    real_root = os.path.realpath(root)
+    seen = {real_root}
+
+    def fail(error: OSError) -> None:
+        if error.filename == str(root):
+            raise ValueError(f"The folder {str(root)!r} may not be read: {error}") from error
+        folder.unreadable.append(os.path.relpath(error.filename, root))
+
+    for place, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
+        is_root = place == str(root)
+        if _RUN_FILES & set(names) or any(_CHECKPOINT.fullmatch(name) for name in subfolders):
+            if not is_root:
+                folder.outputs.append(os.path.relpath(place, root))
+                subfolders.clear()
+                continue
+            outputs = {name for name in subfolders if name in _RUN_FOLDERS or _CHECKPOINT.fullmatch(name)}
+            folder.outputs += sorted(outputs | _RUN_IMAGES & set(names))
+            subfolders[:] = [name for name in subfolders if name not in outputs]
+            names = [name for name in names if name not in _RUN_IMAGES]
+        subfolders[:] = [
+            name
+            for name in sorted(subfolders)
+            if not name.startswith(".") and _is_new(os.path.join(place, name), real_root, seen)
+        ]
+        for name in sorted(names):
+            if name.startswith("."):
+                continue
+            path = Path(place, name)
+            suffix = _suffix(name)
+            if suffix in image_suffixes() or (not suffix and _is_image(path)):
+                folder.paths.append(path)
+            else:
+                folder.others[suffix] += 1
+                folder.has_tables |= suffix in _TABLES or name.lower() in _METADATA
+    return folder
+
+
+def _suffix(name: str) -> str:
+    """The ending of a file in lower case; what begins with a digit, as in "at 10.30.45", is none."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix if suffix[1:2].isalpha() or suffix == ".3fr" else ""
+
+
+def _is_new(path: str, real_root: str, seen: set[str]) -> bool:
+    """Whether a subfolder is to be searched: links may lead anywhere, and to what is searched anyway."""
+    real = os.path.realpath(path)
+    if real in seen:
+        return False
+    if os.path.islink(path):
+        within = os.path.relpath(real, real_root).split(os.sep)
+        if not any(part.startswith(".") for part in within):
+            return False  # it is searched under its own name
+        if real_root.startswith(os.path.join(real, "")):
+            return False  # it holds the folder itself
+    seen.add(real)
+    return True
+
+
+def _is_image(path: Path) -> bool:
+    """Whether the first bytes of a file are those of a usual kind of image."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(12)
+    except OSError:
+        return False
+    is_webp, is_avif = start[:4] == b"RIFF" and start[8:] == b"WEBP", start[4:] in (b"ftypavif", b"ftypavis")
+    return start.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")) or is_webp or is_avif
+
+
+def is_picture_folder(folder: Path) -> bool:
+    """Whether a folder that may be a dataset holds images alone, and no files of a dataset.
+
+    Raises:
+        ValueError: It holds neither.
+    """
+    return _is_plain(list_images(folder))
+
+
+def _is_plain(folder: ImageFolder) -> bool:
+    if not folder.paths and not DATA_SUFFIXES & folder.others.keys():
+        left_out = folder.left_out()
+        raise ValueError(
+            f"The folder {str(folder.root)!r} holds no pictures ({', '.join(sorted(image_suffixes()))})."
+            f"{f' Left out: {left_out}.' if left_out else ''}"
+        )
+    return bool(folder.paths) and not folder.has_tables
+
+
+def resolve_source(dataset_name: str | None, train_data_dir: str | None) -> tuple[str, Path | None]:
+    """The name of a dataset and, unless it is one on the Hub, the local folder that is meant.
+
+    Raises:
+        ValueError: Both are given, or a folder that does not exist.
+    """
+    if dataset_name is not None and train_data_dir is not None:
+        raise ValueError("Give either `dataset_name` or `train_data_dir`, not both.")
+    name = train_data_dir or dataset_name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path.resolve()  # `datasets` takes "." for a name
+        return str(path), path
+    if train_data_dir is not None:
+        raise ValueError(f"`train_data_dir` must be an existing folder, got {train_data_dir!r}.")
+    # A Hub name is "name" or "user/name"; all else is a path that somebody mistyped.
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ValueError(f"`dataset_name` is neither a folder nor a name on the Hub: {name!r}.")
+    return name, None
+
+
+def find_source(dataset_name: str | None, train_data_dir: str | None, split: str) -> tuple[str, ImageFolder | None]:
+    """The name of a dataset, and the images of the folder where a folder of images is meant.
+
+    `train_data_dir` is a folder of images where it holds any, whatever lies beside them. `dataset_name` is one where
+    it holds no files of a dataset.
+
+    Raises:
+        ValueError: As [`resolve_source`]; a folder that holds nothing of use; a `split` of a folder of images.
+    """
+    name, path = resolve_source(dataset_name, train_data_dir)
+    if path is None:
+        return name, None
+    folder = list_images(path)
+    if not _is_plain(folder) and not (train_data_dir is not None and folder.paths):
+        return name, None
+    if split != "train":
+        raise ValueError(
+            f"`split` must be 'train', got {split!r}: {name!r} is a folder of pictures and has no splits."
+        )
+    folder.log_left_out()
+    return name, folder
+
+
+def shorten(problems: Sequence[str]) -> str:
+    """The first ten, a line each, and how many more there are."""
+    listed = "\n".join(f"  {problem}" for problem in problems[:10])
+    return listed + (f"\n  and {len(problems) - 10} more" if len(problems) > 10 else "")

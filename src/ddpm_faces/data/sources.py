@@ -1,0 +1,119 @@
+"""Where images come from: a folder, a dataset, or the program, which draws faces."""
+
+import inspect
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from . import drawn_faces, portrait
+from .dataset import content_hash
+from .drawn_faces import DrawnFaces
+from .folders import ImageFolder
+from .labels import check_folder_label, folder_labels
+
+
+@dataclass
+class Source:
+    """Where images come from.
+
+    Args:
+        identity (`Any`): All that decides what is read, plain enough for JSON.
+        num_images (`int`): How many there are.
+        read (`Callable`): From an index to the name of an image and what [`open_image`] opens, or None.
+        labels (`Callable`, *optional*): Gives the values of the column of classes.
+        class_names (`list[str]`, *optional*): Where labels are numbers that have names.
+    """
+
+    identity: Any
+    num_images: int
+    read: Callable[[int], tuple[str, Image.Image | os.PathLike | bytes | dict | None]]
+    labels: Callable[[], list[Any]] | None = None
+    class_names: list[str] | None = None
+
+
+def drawn_source(num_images: int, side: int, label_column: str | None) -> Source:
+    """Faces that the program draws."""
+    faces = DrawnFaces(num_images, resolution=side)
+    labels = None
+    if label_column is not None:
+        attributes = drawn_faces.face_attributes(0, 0)
+        if label_column not in attributes:
+            raise ValueError(
+                f"`label_column` {label_column!r} is no attribute of drawn faces. These are: {', '.join(attributes)}."
+            )
+
+        def labels() -> list[str]:
+            return [drawn_faces.face_attributes(index, 0)[label_column] for index in range(num_images)]
+
+    # Only what is drawn decides, not how many: an image depends on its index alone.
+    code = [inspect.getsource(module).encode() for module in (drawn_faces, portrait)]
+    identity = ["drawn", side, content_hash(*code)]
+    return Source(identity, num_images, lambda i: (f"drawn face {i}", faces[i]["image"]), labels)
+
+
+def folder_source(folder: ImageFolder, label_column: str | None) -> Source:
+    """The images of a folder; with the `label_column` "folder", its subfolders are the classes."""
+    paths, root = folder.paths, folder.root
+    check_folder_label(label_column)
+    labels = None if label_column is None else partial(folder_labels, folder)
+    listing = [(str(path.relative_to(root)), *_size_and_time(path)) for path in paths]
+    identity = ["folder", str(root.resolve()), content_hash(json.dumps(listing).encode())]
+    return Source(identity, len(paths), lambda index: (str(paths[index]), paths[index]), labels)
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:  # a link to nowhere, which reading it will name
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
+
+
+def dataset_source(
+    name: str,
+    config_name: str | None,
+    split: str,
+    image_column: str | None,
+    label_column: str | None,
+    cache_dir: str | None,
+) -> Source:
+    """A dataset on the Hub or in a folder."""
+    from datasets import ClassLabel, Value
+
+    from .tables import choose_image_column, open_table, undecoded
+
+    dataset = open_table(name, config_name, split, cache_dir)
+    image_column = choose_image_column(image_column, dataset.features, repr(name))
+    labels, class_names = None, None
+    if label_column is not None:
+        kinds = ("bool", "int", "uint", "string", "large_string")
+        label_columns = {
+            column: feature
+            for column, feature in dataset.features.items()
+            if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and feature.dtype.startswith(kinds))
+        }
+        if label_column not in label_columns:
+            raise ValueError(
+                f"`label_column` {label_column!r} of {name!r} holds no classes. Columns that may: "
+                f"{', '.join(label_columns) or 'none'}."
+            )
+        class_names = getattr(label_columns[label_column], "names", None)
+
+        def labels() -> list[Any]:
+            return dataset[label_column][:]
+
+    images = undecoded(dataset, image_column)
+
+    def read(index: int) -> tuple[str, dict | bytes | None]:
+        value = images[index][image_column]
+        path = value.get("path") if isinstance(value, dict) else None
+        return f"row {index} ({path})" if path else f"row {index}", value
+
+    identity = ["dataset", dataset._fingerprint, image_column]
+    return Source(identity, len(dataset), read, labels, class_names)

@@ -1,0 +1,150 @@
+"""Datasets as the `datasets` library opens them: shards in a folder or on the Hub, and what their columns hold."""
+
+import errno
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+from PIL import Image
+
+from .folders import shorten
+
+
+def open_table(
+    name: str,
+    config_name: str | None = None,
+    split: str = "train",
+    cache_dir: str | None = None,
+    streaming: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Open a dataset by its name on the Hub, or in a folder: of shards, of archives, or as `save_to_disk` writes it.
+
+    Args:
+        name (`str`): Its name, or the absolute path of the folder.
+        config_name (`str`, *optional*): Configuration of the dataset.
+        split (`str`, defaults to `"train"`): A split or, without `streaming`, a part of one.
+        cache_dir (`str`, *optional*): Where `datasets` keeps what it downloads.
+        streaming (`bool`, defaults to `False`): Do not read it now, but while it is iterated over.
+
+    Raises:
+        ValueError: `split` is not written as `datasets` writes splits, a damaged file of a local folder, by its name,
+            or a `cache_dir` that cannot be written.
+    """
+    instruction = _read_split(split)
+    if os.path.isdir(name):
+        _check_files(Path(name))
+        if saved := _load_saved(Path(name), split, instruction):
+            num_shards = max(1, len(saved.cache_files))
+            return saved.to_iterable_dataset(min(num_shards, len(saved)) or 1) if streaming else saved
+    try:
+        return datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir, streaming=streaming)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.ENOSPC, errno.ENOTDIR, errno.EROFS):
+            raise  # it is not about what `datasets` writes
+        place = str(cache_dir or datasets.config.HF_DATASETS_CACHE)
+        raise ValueError(f"`cache_dir` {place!r} cannot be written ({error}): choose another.") from error
+
+
+def _read_split(split: str) -> datasets.ReadInstruction:
+    try:
+        return datasets.ReadInstruction.from_spec(split)
+    except ValueError as error:
+        raise ValueError(
+            f"`split` must be the name of a split or a part of one, such as 'train' or 'train[:500]', got {split!r}: "
+            f"{error}"
+        ) from error
+
+
+def _load_saved(folder: Path, split: str, instruction: datasets.ReadInstruction) -> datasets.Dataset | None:
+    """A part of what `save_to_disk` has written, or None where the folder holds something else."""
+    if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return None
+    saved = datasets.load_from_disk(folder)
+    parts = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+    try:
+        places = instruction.to_absolute({name: len(part) for name, part in parts.items()})
+    except ValueError as error:
+        raise ValueError(f"`split` {split!r} is not in {str(folder)!r}. Splits: {', '.join(parts)}.") from error
+    chosen = [
+        parts[place.splitname].select(
+            range(place.from_ or 0, len(parts[place.splitname]) if place.to is None else place.to)
+        )
+        for place in places
+    ]
+    return datasets.concatenate_datasets(chosen)
+
+
+def _check_files(folder: Path) -> None:
+    """Raise a `ValueError` that names the files which were cut or copied in part; none is read as a whole."""
+    damaged = []
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".zip") and path.is_file()):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        try:
+            if path.suffix == ".zip":
+                zipfile.ZipFile(path).close()
+            else:
+                pyarrow.parquet.read_metadata(path)
+        except (OSError, pyarrow.ArrowException, zipfile.BadZipFile) as error:
+            damaged.append(f"{path}: {error}")
+    if damaged:
+        raise ValueError(f"Files of the data set are damaged:\n{shorten(damaged)}")
+
+
+# Columns
+
+
+def image_columns(columns: Mapping[str, Any]) -> list[str]:
+    """The columns that may hold images: those of that type first, then files as structs, then binary ones.
+
+    Args:
+        columns (`Mapping`): The features of a dataset or, where it has none, its first row.
+    """
+    ranks = {name: _image_rank(column) for name, column in columns.items()}
+    return sorted((name for name, rank in ranks.items() if rank is not None), key=ranks.__getitem__)
+
+
+def _image_rank(column: Any) -> int | None:
+    if isinstance(column, datasets.Image | Image.Image):
+        return 0
+    if isinstance(column, dict) and "bytes" in column and column.keys() <= {"bytes", "path"}:
+        return 1
+    is_binary = isinstance(column, datasets.Value) and column.dtype.endswith("binary")
+    return 2 if is_binary or isinstance(column, bytes) else None
+
+
+def choose_image_column(wanted: str | None, columns: Mapping[str, Any], source: str) -> str:
+    """The column to take images from: `wanted`, by default the first that holds some.
+
+    Args:
+        wanted (`str`, *optional*): What the user asked for.
+        columns (`Mapping`): As that of [`image_columns`].
+        source (`str`): What they are columns of, for the message.
+
+    Raises:
+        ValueError: No column holds images, or the wanted one does not.
+    """
+    found = image_columns(columns)
+    if wanted is None and found:
+        return found[0]
+    if wanted not in found:
+        problem = "No column" if wanted is None else f"`image_column` must name a column of pictures: {wanted!r}"
+        verb = "holds pictures" if wanted is None else "is none"
+        raise ValueError(
+            f"{problem} of {source} {verb}. Columns with pictures: {', '.join(found) or 'none'}; all columns: "
+            f"{', '.join(columns)}."
+        )
+    return wanted
+
+
+def undecoded(dataset: Any, image_column: str, others: Iterable[str] = ()) -> Any:
+    """The columns that are asked for, with images as they are stored, so that a broken one can be named."""
+    dataset = dataset.select_columns([image_column, *others])
+    if dataset.features is not None and isinstance(dataset.features[image_column], datasets.Image):
+        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    return dataset
