@@ -698,7 +698,7 @@ def test_unreadable_pictures(pictures, tmp_path):
     assert not (tmp_path / "run").exists()
     result = train(tmp_path / "run", skip_unreadable="true", **settings)
     assert result.returncode == 0, result.stderr
-    assert "16 pictures" in result.stdout
+    assert "16 images" in result.stdout
     assert "broken.png" in result.stderr
 
 

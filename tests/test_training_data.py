@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ddpm_faces.training.config import TrainingConfig
@@ -45,3 +46,26 @@ def test_held_out_faces_are_drawn_on_top():
 def test_folder_of_pictures_has_no_splits(folder):
     with pytest.raises(ValueError, match="`validation_split` 'test': a folder of pictures has no splits"):
         load(folder, validation_split="test")
+
+
+def test_folder_that_grows_holds_out_nothing_that_was_trained_on(tmp_path):
+    """Resuming remembers how many were held out; by content, those of before stay, or give way to new images."""
+
+    def add(names: range) -> None:
+        for name in names:
+            pixels = np.random.default_rng(name).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "faces" / f"{name:03d}.png")
+
+    def digests(images: torch.Tensor) -> set[bytes]:
+        return {image.numpy().tobytes() for image in images}
+
+    (tmp_path / "faces").mkdir()
+    add(range(100, 140))
+    settings = {"resolution": [8], "train_batch_size": 4, "num_validation_images": 64}
+    config = TrainingConfig(train_data_dir=str(tmp_path / "faces"), cache_dir=str(tmp_path / "cache"), **settings)
+    before = load_training_data(config, ALONE)
+    assert len(before.held_out) == 4
+    add(range(0, 100))
+    after = load_training_data(config, ALONE, num_held_out=len(before.held_out))
+    assert len(after.held_out) == 4
+    assert not digests(after.held_out.images) & digests(before.batches.dataset.images)

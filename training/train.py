@@ -28,7 +28,7 @@ from ddpm_faces.training.arguments import parse_training_config
 from ddpm_faces.training.assessment import Assessment, validate
 from ddpm_faces.training.batch import Batch, batches
 from ddpm_faces.training.changes import check_same_model
-from ddpm_faces.training.checkpoint import CheckpointIO
+from ddpm_faces.training.checkpoint import CheckpointIO, read_state
 from ddpm_faces.training.config import TrainingConfig
 from ddpm_faces.training.cores import use_all_cores
 from ddpm_faces.training.data import load_training_data
@@ -88,7 +88,8 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
             accelerator.print(f"Starting from the weights of {config.pretrained_model_name_or_path}.")
 
         # 1. Data
-        data = load_training_data(config, accelerator)
+        num_held_out = None if checkpoint is None else read_state(checkpoint)["run"].get("num_held_out")
+        data = load_training_data(config, accelerator, num_held_out)
         config = replace(config, num_class_embeds=data.num_classes)
         if checkpoint is not None:
             check_same_model(config, checkpoint)
@@ -120,7 +121,7 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
     ema = EMA(accelerator.unwrap_model(unet)) if config.use_ema else None
 
     # 4. Resume
-    state = RunState()
+    state = RunState(num_held_out=len(data.held_out or []))
     log, preemption = TrainingLog(config, accelerator, state), Preemption(config.time_limit_minutes)
     steps = StepRecorder(config, accelerator, state, log)
     run = Run(config, accelerator, unet, optimizer, ema, objective, data, preemption, log, steps, state)

@@ -43,23 +43,24 @@ class TrainingConfig:
     """
 
     dataset_name: str | None = _field(
-        None, "Data", "Data set on the Hub, or a local folder of one (default: drawn faces)."
+        None, "Data", "Dataset on the Hub, or a local folder of one (default: drawn faces)."
     )
-    dataset_config_name: str | None = _field(None, "Data", "Configuration of the data set (default: its own).")
-    dataset_split: str = _field("train", "Data", "Split of the data set.")
-    train_data_dir: str | None = _field(None, "Data", "Local folder of pictures, in place of `dataset_name`.")
-    image_column: str | None = _field(None, "Data", "Column of the pictures (default: the first that holds any).")
+    dataset_config_name: str | None = _field(None, "Data", "Configuration of the dataset (default: its own).")
+    dataset_split: str = _field("train", "Data", "Split of the dataset to train on.")
+    train_data_dir: str | None = _field(None, "Data", "Local folder of images, instead of `dataset_name`.")
+    image_column: str | None = _field(None, "Data", "Column of the images (default: the first that holds any).")
     label_column: str | None = _field(
-        None, "Data", "Column of the classes; `folder` for the names of the subfolders (default: no classes)."
+        None, "Data", "Column of the classes; `folder` takes the names of the subfolders (default: no classes)."
     )
     streaming: bool = _field(
-        False, "Data", "Read the data set while training, for one that is too large for the disk; no cache."
+        False, "Data", "Read the dataset while training instead of caching it, for one that is too large for the disk."
     )
     shuffle_block_size: int = _field(1024, "Data", "Pictures that are shuffled together when streaming.")
     cache_dir: str | None = _field(
         None, "Data", "Where decoded pictures and data sets from the Hub are kept (default: beside the Hub's cache)."
     )
     skip_unreadable: bool = _field(False, "Data", "Leave pictures that cannot be read out, and list them.")
+    max_image_pixels: int = _field(2**29, "Data", "Refuse images of more pixels than this, which take much memory.")
     max_train_samples: int | None = _field(None, "Data", "Use only the first so many pictures (default: all).")
     num_drawn_images: int = _field(4096, "Data", "Faces to draw where no data set is named.")
     resolution: list[int] = _field([32], "Data", "Side of the pictures in pixels, or height and width.")

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from ..data.batches import FaceBatches
 from ..data.dataset import FaceDataset, hold_out
-from ..data.folders import is_picture_folder, resolve_source
+from ..data.folders import find_source
 from ..data.loading import load_faces
 from .config import LEAST_PICTURES, TrainingConfig
 
@@ -34,8 +34,17 @@ class TrainingData:
     description: str
 
 
-def load_training_data(config: TrainingConfig, accelerator: Accelerator) -> TrainingData:
-    """Open the pictures; the first process that comes here decodes them, unless it was done before.
+def load_training_data(
+    config: TrainingConfig, accelerator: Accelerator, num_held_out: int | None = None
+) -> TrainingData:
+    """Open the images; the first process that comes here decodes them, unless it was done before.
+
+    Args:
+        config ([`TrainingConfig`]): Where the images are.
+        accelerator ([`~accelerate.Accelerator`]): The processes that share each batch.
+        num_held_out (`int`, *optional*):
+            Images that the run to be resumed has held out. The same number keeps images that it has trained on out
+            of the held-out set, whatever has been added to the folder.
 
     Raises:
         ValueError: Pictures, classes or sizes that cannot work.
@@ -57,20 +66,23 @@ def load_training_data(config: TrainingConfig, accelerator: Accelerator) -> Trai
         "resolution": config.image_size,
         "channels": config.in_channels,
         "skip_unreadable": config.skip_unreadable,
+        "max_image_pixels": config.max_image_pixels,
     }
     held_out = None
     if config.validation_split is not None and config.num_validation_images:
-        _, folder = resolve_source(config.dataset_name, config.train_data_dir)
-        if folder is not None and is_picture_folder(folder):
-            raise ValueError(f"`validation_split` {config.validation_split!r}: a folder of pictures has no splits.")
+        _, folder = find_source(config.dataset_name, config.train_data_dir, "train")
+        if folder is not None:
+            raise ValueError(f"`validation_split` {config.validation_split!r}: a folder of images has no splits.")
         held_out = load_faces(
             **source,
             cache_dir=config.cache_dir,
             split=config.validation_split,
             max_images=config.num_validation_images,
         )
-    load = _stream if config.streaming else _decoded
-    data = load(config, source, held_out, share, accelerator)
+    if config.streaming:
+        data = _stream(config, source, held_out, share, accelerator)
+    else:
+        data = _decoded(config, source, held_out, share, num_held_out)
     for name, least in LEAST_PICTURES.items():  # of few pictures, fewer are held out than were asked for
         if getattr(config, name) and len(data.held_out) < least:
             raise ValueError(f"`{name}` needs at least {least} held-out pictures, and there are {len(data.held_out)}.")
@@ -118,7 +130,7 @@ def _decoded(
     source: dict[str, Any],
     held_out: FaceDataset | None,
     share: slice,
-    accelerator: Accelerator,
+    num_remembered: int | None,
 ) -> TrainingData:
     is_drawn = config.dataset_name is None and config.train_data_dir is None
     num_held_out = config.num_validation_images
@@ -132,8 +144,10 @@ def _decoded(
         num_drawn_images=config.num_drawn_images + (num_held_out if is_drawn else 0),
     )
     if held_out is None:
-        # Of few pictures, all but a tenth are needed to learn from.
-        num_held_out = num_held_out if is_drawn else min(num_held_out, len(dataset) // 10)
+        if num_remembered is not None:  # all others may have been trained on
+            num_held_out = min(num_held_out, num_remembered)
+        elif not is_drawn:  # of few images, all but a tenth are needed to learn from
+            num_held_out = min(num_held_out, len(dataset) // 10)
         if num_held_out:
             dataset, held_out = hold_out(dataset, num_held_out)
     elif dataset.class_names is not None:
@@ -145,7 +159,7 @@ def _decoded(
         if num_classes is not None and num_classes < num_labels:
             raise ValueError(f"`num_class_embeds` is {num_classes}, but there are {num_labels} classes.")
         num_classes = num_classes or num_labels
-    kind = "drawn faces" if is_drawn else "pictures"
+    kind = "drawn faces" if is_drawn else "images"
     description = f"{len(dataset)} {kind} ({len(held_out or [])} more held out)"
     statistics = dataset.channel_statistics()
     return TrainingData(batches, share, held_out, dataset.fingerprint, statistics, num_classes, description)
