@@ -44,7 +44,7 @@ def test_held_out_faces_are_drawn_on_top():
 
 
 def test_folder_of_pictures_has_no_splits(folder):
-    with pytest.raises(ValueError, match="`validation_split` 'test': a folder of pictures has no splits"):
+    with pytest.raises(ValueError, match="`validation_split` 'test': a folder of images has no splits"):
         load(folder, validation_split="test")
 
 
