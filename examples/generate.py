@@ -13,7 +13,7 @@ from ddpm_faces.plots import image_grid
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="a folder, or a repository on the Hub")
+    parser.add_argument("model", help="a folder, or a repository on the Hub; classes take turns")
     parser.add_argument("--num_images", type=int, default=16)
     parser.add_argument(
         "--num_inference_steps", type=int, default=None, help="of a fast solver; default: all that were trained"
@@ -37,7 +37,9 @@ def main() -> None:
         pipeline.scheduler = fast_solver(pipeline.scheduler, args.sigma_min, args.epsilon_scaling)
     # A generator per picture: face i of this seed stays the same, however many are drawn with it.
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_images)]
-    images = pipeline(args.num_images, args.num_inference_steps, generators).images
+    num_classes = pipeline.unet.config.get("num_class_embeds")
+    class_labels = None if num_classes is None else [i % num_classes for i in range(args.num_images)]
+    images = pipeline(args.num_images, args.num_inference_steps, generators, class_labels=class_labels).images
 
     image_grid(images, scale=max(1, 128 // images[0].width)).save(args.output)
     print(args.output)
