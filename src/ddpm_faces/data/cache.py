@@ -97,7 +97,7 @@ def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
                         unreadable.append(name)
                         continue
                     pixels, description, label = decoded
-                    file.write(pixels.numpy())
+                    file.write(pixels.numpy().data)
                     names.append(name)
                     table.append(description)
                     labels.append(label)

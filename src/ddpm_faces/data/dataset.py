@@ -30,7 +30,7 @@ class FaceDataset(Dataset):
 
     def __init__(
         self,
-        images: torch.Tensor | Sequence[torch.Tensor],
+        images: "torch.Tensor | Sequence[torch.Tensor] | _Ragged",
         size: tuple[int, int] | None = None,
         labels: torch.Tensor | None = None,
         class_names: list[str] | None = None,
@@ -40,7 +40,7 @@ class FaceDataset(Dataset):
         self._images = images
         self._indices = np.arange(len(images))  # of those that belong to this subset
         self._labels = labels
-        self._table = np.stack([describe(image) for image in images]) if table is None else table
+        self._table = np.stack([describe(images[i]) for i in range(len(images))]) if table is None else table
         self._cache: Path | None = None
         self.size = size or tuple(images[0].shape[-2:])
         self.class_names = class_names
@@ -113,7 +113,7 @@ class FaceDataset(Dataset):
         names = read_names(self._cache)
         return [names[index] for index in indices]
 
-    def subset(self, indices: Sequence[int]) -> "FaceDataset":
+    def subset(self, indices: Sequence[int] | np.ndarray) -> "FaceDataset":
         """Some of the pictures, in this order."""
         subset = object.__new__(FaceDataset)
         subset.__dict__ = dict(self.__dict__)
@@ -157,7 +157,7 @@ class FaceDataset(Dataset):
             self._images, self._table = map_images(self._cache, self.size)
 
 
-class _Ragged(Sequence):
+class _Ragged:
     """Pictures of different shapes, one after the other in flat memory."""
 
     def __init__(self, pixels: torch.Tensor, shapes: np.ndarray) -> None:
@@ -231,5 +231,5 @@ def content_hash(*parts: bytes | np.ndarray) -> str:
     """A hash in 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
-        digest.update(part)
+        digest.update(part if isinstance(part, bytes) else part.data)
     return digest.hexdigest()

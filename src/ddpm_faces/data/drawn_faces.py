@@ -6,7 +6,7 @@ small differences of proportion and shade; `portrait.py` paints what was chosen.
 
 import random
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from numbers import Integral
 from typing import Any, overload
@@ -47,7 +47,7 @@ def _integer(name: str, value: Any, minimum: int) -> int:
     return int(value)
 
 
-def _pick(rng: random.Random, weights: dict[str, float]) -> str:
+def _pick(rng: random.Random, weights: Mapping[str, float]) -> str:
     # Only `random()` is promised to give the same numbers in every Python version.
     sums = list(accumulate(weights.values()))
     return list(weights)[bisect(sums, rng.random() * sums[-1], hi=len(sums) - 1)]

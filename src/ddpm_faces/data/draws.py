@@ -87,8 +87,10 @@ def draw_step(
         noise = torch.empty((len(seeds), *sample_shape), device=device)
         for image, image_seed in zip(noise, seeds.tolist(), strict=True):
             image.normal_(generator=generator.manual_seed(image_seed))
-    small = (tensor[share].to(device, non_blocking=True) for tensor in (timesteps, flips, augmentations))
-    return StepDraws(*small, noise)
+    timesteps, flips, augmentations = (
+        tensor[share].to(device, non_blocking=True) for tensor in (timesteps, flips, augmentations)
+    )
+    return StepDraws(timesteps, flips, augmentations, noise)
 
 
 def counted_normal(seeds: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

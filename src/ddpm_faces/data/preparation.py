@@ -216,7 +216,7 @@ def _rows(faces: FaceDataset, indices: range) -> Iterator[dict[str, Any]]:
         pixels = face["images"].permute(1, 2, 0).squeeze(-1).contiguous().numpy()
         with io.BytesIO() as file:
             Image.fromarray(pixels).save(file, "PNG")
-            row = {"image": {"bytes": file.getvalue(), "path": None}}
+            row: dict[str, Any] = {"image": {"bytes": file.getvalue(), "path": None}}
         if "labels" in face:
             row["label"] = int(face["labels"])
         yield row

@@ -105,6 +105,7 @@ class FaceStream(IterableDataset):
         self.batch_size = batch_size
         self.num_workers = min(num_workers, self._reader.share().num_shards)  # one without a file would have no rows
         self.num_skipped = 0
+        self._next_worker = 0
         self.start_epoch(0)
 
     # The consumer's side
@@ -226,7 +227,8 @@ def open_stream(
         dataset = _stream_folder(folder, stream_arguments.get("label_column"))
     else:
         dataset = open_table(name, dataset_config_name, split, streaming=True)
-    decode = partial(_decode, size=tuple(resolution), mode=MODES[channels], crop=crop)
+    height, width = resolution
+    decode = partial(_decode, size=(height, width), mode=MODES[channels], crop=crop)
     return FaceStream(dataset, decode, **stream_arguments)
 
 

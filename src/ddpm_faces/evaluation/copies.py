@@ -85,16 +85,17 @@ def audit(
         spaces.append((extractor_name, partial(extract_features, extractor=extractor)))
     queries, reports = torch.cat([samples, held_out]), []
     for name, represent in spaces:
-        found = nearest(*(represent(images) for images in (queries, train, train.flip(-1))), num_neighbours)
+        found = nearest(represent(queries), represent(train), represent(train.flip(-1)), num_neighbours)
         parts = zip(*(column.split([len(samples), len(held_out)]) for column in found), strict=True)
         reports.append(_compare(name, *(Nearest(*part) for part in parts)))
+    height, width = samples.shape[2:]
     return AuditReport(
         spaces=reports,
         num_samples=len(samples),
         num_held_out=len(held_out),
         num_train=len(train),
         num_neighbours=num_neighbours,
-        image_size=tuple(samples.shape[2:]),
+        image_size=(height, width),
         extractor=extractor_name,
         resize=resize,
     )
@@ -167,9 +168,9 @@ def audit_model(
     )
     if len(pictures) < num_images:
         raise ValueError(f"`source` must have `num_images` ({num_images}) pictures, has {len(pictures)}.")
-    load = {"dataset_name": data, "resolution": pictures.image_size, "cache_dir": cache_dir}
+    load = partial(load_faces, data, resolution=pictures.image_size, cache_dir=cache_dir)
     with accelerator.main_process_first():  # it decodes them, the others read its cache
-        train, held_out = load_faces(split=split, **load), load_faces(split=held_out_split, **load)
+        train, held_out = load(split=split), load(split=held_out_split)
     if len(held_out) < MIN_IMAGES:
         raise ValueError(f"`held_out_split` must hold at least {MIN_IMAGES} pictures, has {len(held_out)}.")
     indices = torch.arange(num_images).split(batch_size)
@@ -181,14 +182,13 @@ def audit_model(
     )
     report = audit(samples, train.images, held_out.images, extractor)
     results = {**report.to_dict(), **pictures.provenance(num_images)}
-    pipeline = getattr(pictures, "pipeline", None)
-    unet = None if pipeline is None else pipeline.unet.config
-    # The classes of these images are not known here, and the images are RGB.
-    is_plain = unet is not None and unet.get("num_class_embeds") is None and unet.in_channels == 3
-    if num_loss_images and is_plain and isinstance(pictures.scheduler, DDPMFacesScheduler):
-        num_loss_images = min(num_loss_images, len(train), len(held_out))
-        results["losses"] = _losses(accelerator, pictures, train, held_out, num_loss_images, batch_size)
-        results["verdict"] += results["losses"].pop("sentence")
+    if num_loss_images and isinstance(pictures, Generated) and isinstance(pictures.scheduler, DDPMFacesScheduler):
+        unet = pictures.pipeline.unet.config
+        # The classes of these images are not known here, and the images are RGB.
+        if unet.get("num_class_embeds") is None and unet.in_channels == 3:
+            num_loss_images = min(num_loss_images, len(train), len(held_out))
+            results["losses"] = _losses(accelerator, pictures, train, held_out, num_loss_images, batch_size)
+            results["verdict"] += results["losses"].pop("sentence")
     return report, results, closest_pairs_picture(report, samples, train.images, held_out.images)
 
 

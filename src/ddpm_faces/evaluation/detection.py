@@ -66,7 +66,8 @@ class MTCNN:
         """Candidates of the first network, which slides over the images at all scales: owners (n,), boxes (n, 4)."""
         height, width = pixels.shape[2:]
         none = torch.zeros(0, 4, device=pixels.device)
-        scale, found = _CELL / _MIN_FACE, [(none[:, 0].long(), none, none[:, 0], none)]
+        scale = _CELL / _MIN_FACE
+        found: list[tuple[torch.Tensor, ...]] = [(none[:, 0].long(), none, none[:, 0], none)]
         while min(height, width) * scale >= _CELL:
             small = _resize(pixels, (int(height * scale + 1), int(width * scale + 1)))
             features = _features(self.states["pnet"], "pnet", small)
@@ -89,16 +90,16 @@ class MTCNN:
         self, name: str, pixels: torch.Tensor, owners: torch.Tensor, boxes: torch.Tensor, side: int, threshold: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run a network on the content of the boxes: owners, corrected boxes and scores of those that pass."""
-        crops, kept = [], []
+        crops, nonempty = [], []
         height, width = pixels.shape[2:]
         for index, (owner, box) in enumerate(zip(owners.tolist(), boxes.trunc().int().tolist(), strict=True)):
             left, top, right, bottom = max(box[0], 1) - 1, max(box[1], 1) - 1, min(box[2], width), min(box[3], height)
             if right > left and bottom > top:
                 crops.append(_resize(pixels[owner : owner + 1, :, top:bottom, left:right], (side, side)))
-                kept.append(index)
+                nonempty.append(index)
         if not crops:
             return owners[:0], boxes[:0], boxes[:0, 0]
-        owners, boxes = owners[kept], boxes[kept]
+        owners, boxes = owners[nonempty], boxes[nonempty]
         state, last = self.states[name], {"rnet": 5, "onet": 6}[name]
         features = _features(state, name, torch.cat(crops)).permute(0, 3, 2, 1).flatten(start_dim=1)
         features = F.prelu(_linear(state, f"dense{last - 1}", features), state[f"prelu{last - 1}.weight"])

@@ -67,7 +67,8 @@ def nearest(
     size = max(1, min(_ROWS, _NUMBERS // train.shape[1]))
     blocks = range(0, len(train), size)
     sides = (train, mirrored_train)
-    centre = sum(_points(side[start : start + size]).sum(dim=0) for side in sides for start in blocks) / len(train) / 2
+    sums = (_points(side[start : start + size]).sum(dim=0) for side in sides for start in blocks)
+    centre = sum(sums, start=train.new_zeros(train.shape[1], dtype=torch.float64)) / len(train) / 2
     found = []
     with tqdm(total=len(queries) * len(train), desc="Comparing", unit="pair", unit_scale=True) as progress:
         for rows in queries.split(size):

@@ -7,6 +7,7 @@ several processes, each generates and measures its share.
 import json
 import os
 from collections.abc import Sequence, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,9 @@ def evaluate(
     pictures = open_samples(
         *(source, sampler, num_inference_steps, seed, state.device, sigma_min, guide, guidance_scale, epsilon_scaling)
     )
+    generated = None
     if num_likelihood_images:
-        _check_likelihood(num_likelihood_images, pictures)
+        generated = _check_likelihood(num_likelihood_images, pictures)
     _check_enough("source", pictures, num_images)  # before anything is decoded
     height, width = pictures.image_size
     planned: list[dict[str, Any]] = []
@@ -142,7 +144,7 @@ def evaluate(
     reference_name = f"{name} ({fingerprint(real)})"
     likelihood = None
     if num_likelihood_images:
-        likelihood = _likelihood_provenance(pictures, real[:num_likelihood_images], name)
+        likelihood = _likelihood_provenance(generated, real[:num_likelihood_images], name)
     if against is not None:
         known = {"n": num_images, "n_reference": len(real), "reference": reference_name}
         planned = [{**entry, **known} for entry in planned] + ([likelihood] if likelihood else [])
@@ -160,7 +162,7 @@ def evaluate(
     provenance = {"reference": reference_name, **pictures.provenance(num_images)}
     metrics = [{**metric, **provenance} for metric in metrics]
     if likelihood:
-        bits = _bits(pictures, real[:num_likelihood_images], batch_size)
+        bits = _bits(generated, real[:num_likelihood_images], batch_size)
         error = bits.std().item() / len(bits) ** 0.5
         value = {"name": "Bits per dimension", "value": bits.mean().item(), "error": error}
         metrics.append({**value, **likelihood})
@@ -309,7 +311,8 @@ def check_metrics_file(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def _check_likelihood(num_images: int, pictures: Generated | PictureFiles) -> None:
+def _check_likelihood(num_images: int, pictures: Generated | PictureFiles) -> Generated:
+    """The pictures, if their pipeline has a likelihood that can be measured; else raise a `ValueError`."""
     if type(num_images) is not int or num_images < 2:
         raise ValueError(f"`num_likelihood_images` must be 0 or a whole number of at least 2, got {num_images!r}.")
     if not isinstance(pictures, Generated):
@@ -322,6 +325,7 @@ def _check_likelihood(num_images: int, pictures: Generated | PictureFiles) -> No
             "`num_likelihood_images` needs a pipeline with a DDPMFacesScheduler, of RGB and without classes, got "
             f"{type(scheduler).__name__}, {unet.in_channels} channels and {unet.get('num_class_embeds')} classes."
         )
+    return pictures
 
 
 def _sources(networks: MetricNetworks, image_size: tuple[int, int]) -> list[dict[str, Any]]:
@@ -376,12 +380,12 @@ def _real_faces(
             drawn = [picture_to_tensor(faces[index]["image"], size) for index in indices]
             reference, others = torch.stack(drawn).split(num_images)
             return reference, others, "drawn faces"
-        load = {"resolution": size, "cache_dir": cache_dir, "max_images": num_images}
+        load = partial(load_faces, resolution=size, cache_dir=cache_dir, max_images=num_images)
         folder = Path(data).expanduser()
         name = folder.resolve().name if folder.is_dir() else data
         if folder.is_dir() and is_picture_folder(folder):
-            return load_faces(train_data_dir=data, **load).images, None, name
-        reference = load_faces(dataset_name=data, split=split, **load).images
+            return load(train_data_dir=data).images, None, name
+        reference = load(dataset_name=data, split=split).images
         if baseline_split is None or baseline_split == split:
             return reference, None, f"{name}, {split}"
-        return reference, load_faces(dataset_name=data, split=baseline_split, **load).images, f"{name}, {split}"
+        return reference, load(dataset_name=data, split=baseline_split).images, f"{name}, {split}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
 from ..data.folders import image_suffixes
@@ -58,27 +59,31 @@ def open_samples(
     for name, value, minimum in bounds:
         if type(value) is not int or value < minimum:
             raise ValueError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
-    for name, value in {"sigma_min": sigma_min, "epsilon_scaling": epsilon_scaling}.items():
-        if value is not None and sampler == "ddpm":
-            raise ValueError(f"`{name}` is for the sampler 'dpm-solver++', not 'ddpm', got {value}.")
+    for name, option in {"sigma_min": sigma_min, "epsilon_scaling": epsilon_scaling}.items():
+        if option is not None and sampler == "ddpm":
+            raise ValueError(f"`{name}` is for the sampler 'dpm-solver++', not 'ddpm', got {option}.")
     if guide is not None and guidance_scale is None:
         raise ValueError("`guidance_scale` must be given with `guide`: 1.2, say.")
-    if not isinstance(source, DDPMFacesPipeline):
+    if isinstance(source, DDPMFacesPipeline):
+        pipeline = source
+    else:
         path = Path(source).expanduser()
         if path.is_dir() and not (path / "model_index.json").exists():
             if guidance_scale is not None:
                 raise ValueError(f"`guidance_scale` is for a pipeline, and {str(source)!r} is a folder of pictures.")
             return PictureFiles(path)
-        source = DDPMFacesPipeline.from_pretrained(source).to(device)
-    name = None
+        pipeline = DDPMFacesPipeline.from_pretrained(source).to(device)
+    guide_name = None
     if guide is not None:
         if not isinstance(guide, DDPMFacesPipeline):
             folder = Path(guide).expanduser()
-            name = folder.resolve().name if folder.is_dir() else str(guide)
+            guide_name = folder.resolve().name if folder.is_dir() else str(guide)
             guide = DDPMFacesPipeline.from_pretrained(guide)
-        source = source.with_scheduler(source.scheduler)  # a copy: the caller's pipeline stays as it is
-        source.set_guide(guide, guidance_scale)
-    return Generated(source, sampler, num_inference_steps, seed, sigma_min, guidance_scale, name, epsilon_scaling)
+        pipeline = pipeline.with_scheduler(pipeline.scheduler)  # a copy: the caller's pipeline stays as it is
+        pipeline.set_guide(guide, guidance_scale)
+    return Generated(
+        pipeline, sampler, num_inference_steps, seed, sigma_min, guidance_scale, guide_name, epsilon_scaling
+    )
 
 
 class Generated:
@@ -123,13 +128,13 @@ class Generated:
         generators = [torch.Generator().manual_seed(self.seed + index) for index in indices]
         classes = self.pipeline.unet.config.get("num_class_embeds")
         labels = None if classes is None else [index % classes for index in indices]
-        images = self.pipeline(
+        output: ImagePipelineOutput = self.pipeline(
             *(len(indices), self.steps, generators),
             output_type="pt",
             class_labels=labels,
             guidance_scale=self.guidance_scale,
-        ).images  # in [0, 1]
-        return (images.float() * 255).round().to("cpu", torch.uint8).expand(-1, 3, -1, -1)
+        )  # images in [0, 1]
+        return (output.images.float() * 255).round().to("cpu", torch.uint8).expand(-1, 3, -1, -1)
 
     def provenance(self, num_images: int) -> dict[str, Any]:
         seeds = f"{self.seed} to {self.seed + num_images - 1}"

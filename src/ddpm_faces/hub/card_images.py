@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
 from ..pipeline_ddpm_faces import DDPMFacesPipeline
@@ -26,8 +27,9 @@ def draw_grid(pipeline: DDPMFacesPipeline, path: Path, sigma_min: float | None) 
     fast = pipeline.with_scheduler(fast_solver(scheduler, sigma_min))
     steps = min(_GRID_STEPS, scheduler.config.num_train_timesteps)
     fast.set_progress_bar_config(desc="Drawing faces for the card", leave=False)
-    images = fast(_GRID_FACES, steps, _seeds(_GRID_FACES), class_labels=_labels(fast, _GRID_FACES)).images
-    image_grid(images, scale=_scale(images[0])).save(path)
+    labels = _labels(fast, _GRID_FACES)
+    output: ImagePipelineOutput = fast(_GRID_FACES, steps, _seeds(_GRID_FACES), class_labels=labels)
+    image_grid(output.images, scale=_scale(output.images[0])).save(path)
     return f"{steps} steps of DPM-Solver++"
 
 

@@ -71,9 +71,9 @@ def template_values(
 
 
 def _network(network: torch.nn.Module | None) -> str | None:
-    return (
-        network and f"{type(network).__name__}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters"
-    )
+    if network is None:
+        return None
+    return f"{type(network).__name__}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters"
 
 
 def _metric_row(metric: dict[str, Any]) -> dict[str, str]:

@@ -57,7 +57,7 @@ def convert_checkpoint(path: str | os.PathLike, sample_size: int | tuple[int, in
             time_proj_dim=time_layer["weight"].shape[1],
             time_embedding_dim=time_layer["weight"].shape[0],
         ).eval()
-        state = OrderedDict()
+        state: OrderedDict[str, torch.Tensor] = OrderedDict()
         for name, module in (("time_embedding.0", time_layer), ("conv_in", conv_in), ("conv_out", conv_out)):
             state |= {f"{name}.{key}": value for key, value in module.items()}
         for kind, group in (("down_blocks", downs), ("up_blocks", ups)):
@@ -124,9 +124,8 @@ def _article_parts(state: dict[str, torch.Tensor], path: str) -> tuple[list[dict
     if len(blocks) < 2 or len(blocks) % 2 or left != ["1x1", "3x3", "linear"]:
         others = ", ".join(left) or "nothing"
         raise ValueError(f"{path} is not {_ARTICLE}: it has {len(blocks)} such blocks and, beside them, {others}.")
-    return [_block({name: modules[name] for name in names}, kinds) for names in blocks], *(
-        rest[kind] for kind in ("linear", "3x3", "1x1")
-    )
+    parts = [_block({name: modules[name] for name in names}, kinds) for names in blocks]
+    return parts, rest["linear"], rest["3x3"], rest["1x1"]
 
 
 def _kind(module: Module) -> str | None:

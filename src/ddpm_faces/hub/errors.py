@@ -41,7 +41,7 @@ def retry(call: Callable[[], Any]) -> Any:
             time.sleep(min(float(asked), 300) if asked.isdigit() else 2**attempt)
 
 
-def http_status(error: Exception) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """The HTTP status behind an error, or `None` where there was no answer."""
     response = getattr(error, "response", None)
     return None if response is None else response.status_code
@@ -75,7 +75,8 @@ def explaining(repo_id: str, outcome: str) -> Iterator[None]:
 
 def explanation_of(repo_id: str, error: Exception, outcome: str) -> HubError | None:
     """The [`HubError`] for an error, or `None` where the error did not come from the Hub."""
-    cause, status = error, http_status(error)
+    cause: BaseException = error
+    status = http_status(error)
     while status is None and cause.__cause__ is not None:
         cause = cause.__cause__
         status = http_status(cause)

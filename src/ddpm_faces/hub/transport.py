@@ -104,7 +104,7 @@ def _send(
     names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     stale = [name for name in there if name not in names and _matches(name, allowed)]
 
-    operations = [
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationAdd(name, str(path)) for name, path in sorted(names.items())),
         *(CommitOperationDelete(name) for name in stale),
     ]
@@ -122,9 +122,10 @@ def _send(
 
     def is_there() -> bool | None:
         """Whether the commit arrived although its answer did not; `None` if the Hub does not say."""
-        where = {"repo_type": repo_type, "revision": revision, "local_dir": folder}
         try:
-            result = retry(lambda: api.verify_repo_checksums(repo_id, **where))
+            result = retry(
+                lambda: api.verify_repo_checksums(repo_id, repo_type=repo_type, revision=revision, local_dir=folder)
+            )
         except Exception:
             return None
         return not result.mismatches and not result.extra_paths
@@ -212,12 +213,13 @@ def verify(
     """
     check_repo_id(repo_id)
     api = _api(token)
-
-    where = {"repo_type": repo_type, "revision": revision, "cache_dir": cache_dir}
+    cache = None if cache_dir is None else os.fspath(cache_dir)
 
     def differing() -> list[str]:
         try:
-            result = retry(lambda: api.verify_repo_checksums(repo_id, **where))
+            result = retry(
+                lambda: api.verify_repo_checksums(repo_id, repo_type=repo_type, revision=revision, cache_dir=cache)
+            )
         except ValueError as error:
             raise ValueError(f"{repo_id} cannot be verified: {error}") from error
         return [mismatch["path"] for mismatch in result.mismatches]
@@ -227,7 +229,15 @@ def verify(
         if not names or not repair:
             return names
         for name in names:
-            hf_hub_download(repo_id, name, token=token, force_download=True, **where)
+            hf_hub_download(
+                repo_id,
+                name,
+                repo_type=repo_type,
+                revision=revision,
+                cache_dir=cache,
+                token=token,
+                force_download=True,
+            )
         return differing()
 
 
@@ -298,9 +308,13 @@ def _card_of(api: HfApi, repo_id: str, repo_type: str, head: str | None, token: 
     if head is None:
         return None
     with tempfile.TemporaryDirectory(prefix="ddpm-faces-") as cache:
-        where = {"repo_type": repo_type, "revision": head, "token": token, "cache_dir": cache}
         try:
-            return Path(retry(lambda: hf_hub_download(repo_id, "README.md", **where))).read_text("utf-8-sig")
+            path = retry(
+                lambda: hf_hub_download(
+                    repo_id, "README.md", repo_type=repo_type, revision=head, token=token, cache_dir=cache
+                )
+            )
+            return Path(path).read_text("utf-8-sig")
         except LocalEntryNotFoundError as error:  # no answer from the Hub, so there may be one
             raise HubError(f"{repo_id}: its README.md could not be read: {reason_of(error)}.") from error
         except EntryNotFoundError:

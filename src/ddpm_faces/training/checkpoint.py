@@ -326,8 +326,8 @@ def load_ema(checkpoint: Path, weights: dict[str, torch.Tensor]) -> None:
         if (checkpoint / "ema").is_dir():
             import torch.distributed.checkpoint as dcp
 
-            saved = dcp.FileSystemReader(checkpoint / "ema").read_metadata().state_dict_metadata
-            dcp.load({k: v for k, v in weights.items() if k in saved}, checkpoint_id=checkpoint / "ema")
+            known = dcp.FileSystemReader(checkpoint / "ema").read_metadata().state_dict_metadata
+            dcp.load({k: v for k, v in weights.items() if k in known}, checkpoint_id=checkpoint / "ema")
             return
         saved = _load_whole(checkpoint / EMA_NAME)
         for name, weight in weights.items():

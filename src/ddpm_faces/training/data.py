@@ -57,7 +57,7 @@ def load_training_data(
         )
     size = config.train_batch_size // num_processes
     share = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
-    source = {
+    source: dict[str, Any] = {
         "dataset_name": config.dataset_name,
         "train_data_dir": config.train_data_dir,
         "dataset_config_name": config.dataset_config_name,

@@ -180,5 +180,9 @@ def draw_loss_curve(run: Run) -> None:
         for name in ("loss", "held_out_loss")
     }
     if curves["loss"]:
-        held_out = tuple(zip(*curves["held_out_loss"], strict=True)) or None
-        loss_curve(*zip(*curves["loss"], strict=True), run.output_dir / "loss_curve.png", held_out)
+        held_out = None
+        if curves["held_out_loss"]:
+            held_out_seen, held_out_losses = zip(*curves["held_out_loss"], strict=True)
+            held_out = (held_out_seen, held_out_losses)
+        images_seen, losses = zip(*curves["loss"], strict=True)
+        loss_curve(images_seen, losses, run.output_dir / "loss_curve.png", held_out)

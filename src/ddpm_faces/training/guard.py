@@ -1,6 +1,7 @@
 """Steps whose gradient is NaN or infinite, which must leave no trace in the weights."""
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 
@@ -11,11 +12,11 @@ class NonFiniteGuard:
 
     Args:
         unet (`torch.nn.Module`): The network, whose BatchNorm statistics such a step would spoil, too.
-        optimizer (`torch.optim.Optimizer`):
+        optimizer ([`~accelerate.optimizer.AcceleratedOptimizer`]):
             As `accelerator.prepare` gives it, and fused: then it looks at a flag that is on the device.
     """
 
-    def __init__(self, unet: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, unet: nn.Module, optimizer: AcceleratedOptimizer) -> None:
         self.optimizer = optimizer
         self.buffers = [buffer for buffer in unet.buffers() if buffer.is_floating_point()]
         self.last_good = [buffer.clone() for buffer in self.buffers]

@@ -78,7 +78,7 @@ class TrainingLog:
 
     def write(self, values: dict[str, Any]) -> None:
         """Write an entry after the images seen so far, to the file and the tracker."""
-        scalars = {}
+        scalars: dict[str, Any] = {}
         for name, value in values.items():
             parts = {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
             scalars |= {key: v for key, v in parts.items() if v is not None}

@@ -38,7 +38,7 @@ class Preemption:
         self._longest_gap = 0.0
         self._last_check = time.time()
         self._received = 0
-        self._first_interrupt = None
+        self._first_interrupt: float | None = None
         # Over the CPU: asking the GPU would make each step wait for it.
         self._group = dist.new_group(backend="gloo") if dist.is_available() and dist.is_initialized() else None
         self._handlers: dict[int, Any] = {}

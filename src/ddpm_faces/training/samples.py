@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
 from ..files import replacing
@@ -45,11 +46,12 @@ def draw_samples(
         for first in range(0, per_process, run.micro_batch_size):
             numbers = mine[first : first + run.micro_batch_size]
             generators = [torch.Generator().manual_seed(config.seed + number) for number in numbers]
-            classes = config.num_class_embeds and [number % config.num_class_embeds for number in numbers]
-            latents = pipeline(
+            num_classes = config.num_class_embeds
+            classes = [number % num_classes for number in numbers] if num_classes else None
+            output: ImagePipelineOutput = pipeline(
                 len(numbers), num_inference_steps, generators, output_type="latent", class_labels=classes
-            ).images
-            samples.append(latents)
+            )
+            samples.append(output.images)
     gathered = run.accelerator.gather(torch.cat(samples).contiguous())
     gathered = gathered.view(num_processes, per_process, *gathered.shape[1:]).transpose(0, 1)
     return gathered.flatten(0, 1)[:num_samples].cpu()
