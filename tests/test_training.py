@@ -871,6 +871,14 @@ def test_too_few_pictures_to_search(pictures, tmp_path):
 # Bad input, and trying out
 
 
+def test_label_of_no_class_in_a_stream_is_named(parquet, tmp_path):
+    settings = {**SOURCES["stream"], "num_class_embeds": 2, "dataset_name": parquet, "num_validation_images": 0}
+    output = fail(tmp_path / "run", **{**settings, "validation_split": None})
+    assert re.search(r"error: .*row \d+ .*the label 2 must be 0 to 1", output)
+    assert "Traceback" not in output
+    assert "exit status 2" in output
+
+
 def test_bad_input_leaves_nothing(tmp_path):
     output = fail(tmp_path / "run", train_data_dir="no/such/folder")
     assert "error: `train_data_dir` must be an existing folder, got 'no/such/folder'" in output

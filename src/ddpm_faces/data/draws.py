@@ -1,7 +1,7 @@
 """The random numbers of a training step, which depend on (seed, images seen, place in the batch) and on nothing else.
 
-Whatever number of processes share a batch, and in however many passes, a picture meets the same timestep and the same
-noise; and whoever resumes a run needs no random state for them.
+However many processes share a batch, and however many micro-batches it is split into, an image meets the same timestep
+and the same noise; and resuming a run needs no random state for them.
 """
 
 import math
@@ -35,7 +35,7 @@ class StepDraws(NamedTuple):
     noise: torch.Tensor
 
     def split(self, size: int) -> list["StepDraws"]:
-        """The draws for passes of at most `size` pictures."""
+        """The draws for micro-batches of at most `size` images."""
         return [StepDraws(*parts) for parts in zip(*(tensor.split(size) for tensor in self), strict=True)]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ..data.draws import StepDraws, draw_step
 from .run import Run
+from .setup import SetupError, setting_up
 
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,12 @@ def batches(run: Run) -> Iterator[Batch]:
     loader = data.batches.batches(pin_memory=device.type == "cuda")
     while not run.is_finished:
         epoch, began = data.batches.epoch, time.perf_counter()
-        values: dict[str, Any] = next(loader)
+        try:
+            with setting_up():  # a stream shows only now what is wrong with its images and labels
+                values: dict[str, Any] = next(loader)
+        except SetupError:
+            run.log.bar.close()
+            raise
         run.steps.note_wait(time.perf_counter() - began)
         for skipped in values.get("skipped", ()):
             logger.warning("An image cannot be read and is left out: %s", skipped)

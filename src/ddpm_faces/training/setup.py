@@ -28,7 +28,7 @@ FREE_TO_CHANGE = ("sample_size", "dropout", "num_class_embeds", "augment_dim")
 
 
 class SetupError(ValueError):
-    """Bad input that was found before the first step, and that the user can mend."""
+    """Bad input that the user can mend, found before the first step (in a stream: when it is read)."""
 
 
 @contextmanager
