@@ -6,6 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from ddpm_faces.data import FaceDataset
 from ddpm_faces.data import batches as module
@@ -122,7 +123,7 @@ class BrokenPipe:
 
 
 def test_worker_that_dies_while_it_hands_over(caplog):
-    loaders = iter([BrokenPipe(), [2, 3]])
+    loaders = iter([BrokenPipe(), DataLoader([2, 3], batch_size=None)])
     assert list(module.restarting(lambda: next(loaders))) == [1, 2, 3]
     assert caplog.text.count("A data worker died") == 1
 
@@ -140,3 +141,18 @@ def test_workers_leave_signals_to_the_trainer(dataset):
     batches = FaceBatches(Signalled(dataset.images), 8, slice(0, 8), num_workers=1)
     assert take(batches, 2) == take(FaceBatches(dataset, 8, slice(0, 8)), 2)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_handler_of_dead_children_stays(dataset, num_workers):
+    def handler(*_):
+        pass
+
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        batches = FaceBatches(dataset, 10, slice(0, 10), num_workers=num_workers).batches()
+        next(batches)
+        assert signal.getsignal(signal.SIGCHLD) is handler
+        batches.close()
+    finally:
+        signal.signal(signal.SIGCHLD, before)

@@ -270,3 +270,11 @@ def test_metadata_make_a_data_set_of_a_data_set_name_alone(folder, tmp_path):
     assert sorted(load_faces(str(folder), **settings).labels.tolist()) == [0, 1, 1]
     with pytest.raises(ValueError, match="must be 'folder' or None, got 'age'"):
         load_faces(train_data_dir=str(folder), **settings)
+
+
+@pytest.mark.parametrize("name", ["x.jpg_large", "y.jpg!d", "z.jpeg_1", "q.jpg~", "J.Smith", "a.JPG.1"])
+def test_an_image_with_an_unknown_ending_is_known_by_its_first_bytes(tmp_path, name):
+    picture(tmp_path / "faces" / "a.png")
+    picture(tmp_path / "faces" / name, 7, "JPEG")
+    (tmp_path / "faces" / "notes.backup").write_text("no image")
+    assert len(read(tmp_path / "faces", tmp_path)) == 2

@@ -566,6 +566,26 @@ def test_sampling_from_a_network_in_training_mode_leaves_it_as_it_was():
     torch.testing.assert_close(dict(unet.state_dict()), before, rtol=0, atol=0)
 
 
+def test_the_last_of_several_calls_puts_a_network_back(pipeline):
+    """Between its steps, the first call waits for the second to end."""
+    pipeline.unet.train()
+    seen, first_runs, second_is_done = [], threading.Event(), threading.Event()
+
+    def wait(*_):
+        first_runs.set()
+        assert second_is_done.wait(60)
+        seen.append(any(module.training for module in pipeline.unet.modules()))
+
+    thread = threading.Thread(target=pipeline, args=(1, 3), kwargs={"callback_on_step_end": wait})
+    thread.start()
+    assert first_runs.wait(60)
+    pipeline(1, 2)
+    second_is_done.set()
+    thread.join()
+    assert seen == [False] * 3
+    assert all(module.training for module in pipeline.unet.modules())
+
+
 def test_training_mode_comes_back_after_an_error(pipeline):
     def fail(*_):
         raise RuntimeError("stop")

@@ -471,13 +471,36 @@ thread.join()
     assert_equal_weights(weights(tmp_path / "run"), weights(tmp_path / "other"))
 
 
-def test_last_pictures_that_fail_leave_the_model(tmp_path):
-    output = train(tmp_path / "run", faults={"last_grid": True})
+@pytest.mark.parametrize(("num_processes", "fault"), [(1, {}), (2, {"rank": 1})])
+def test_last_pictures_that_fail_leave_the_model(tmp_path, num_processes, fault):
+    """On one process of two, the other does not wait for it."""
+    output = train(tmp_path / "run", num_processes, faults={"last_grid": fault})
     assert output.returncode == 0, output.stderr
     assert "The last grid of samples could not be drawn: ZeroDivisionError" in output.stderr
     assert DDPMFacesPipeline.from_pretrained(tmp_path / "run").config.weights == "ema"
     assert (tmp_path / "run" / "training_summary.json").exists()
     assert (tmp_path / "run" / "loss_curve.png").exists()
+
+
+@slow
+def test_images_that_were_trained_on_are_never_held_out(tmp_path):
+    run = tmp_path / "run"
+    for count, images, expected in ((4, 48, 4), (2, 96, 2), (4, 144, 2)):
+        output = succeed(run, num_validation_images=count, max_train_images=images, num_drawn_images=40 - count)
+        assert f"({expected} more held out)" in output
+
+
+@slow
+def test_damaged_best_checkpoint_leaves_the_last_weights(tmp_path):
+    run = tmp_path / "run"
+    settings = {"early_stopping_patience": 1, "validate_every_images": 16, "learning_rate": 0.3, "max_grad_norm": 0}
+    settings |= {"lr_scheduler": "constant", "max_train_images": 2000, "sample_every_images": 0}
+    succeed(run, **settings)
+    losses = {entry["images_seen"]: entry["held_out_loss"] for entry in read_log(run, "held_out_loss")}
+    best = run / f"checkpoint-{min(losses, key=losses.get):010d}" / "model.safetensors"
+    best.write_bytes(best.read_bytes()[:-1])
+    assert "model.safetensors has " in (output := succeed(run, **settings))
+    assert "these weights stay." in output
 
 
 # Preemption

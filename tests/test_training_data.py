@@ -69,3 +69,15 @@ def test_folder_that_grows_holds_out_nothing_that_was_trained_on(tmp_path):
     after = load_training_data(config, ALONE, num_held_out=len(before.held_out))
     assert len(after.held_out) == 4
     assert not digests(after.held_out.images) & digests(before.batches.dataset.images)
+
+
+def test_duplicates_count_once_among_the_images_that_are_held_out(tmp_path):
+    for number in range(50):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        for copy in "ab":
+            Image.fromarray(pixels).save(tmp_path / f"{number:02d}{copy}.png")
+    first = load(str(tmp_path), num_validation_images=64)
+    config = TrainingConfig(train_data_dir=str(tmp_path), resolution=[8], train_batch_size=4, num_validation_images=64)
+    again = load_training_data(config, ALONE, first.num_held_out)
+    assert (first.num_held_out, len(first.held_out)) == (5, 10)
+    assert again.fingerprint == first.fingerprint

@@ -121,7 +121,7 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
     ema = EMA(accelerator.unwrap_model(unet)) if config.use_ema else None
 
     # 4. Resume
-    state = RunState(num_held_out=len(data.held_out or []))
+    state = RunState(num_held_out=data.num_held_out)
     log, preemption = TrainingLog(config, accelerator, state), Preemption(config.time_limit_minutes)
     steps = StepRecorder(config, accelerator, state, log)
     run = Run(config, accelerator, unet, optimizer, ema, objective, data, preemption, log, steps, state)
@@ -131,9 +131,9 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
         guard.remember()
         describe(run)
         loop(run, guard, checkpoints)
-        finish(run)
     finally:
-        preemption.close()
+        preemption.close()  # the end saves what there is, and may be interrupted
+    finish(run)
     return run
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -590,21 +591,36 @@ def _calling(pipeline: DDPMFacesPipeline, call: _Call) -> Iterator[None]:
         _CALLS.reset(token)
 
 
+# Of each network that is being sampled from: the number of calls, and its modules that were in training mode.
+_MODES: dict[torch.nn.Module, tuple[int, list[torch.nn.Module]]] = {}
+_MODES_LOCK = threading.Lock()
+
+
 @contextmanager
 def _evaluating(*networks: torch.nn.Module | None) -> Iterator[None]:
     """Put networks into evaluation mode, and each of their modules back into the mode that it was in.
 
     In training mode BatchNorm would mix the images of a batch and write its running statistics; dropout would draw.
+    Threads may share a network: the last call that uses it puts it back.
     """
-    modules = (module for network in networks if network is not None for module in network.modules())
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
+    present = [network for network in networks if network is not None]
+    with _MODES_LOCK:
+        for network in present:
+            calls, training = _MODES.get(network) or (0, [module for module in network.modules() if module.training])
+            _MODES[network] = calls + 1, training
+            for module in training:
+                module.training = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _MODES_LOCK:
+            for network in present:
+                calls, training = _MODES.pop(network)
+                if calls > 1:
+                    _MODES[network] = calls - 1, training
+                    continue
+                for module in training:
+                    module.training = True
 
 
 def _image_shape(network: ModelMixin) -> tuple[int, int, int]:

@@ -223,20 +223,21 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
             raise TypeError(f"save_pretrained() got unexpected arguments: {', '.join(kwargs)}.")
         if safe_serialization is not True:
             raise ValueError("`safe_serialization` must be True: other weights are pickles, which can run code.")
+        if not is_main_process:
+            return  # all processes hold the same weights, and one writes them
         if Path(save_directory).is_file():
             raise ValueError(f"`save_directory` must be a folder, got the file {str(save_directory)!r}.")
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=save_directory) as staging:
             super().save_pretrained(
-                staging, is_main_process, save_function, variant=variant, max_shard_size=max_shard_size
+                staging, save_function=save_function, variant=variant, max_shard_size=max_shard_size
             )
-            if is_main_process:
-                shutil.copyfile(__file__, Path(staging, Path(__file__).name))
+            shutil.copyfile(__file__, Path(staging, Path(__file__).name))
             # Weights that lay here before are deleted first: loading prefers an index, and shards of another save mix
             # with these. An interruption leaves a folder without whole weights, never one with the old ones.
             is_weights = _weights_pattern(variant)
             for path in [path for path in Path(save_directory).iterdir() if is_weights.fullmatch(path.name)]:
-                path.unlink()
+                path.unlink(missing_ok=True)
             for path in sorted(Path(staging).iterdir(), key=lambda path: path.suffix == ".json"):  # indices last
                 path.replace(Path(save_directory, path.name))
 

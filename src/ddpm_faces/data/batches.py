@@ -4,6 +4,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -126,11 +127,8 @@ def restarting(make_loader: Callable[[], DataLoader], max_deaths: int = 3) -> It
     deaths = 0
     while True:
         loader = make_loader()
-        batches = iter(loader)
-        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-            # torch would raise the death of a worker wherever the trainer is: in the middle of a step, or of a save.
-            # Without its handler, the loader notices when it next waits for a batch.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        with _without_death_handler(loader.num_workers):
+            batches = iter(loader)
         try:
             for batch in batches:
                 yield batch
@@ -142,6 +140,24 @@ def restarting(make_loader: Callable[[], DataLoader], max_deaths: int = 3) -> It
                 raise
             logger.warning("A data worker died (%s); it is started anew, and no picture is lost.", error or "unseen")
         del batches
+
+
+@contextmanager
+def _without_death_handler(num_workers: int) -> Iterator[None]:
+    """Start workers without torch's handler of SIGCHLD.
+
+    It would raise the death of a worker wherever the trainer is: in the middle of a step, or of a save. Without it,
+    the loader notices when it next waits for a batch.
+    """
+    is_main = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
+    if num_workers == 0 or not hasattr(signal, "SIGCHLD") or not is_main:
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
 
 
 def _is_death(error: Exception, loader: DataLoader) -> bool:

@@ -26,6 +26,9 @@ _HEIC = frozenset((".heic", ".heics", ".heif", ".heifs", ".hif"))
 _RAW = frozenset(".3fr .arw .cr2 .cr3 .dng .erf .nef .nrw .orf .pef .raf .raw .rw2 .srw .x3f".split())
 _OTHER_IMAGES = frozenset(".ai .avif .avifs .emf .eps .icns .ico .jxl .psb .svg .svgz .wmf .xcf".split())
 
+# All other endings say nothing ("photo.jpg_large", "IMG.jpeg_1", "J.Smith"): there the first bytes decide.
+_NO_IMAGES = _HEIC | _RAW | _OTHER_IMAGES | DATA_SUFFIXES
+
 _RUN_FILES = frozenset(("model_index.json", "training_config.yaml"))
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 # Where a run that writes into the folder itself puts images.
@@ -92,6 +95,8 @@ class ImageFolder:
         """Say in a line what is not read: a warning, where there may be images in it."""
         may_hold_images = _HEIC | _RAW | _OTHER_IMAGES | _TABLES | {""}
         is_warning = self.unreadable or self.outputs or may_hold_images & self.others.keys()
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return  # one process of a machine says it
         if text := self.left_out():
             logger.log(logging.WARNING if is_warning else logging.INFO, "Left out of %s: %s", self.root, text)
 
@@ -99,8 +104,8 @@ class ImageFolder:
 def list_images(root: Path) -> ImageFolder:
     """Search a folder for images, in depth and along links, but not in hidden files and folders.
 
-    A file is an image by its ending or, where it has none, by its first bytes. What a training run or a pipeline has
-    left in the folder is no image to train on.
+    A file is an image by its ending or, where that is unknown, by its first bytes. What a training run or a pipeline
+    has left in the folder is no image to train on.
 
     Raises:
         ValueError: The folder itself may not be read.
@@ -135,7 +140,7 @@ def list_images(root: Path) -> ImageFolder:
                 continue
             path = Path(place, name)
             suffix = _suffix(name)
-            if suffix in image_suffixes() or (not suffix and _is_image(path)):
+            if suffix in image_suffixes() or (suffix not in _NO_IMAGES and _is_image(path)):
                 folder.paths.append(path)
             else:
                 folder.others[suffix] += 1

@@ -155,12 +155,10 @@ def _flags_of_pretrained(flags: list[str]) -> list[str]:
         return []
     from ..scheduling_ddpm_faces import DDPMFacesScheduler
     from ..unet_ddpm_faces import DDPMFacesUNet
-    from .checkpoint import newest_whole, read_state
+    from .checkpoint import newest_config
 
-    checkpoint, _ = newest_whole(os.path.expanduser(given.output_dir))
-    if checkpoint is not None:
-        values = read_state(checkpoint)["config"]
-    else:
+    values = newest_config(os.path.expanduser(given.output_dir))
+    if values is None:
         try:
             folder = Path(name).expanduser()
             unet, scheduler = (

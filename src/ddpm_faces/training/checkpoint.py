@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 
 from ..data.batches import FaceBatches
 from ..files import commit, delete, delete_unfinished, sync, unfinished_path
 from .config import TrainingConfig
 from .data import TrainingData
-from .ema import EMA
+from .ema import EMA, averaged_tensors
 from .state import RunState
 
 
@@ -39,6 +40,8 @@ GUIDE_NAME = "guide.safetensors"
 # Of run_state.json. Version 1 had no checksums; what a later version wrote is refused by this.
 FORMAT_VERSION = 2
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# What Python, torch and safetensors make of a full disk; the last is no `Exception`.
+SAVE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 
 
 class DamagedCheckpointError(ValueError):
@@ -88,6 +91,16 @@ def newest_whole(output_dir: str | os.PathLike) -> tuple[Path | None, dict[Path,
     return None, damaged
 
 
+def newest_config(output_dir: str | os.PathLike) -> dict[str, Any] | None:
+    """The configuration of the newest checkpoint whose run_state.json can be read, without a look at its tensors."""
+    for path in reversed(list_checkpoints(output_dir)):
+        try:
+            return read_state(path)["config"]
+        except DamagedCheckpointError:
+            continue
+    return None
+
+
 def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint, so that no later run counts it; return where it is now."""
     path = checkpoint.with_name(f"damaged-{checkpoint.name}")
@@ -117,7 +130,11 @@ def check_whole(checkpoint: str | os.PathLike) -> None:
             raise DamagedCheckpointError(f"{folder} is damaged: {name} is missing.")
         if found != size:
             raise DamagedCheckpointError(f"{folder} is damaged: {name} has {found} bytes instead of {size}.")
-        if _checksum(path) != checksum:
+        try:
+            is_same = _checksum(path) == checksum
+        except OSError as error:
+            raise DamagedCheckpointError(f"{folder} cannot be read: {error}.") from error
+        if not is_same:
             raise DamagedCheckpointError(f"{folder} is damaged: {name} is not what was saved.")
 
 
@@ -133,6 +150,8 @@ def read_state(checkpoint: str | os.PathLike) -> dict[str, Any]:
         state = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise DamagedCheckpointError(f"{checkpoint} is damaged: {STATE_NAME} is missing.") from error
+    except OSError as error:
+        raise DamagedCheckpointError(f"{checkpoint} cannot be read: {error}.") from error
     except ValueError as error:
         raise DamagedCheckpointError(f"{checkpoint} is damaged: {STATE_NAME} cannot be read ({error}).") from error
     if not isinstance(state, dict) or not isinstance(state.get("run"), dict):
@@ -199,7 +218,7 @@ class CheckpointIO:
             self._save_stream(unfinished)
             if guide is not None and accelerator.is_main_process:
                 _save_whole(guide.state_dict(), unfinished / GUIDE_NAME)
-        except (OSError, RuntimeError, SafetensorError) as error:  # what they make of a full disk
+        except SAVE_ERRORS as error:
             problem = error
         self._agree(path, problem)
         if accelerator.is_main_process:
@@ -246,10 +265,9 @@ class CheckpointIO:
             "files": {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in paths},
         }
 
-    def _agree(self, path: Path, problem: Exception | None) -> None:
+    def _agree(self, path: Path, problem: BaseException | None) -> None:
         """Raise an `OSError` on all processes if one has a problem; they wait for each other."""
-        failed = torch.tensor([float(problem is not None)], device=self.accelerator.device)
-        if bool(self.accelerator.reduce(failed, reduction="sum")):
+        if any_failed(self.accelerator, problem is not None):
             if self.accelerator.is_main_process:
                 shutil.rmtree(unfinished_path(path), ignore_errors=True)
             raise OSError(f"{path} could not be saved: {problem or 'another process failed'}") from problem
@@ -308,6 +326,12 @@ class CheckpointIO:
         return [] if note is None else [note]
 
 
+def any_failed(accelerator: Accelerator, failed: bool) -> bool:
+    """Whether one of the processes has failed; they wait for each other."""
+    count = torch.tensor([float(failed)], device=accelerator.device)
+    return bool(accelerator.reduce(count, reduction="sum"))
+
+
 def load_weights(accelerator: Accelerator, checkpoint: Path, unet: torch.nn.Module) -> None:
     """Put the weights of a checkpoint into the prepared network: its EMA, where it has one."""
     if not is_sharded(unet):
@@ -315,7 +339,7 @@ def load_weights(accelerator: Accelerator, checkpoint: Path, unet: torch.nn.Modu
         weights.update(_load_whole(checkpoint / EMA_NAME) if (checkpoint / EMA_NAME).exists() else {})
         accelerator.unwrap_model(unet).load_state_dict(weights)
     elif (checkpoint / "ema").exists():
-        load_ema(checkpoint, dict(unet.named_parameters()))
+        load_ema(checkpoint, averaged_tensors(unet))
     else:
         accelerator.load_state(str(checkpoint))
 

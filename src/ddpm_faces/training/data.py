@@ -32,6 +32,7 @@ class TrainingData:
     color_statistics: tuple[torch.Tensor, torch.Tensor] | None
     num_classes: int | None
     description: str
+    num_held_out: int  # distinct images that were set aside; 0 where `validation_split` names others
 
 
 def load_training_data(
@@ -43,8 +44,8 @@ def load_training_data(
         config ([`TrainingConfig`]): Where the images are.
         accelerator ([`~accelerate.Accelerator`]): The processes that share each batch.
         num_held_out (`int`, *optional*):
-            Images that the run to be resumed has held out. The same number keeps images that it has trained on out
-            of the held-out set, whatever has been added to the folder.
+            Distinct images that the run to be resumed has set aside. The same number keeps images that it has trained
+            on out of the held-out set, whatever has been added to the folder.
 
     Raises:
         ValueError: Pictures, classes or sizes that cannot work.
@@ -84,8 +85,9 @@ def load_training_data(
     else:
         data = _decoded(config, source, held_out, share, num_held_out)
     for name, least in LEAST_PICTURES.items():  # of few pictures, fewer are held out than were asked for
-        if getattr(config, name) and len(data.held_out) < least:
-            raise ValueError(f"`{name}` needs at least {least} held-out pictures, and there are {len(data.held_out)}.")
+        count = len(data.held_out or [])
+        if getattr(config, name) and count < least:
+            raise ValueError(f"`{name}` needs at least {least} held-out pictures, and there are {count}.")
     if config.audit_every_images and len(data.batches.dataset) <= NUM_NEIGHBOURS:
         raise ValueError(
             f"`audit_every_images` needs more than {NUM_NEIGHBOURS} training pictures, and there are "
@@ -122,7 +124,7 @@ def _stream(
     identity = [config.dataset_name or config.train_data_dir, config.dataset_config_name, config.dataset_split]
     fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
     description = f"a stream of {stream.dataset.num_shards} files"
-    return TrainingData(stream, share, held_out, fingerprint, None, config.num_class_embeds, description)
+    return TrainingData(stream, share, held_out, fingerprint, None, config.num_class_embeds, description, 0)
 
 
 def _decoded(
@@ -147,10 +149,12 @@ def _decoded(
         if num_remembered is not None:  # all others may have been trained on
             num_held_out = min(num_held_out, num_remembered)
         elif not is_drawn:  # of few images, all but a tenth are needed to learn from
-            num_held_out = min(num_held_out, len(dataset) // 10)
+            num_held_out = min(num_held_out, len(set(dataset.digests)) // 10)
         if num_held_out:
             dataset, held_out = hold_out(dataset, num_held_out)
-    elif dataset.class_names is not None:
+    else:
+        num_held_out = 0
+    if num_held_out == 0 and held_out is not None and dataset.class_names is not None:
         held_out = held_out.relabelled(dataset.class_names)
     batches = FaceBatches(dataset, config.train_batch_size, share, config.seed, config.dataloader_num_workers)
     num_classes = config.num_class_embeds
@@ -162,4 +166,6 @@ def _decoded(
     kind = "drawn faces" if is_drawn else "images"
     description = f"{len(dataset)} {kind} ({len(held_out or [])} more held out)"
     statistics = dataset.channel_statistics()
-    return TrainingData(batches, share, held_out, dataset.fingerprint, statistics, num_classes, description)
+    return TrainingData(
+        batches, share, held_out, dataset.fingerprint, statistics, num_classes, description, num_held_out
+    )

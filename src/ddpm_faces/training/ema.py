@@ -7,6 +7,12 @@ import torch
 from torch import nn
 
 
+def averaged_tensors(unet: nn.Module) -> dict[str, torch.Tensor]:
+    """What an EMA averages: parameters and floating-point buffers, by name."""
+    buffers = {name: buffer for name, buffer in unet.named_buffers() if buffer.is_floating_point()}
+    return {**dict(unet.named_parameters()), **buffers}
+
+
 class EMA:
     """The EMA of all parameters and floating-point buffers of a network, such as BatchNorm's running statistics.
 
@@ -19,8 +25,7 @@ class EMA:
     """
 
     def __init__(self, unet: nn.Module) -> None:
-        buffers = {name: buffer for name, buffer in unet.named_buffers() if buffer.is_floating_point()}
-        self.live = {**dict(unet.named_parameters()), **buffers}
+        self.live = averaged_tensors(unet)
         self.shadow = {name: tensor.detach().clone() for name, tensor in self.live.items()}
         self._is_sharded = any(hasattr(tensor, "full_tensor") for tensor in self.live.values())
 
@@ -39,11 +44,12 @@ class EMA:
             is_finite (`torch.Tensor` of shape `()`, `torch.bool`):
                 Whether the optimizer took its step. Where it did not, nothing moves; the CPU does not wait to know.
         """
-        weight = (1 - decay) * is_finite.float()
+        weight = (1 - decay) * is_finite.float()  # a tensor on the device
         shadow, live = list(self.shadow.values()), list(self.live.values())
         if self._is_sharded:  # there are no foreach kernels for shards
+            number = weight.item()
             for average, tensor in zip(shadow, live, strict=True):
-                average.add_((tensor.detach() - average) * weight.item())
+                average.add_((tensor.detach() - average) * number)
         else:
             differences = torch._foreach_sub(live, shadow)
             torch._foreach_mul_(differences, weight)

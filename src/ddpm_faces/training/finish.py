@@ -4,11 +4,13 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
 import torch
+from accelerate.utils import broadcast_object_list
 
 from .. import __version__
 from ..evaluation.quality import METRICS_NAME, write_metrics
@@ -16,10 +18,10 @@ from ..files import replacing
 from ..pipeline_ddpm_faces import DDPMFacesPipeline
 from ..plots import loss_curve
 from ..scheduling_ddpm_faces import DDPMFacesScheduler
-from .checkpoint import checkpoint_path, load_weights, save_pipeline
+from .checkpoint import any_failed, check_whole, checkpoint_path, load_weights, save_pipeline
 from .log import read_jsonl
 from .run import Run
-from .samples import draw_samples, show
+from .samples import draw_share, gather_shares, show
 from .saving import check_finite
 
 
@@ -38,6 +40,8 @@ def finish(run: Run) -> None:
     weights = run.whole_weights()
     scheduler = DDPMFacesScheduler(**run.config.scheduler_config())
     if run.accelerator.is_main_process:
+        for name in ("samples.png", "loss_curve.png"):  # those of other weights
+            (run.output_dir / name).unlink(missing_ok=True)
         pipeline = DDPMFacesPipeline(
             run.network(weights),
             scheduler,
@@ -48,27 +52,39 @@ def finish(run: Run) -> None:
         save_pipeline(pipeline, run.output_dir)
         summarize(run, returns_to)
     run.accelerator.wait_for_everyone()
-    _unless_it_fails("The last grid of samples could not be drawn", lambda: _draw_last_grid(run, scheduler))
+    _draw_last_grid(run, scheduler)
     if run.accelerator.is_main_process:
-        _unless_it_fails("The loss curve could not be drawn", lambda: draw_loss_curve(run))
-        print(f"The pipeline is in {run.output_dir}, pictures from it in {run.output_dir / 'samples.png'}")
+        with _only_warning("The loss curve could not be drawn"):
+            draw_loss_curve(run)
+        grid = run.output_dir / "samples.png"
+        print(f"The pipeline is in {run.output_dir}" + (f", pictures from it in {grid}" if grid.exists() else ""))
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     if run.config.push_to_hub and run.accelerator.is_main_process:
         publish(run)
 
 
-def _unless_it_fails(message: str, do: Callable[[], None]) -> None:
+@contextmanager
+def _only_warning(message: str) -> Iterator[None]:
+    """Whatever a decoration raises, the model is saved."""
     try:
-        do()
-    except Exception as error:  # whatever a decoration raises, the model is saved
+        yield
+    except Exception as error:
         logger.warning("%s: %s: %s", message, type(error).__name__, error)
 
 
 def _draw_last_grid(run: Run, scheduler: DDPMFacesScheduler) -> None:
-    grid = show(run, {"weights": draw_samples(run, scheduler=scheduler)})
-    if run.accelerator.is_main_process:
-        grid.save(run.output_dir / "samples.png")
+    """Draw samples in all T steps. Where one process fails, none waits for it."""
+    share = None
+    with _only_warning("The last grid of samples could not be drawn"):
+        share = draw_share(run, scheduler=scheduler)
+    if any_failed(run.accelerator, share is None):
+        return
+    samples = gather_shares(run, share)
+    with _only_warning("The last grid of samples could not be shown"):
+        grid = show(run, {"weights": samples})
+        if run.accelerator.is_main_process:
+            grid.save(run.output_dir / "samples.png")
 
 
 def _choose_weights(run: Run) -> int | None:
@@ -83,8 +99,18 @@ def _choose_weights(run: Run) -> int | None:
     else:
         return None
     path = None if images_seen is None else checkpoint_path(run.output_dir, images_seen)
-    if path is None or not path.is_dir():
-        run.accelerator.print(f"Stopped early: {reason}. There is no checkpoint from before; these weights stay.")
+    problem = None
+    if run.accelerator.is_main_process:
+        if path is None or not path.is_dir():
+            problem = "There is no checkpoint from before"
+        else:
+            try:
+                check_whole(path)
+            except ValueError as error:
+                problem = str(error).removesuffix(".")
+    (problem,) = broadcast_object_list([problem])
+    if problem is not None:
+        run.accelerator.print(f"Stopped early: {reason}. {problem}; these weights stay.")
         return None
     run.accelerator.print(f"Stopped early: {reason}. The pipeline has the weights after {images_seen} images.")
     load_weights(run.accelerator, path, run.unet)

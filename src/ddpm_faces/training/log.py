@@ -7,7 +7,7 @@ import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from accelerate import Accelerator
@@ -19,9 +19,6 @@ from .config import TrainingConfig
 from .preemption import EXIT_PREEMPTED
 from .state import RunState
 
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 

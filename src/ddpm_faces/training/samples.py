@@ -17,10 +17,24 @@ if TYPE_CHECKING:
     from .run import Run
 
 
-def draw_samples(
+def draw_samples(run: "Run", averaged: bool = True, num_samples: int | None = None) -> torch.Tensor:
+    """Draw the samples of the run's seeds in a few steps of the fast solver. Called by every process.
+
+    Args:
+        run ([`Run`]): Whose weights and guide.
+        averaged (`bool`, defaults to `True`): By the EMA weights, or the raw ones.
+        num_samples (`int`, *optional*): By default `num_samples` of the configuration.
+
+    Returns:
+        `torch.Tensor` of shape `(num_samples, channels, height, width)`: x_0, on the CPU of each process.
+    """
+    return gather_shares(run, draw_share(run, averaged, num_samples), num_samples)
+
+
+def draw_share(
     run: "Run", averaged: bool = True, num_samples: int | None = None, scheduler: DDPMFacesScheduler | None = None
 ) -> torch.Tensor:
-    """Draw the samples of the seeds that follow the run's. Called by every process.
+    """Draw this process's share of the samples; processes do not wait for each other here.
 
     Args:
         run ([`Run`]): Whose weights and guide.
@@ -29,7 +43,7 @@ def draw_samples(
         scheduler ([`DDPMFacesScheduler`], *optional*): All its T steps; by default a few of the fast solver.
 
     Returns:
-        `torch.Tensor` of shape `(num_samples, channels, height, width)`: x_0, on the CPU of each process.
+        `torch.Tensor` of shape `(share, channels, height, width)`: x_0, equally many on each process.
     """
     config, num_processes = run.config, run.accelerator.num_processes
     num_inference_steps = None
@@ -52,9 +66,15 @@ def draw_samples(
                 len(numbers), num_inference_steps, generators, output_type="latent", class_labels=classes
             )
             samples.append(output.images)
-    gathered = run.accelerator.gather(torch.cat(samples).contiguous())
-    gathered = gathered.view(num_processes, per_process, *gathered.shape[1:]).transpose(0, 1)
-    return gathered.flatten(0, 1)[:num_samples].cpu()
+    return torch.cat(samples)
+
+
+def gather_shares(run: "Run", share: torch.Tensor, num_samples: int | None = None) -> torch.Tensor:
+    """Bring the shares of all processes together, in the order of the seeds. Called by every process."""
+    num_processes = run.accelerator.num_processes
+    gathered = run.accelerator.gather(share.contiguous())
+    gathered = gathered.view(num_processes, len(share), *gathered.shape[1:]).transpose(0, 1)
+    return gathered.flatten(0, 1)[: num_samples or run.config.num_samples].cpu()
 
 
 def sample_grid(run: "Run") -> None:

@@ -1,8 +1,9 @@
 """What happens before the first step: the folder, the checkpoint, the weights to start from."""
 
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .saving import prune
 
 
 CONFIG_NAME = "training_config.yaml"
+LOCK_SECONDS = 60  # in which a run that lost its launcher saves and ends
 # What a pretrained network may have other than the one that is trained from it.
 FREE_TO_CHANGE = ("sample_size", "dropout", "num_class_embeds", "augment_dim")
 
@@ -53,20 +55,29 @@ def locked(output_dir: str, is_main_process: bool) -> Iterator[None]:
         yield
         return
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        # A run that lost its launcher saves and ends within this time.
-        lock.acquire(timeout=60)
-    except Timeout as error:
-        raise SetupError(f"`output_dir` {output_dir!r} belongs to a run that is still going on.") from error
+    lock = _lock(folder)
     try:
         yield
     finally:
-        if not any(path.name != ".lock" for path in folder.iterdir()):
-            Path(lock.lock_file).unlink(missing_ok=True)
-            folder.rmdir()
+        with suppress(OSError):  # Windows deletes no file that is open
+            if not any(path.name != ".lock" for path in folder.iterdir()):
+                Path(lock.lock_file).unlink(missing_ok=True)
+                folder.rmdir()
         lock.release()
+
+
+def _lock(folder: Path) -> FileLock:
+    lock = FileLock(folder / ".lock")
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=max(0, deadline - time.monotonic()))
+            return lock
+        except Timeout as error:
+            raise SetupError(f"`output_dir` {str(folder)!r} belongs to a run that is still going on.") from error
+        except FileNotFoundError:  # the run that held it has left nothing, and taken its folder away
+            continue
 
 
 def checkpoint_to_resume(config: TrainingConfig, accelerator: Accelerator) -> Path | None:
@@ -88,7 +99,7 @@ def checkpoint_to_resume(config: TrainingConfig, accelerator: Accelerator) -> Pa
                 )
             for path, reason in damaged.items():
                 accelerator.print(f"Warning: {reason} The run resumes from {newest}; see {set_aside(path)}.")
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # said on all processes, or the others would wait
             problem = str(error)
     newest, problem = broadcast_object_list([newest, problem])
     if problem is not None:
@@ -142,7 +153,8 @@ def start(run: Run, checkpoints: CheckpointIO, resume_from: Path | None) -> None
     config, accelerator = run.config, run.accelerator
     if resume_from is not None:
         state, guide_weights, notes = checkpoints.load(resume_from)
-        run.state.__dict__.update(state.__dict__)  # the log has this state as well
+        # The log has this state as well. How many images are held out was decided by what the checkpoint says.
+        run.state.__dict__.update({**state.__dict__, "num_held_out": run.state.num_held_out})
         # The optimizer came back with the settings that it was saved with; those of the configuration hold.
         for group in run.optimizer.param_groups:
             group.update(optimizer_settings(config))
@@ -151,7 +163,9 @@ def start(run: Run, checkpoints: CheckpointIO, resume_from: Path | None) -> None
         if guide_after is not None and guide_weights is not None:
             run.set_guide(guide_weights)
         elif guide_after is not None and guide_after <= run.state.images_seen and run.state.is_maintained:
-            notes.append(f"No guide was kept after {guide_after} images, and it is too late for one.")
+            notes.append(f"No guide was kept after {guide_after} images, and the run is past that point.")
+        if config.num_validation_images and run.data.held_out is None:
+            notes.append("No images are held out: none were before, so all may have been trained on.")
         accelerator.print(f"Going on from {resume_from}, after {run.state.images_seen} images.")
         for note in notes:
             accelerator.print(f"  Note: {note}")

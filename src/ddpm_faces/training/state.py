@@ -10,7 +10,7 @@ class RunState:
 
     Args:
         images_seen (`int`): Images trained on so far.
-        num_held_out (`int`, *optional*): Images that are held out; a folder that grows does not change it.
+        num_held_out (`int`, *optional*): Distinct images that are set aside; a folder that grows does not change it.
         skipped_steps (`int`): Steps that were skipped because their gradient was not finite.
         nonfinite_in_a_row (`int`): How many of them were the latest steps.
         best_loss (`float`, *optional*): The best held-out loss so far.
