@@ -314,7 +314,7 @@ def test_unreadable_pictures_are_skipped_counted_and_named(broken):
 def test_epoch_without_readable_picture(tmp_path):
     rows = [{"image": {"bytes": b"junk", "path": None}, "label": 0}] * 6
     stream = make_stream(parquet(tmp_path, rows), skip_unreadable=True)
-    with pytest.raises(ValueError, match="no picture that can be read in the 6 rows that epoch 0 has for it"):
+    with pytest.raises(ValueError, match="no readable image in its 6 rows of epoch 0"):
         first(stream, 1)
 
 
@@ -331,7 +331,7 @@ def test_epoch_that_is_readable_before_the_place_only(tmp_path):
 
 
 def test_empty_stream(tmp_path):
-    with pytest.raises(ValueError, match="no picture that can be read in the 0 rows"):
+    with pytest.raises(ValueError, match="no readable image in its 0 rows"):
         first(make_stream(parquet(tmp_path, [])), 1)
     with pytest.raises(ValueError, match="The data set is empty"):
         make_stream(datasets.IterableDataset.from_generator(lambda: iter(())))
@@ -339,7 +339,7 @@ def test_empty_stream(tmp_path):
 
 def test_process_without_a_row(tmp_path):
     dataset = parquet(tmp_path, [row(0)])
-    with pytest.raises(ValueError, match="Process 1, worker 0 found no picture .* 0 rows"):
+    with pytest.raises(ValueError, match="Process 1, worker 0 found no readable image in its 0 rows"):
         first(make_stream(dataset, process_index=1, num_processes=2), 1)
 
 

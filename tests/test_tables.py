@@ -172,10 +172,10 @@ def labelled(folder: Path, feature, values: list) -> str:
 @pytest.mark.parametrize(
     ("feature", "values", "num_class_embeds", "message"),
     [
-        (Value("int64"), [0, 1, 3], 3, r"\(2.png\): the label 3 must be 0 to 2"),
-        (Value("int8"), [0, 1, -1], 3, r"\(2.png\): the label -1 must be 0 to 2"),
-        (Value("int64"), [0, 1, -2], None, r"\(2.png\): the label -2 must be 0 or more"),
-        (Value("uint8"), [0, 1, 255], 2, r"\(2.png\): the label 255 must be 0 to 1"),
+        (Value("int64"), [0, 1, 3], 3, r"\(2.png\): label 3 is outside 0 to 2"),
+        (Value("int8"), [0, 1, -1], 3, r"\(2.png\): label -1 is outside 0 to 2"),
+        (Value("int64"), [0, 1, -2], None, r"\(2.png\): label -2 is negative"),
+        (Value("uint8"), [0, 1, 255], 2, r"\(2.png\): label 255 is outside 0 to 1"),
         (Value("int64"), [0, 1, None], 2, r"\(2.png\): no label"),
         (ClassLabel(names=["a", "b"]), [0, 1, -1], 2, r"\(2.png\): no label"),
         (ClassLabel(names=["a", "b"]), [0, 1, None], None, r"\(2.png\): no label"),
@@ -208,11 +208,11 @@ def test_class_labels_beyond_their_names_are_named(folder, tmp_path, reader):
         stream = FaceStream(
             shards["train"].cast(features), lambda image, rng: torch.zeros(1), label_column="y", batch_size=1
         )
-        with pytest.raises(ValueError, match=r"\((2.png|3.png)\): (the label 2 must be 0 to 1|no label)"):
+        with pytest.raises(ValueError, match=r"\((2.png|3.png)\): (label 2 is outside 0 to 1|no label)"):
             list(islice(stream.batches(), 4))
         return
     shards["train"].cast(features).save_to_disk(folder / "saved")
-    with pytest.raises(ValueError, match=r"(?s)2 of 4 .*\(2.png\): the label 2 must be 0 to 1.*\(3.png\): no label"):
+    with pytest.raises(ValueError, match=r"(?s)2 of 4 .*\(2.png\): label 2 is outside 0 to 1.*\(3.png\): no label"):
         load_faces(str(folder / "saved"), label_column="y", cache_dir=str(tmp_path / "cache"))
 
 

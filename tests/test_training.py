@@ -313,7 +313,7 @@ def test_guide_without_averages_and_of_a_run_that_no_longer_wants_one(tmp_path):
     assert DDPMFacesPipeline.from_pretrained(run).guide is None
     # The last checkpoint has none, so none comes back; the one after 64 images has that of a quarter of the run.
     output = succeed(run, guidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
-    assert "Note: No guide was kept after 24 images, and it is too late for one." in output
+    assert "Note: No guide was kept after 24 images, and the run is past that point." in output
     assert "Note: the pipeline has no guide: none was kept after 24 images" in output
     assert json.loads((run / "training_summary.json").read_text())["guidance_scale"] == 1
     shutil.rmtree(run / "checkpoint-0000000096")
@@ -641,7 +641,7 @@ def test_resume_with_another_layout_says_so(finished, tmp_path):
     fail(run, 1, {"in_step": {"at": 72}})
     output = succeed(run, 2, learning_rate=5e-4, num_drawn_images=44)
     assert "processes 1 -> 2" in output
-    assert "`learning_rate` was 0.001 and is 0.0005: holds from here on" in output
+    assert "`learning_rate` was 0.001 and is 0.0005: the new value applies from here on" in output
     assert "`num_drawn_images` was 40 and is 44" in output
     assert "The images are not those" in output
     assert read_log(run)[-2]["learning_rate"] == pytest.approx(read_log(finished)[-2]["learning_rate"] / 2)
@@ -897,7 +897,7 @@ def test_too_few_pictures_to_search(pictures, tmp_path):
 def test_label_of_no_class_in_a_stream_is_named(parquet, tmp_path):
     settings = {**SOURCES["stream"], "num_class_embeds": 2, "dataset_name": parquet, "num_validation_images": 0}
     output = fail(tmp_path / "run", **{**settings, "validation_split": None})
-    assert re.search(r"error: .*row \d+ .*the label 2 must be 0 to 1", output)
+    assert re.search(r"error: .*row \d+ .*label 2 is outside 0 to 1", output)
     assert "Traceback" not in output
     assert "exit status 2" in output
 

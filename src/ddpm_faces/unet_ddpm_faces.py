@@ -289,8 +289,8 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
             )
         if not _is_list(block_types, len(widths) - 1, len(widths) - 1):
             raise ValueError(
-                f"`block_types` stand between the levels: {len(widths)} `block_out_channels` need {len(widths) - 1}, "
-                f"got {block_types!r}."
+                f"`block_types` must be one name, or a name for each step between levels: "
+                f"{len(widths)} `block_out_channels` need {len(widths) - 1}, got {block_types!r}."
             )
         choices = [("block_types", block_type, tuple(_BLOCKS)) for block_type in block_types]
         choices += [("mid_block_type", config.mid_block_type, (None, *_MID_BLOCKS))]

@@ -19,8 +19,8 @@ def class_number(value: Any, num_classes: int | None = None, is_class_label: boo
     if value is None or (is_class_label and value == -1):
         raise ValueError("no label")
     if value < 0 or (num_classes is not None and value >= num_classes):
-        classes = "0 or more" if num_classes is None else f"0 to {num_classes - 1}"
-        raise ValueError(f"the label {int(value)} must be {classes}")
+        problem = "is negative" if num_classes is None else f"is outside 0 to {num_classes - 1}"
+        raise ValueError(f"label {int(value)} {problem}")
     return int(value)
 
 

@@ -99,8 +99,8 @@ class StreamReader:
             # 3. Go on to the next epoch, unless this would never end.
             if place["readable"] == 0:
                 raise ValueError(
-                    f"Process {self.process_index}, worker {worker} found no picture that can be read in the "
-                    f"{place['row']} rows that epoch {epoch} has for it. Check the data set, or take fewer workers."
+                    f"Process {self.process_index}, worker {worker} found no readable image in its "
+                    f"{place['row']} rows of epoch {epoch}. Check the dataset, or use fewer workers."
                 )
             place = beginning(epoch + 1)
 
