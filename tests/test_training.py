@@ -841,6 +841,22 @@ def test_early_stopping_keeps_the_best_weights(tmp_path):
     assert_equal_weights(averaged, {name: weights(run)[name] for name in averaged})
 
 
+@slow
+def test_best_checkpoint_that_cannot_be_saved_leaves_the_one_before(tmp_path):
+    """The same training twice; in the second the disk is full just when the loss is at its best."""
+    settings = {"early_stopping_patience": 2, "validate_every_images": 16, "learning_rate": 0.3, "max_grad_norm": 0}
+    settings |= {"lr_scheduler": "constant", "max_train_images": 2000, "lr_warmup_images": 64}
+    settings |= {"ema_rampup_ratio": 0.01, "sample_every_images": 0, "checkpoints_total_limit": 1}
+    succeed(tmp_path / "whole", **settings)
+    losses = {entry["images_seen"]: entry["held_out_loss"] for entry in read_log(tmp_path / "whole", "held_out_loss")}
+    best = min(losses, key=losses.get)
+    second = min((seen for seen in losses if seen != best), key=losses.get)
+    disk_full = {"from": best, "to": best + 1, "bytes": 20_000}
+    output = succeed(tmp_path / "run", faults={"disk_full": disk_full}, **settings)
+    assert f"Stopped early: the held-out loss was best after {second} images" in output
+    assert f"The pipeline has the weights after {second} images" in output
+
+
 ASSESSED = {
     "num_drawn_images": 60, "num_validation_images": 100, "num_evaluation_samples": 100, "max_train_images": 64,
     "sample_every_images": 0, "validate_every_images": 0, "report_to": "none",
@@ -864,6 +880,14 @@ def test_run_stops_on_copies_with_the_weights_from_before(tmp_path):
     assert Image.open(run / "audits" / "0000000048.png").width > 400
     assert "Note: the pipeline has no guide: none was kept after 33 images, or not before the weights" in output
     assert DDPMFacesPipeline.from_pretrained(run).guide is None
+
+
+def test_clean_checkpoint_that_cannot_be_saved_leaves_the_one_before(tmp_path):
+    output = succeed(
+        tmp_path / "run", faults={"copies": {"from": 40}, "disk_full": {"from": 32, "to": 33, "bytes": 20_000}},
+        audit_every_images=16, stop_on_copies=True, checkpoints_total_limit=1, **ASSESSED,
+    )  # fmt: skip
+    assert "The pipeline has the weights after 16" in output
 
 
 def test_samples_are_measured_and_searched_on_the_way(tmp_path):

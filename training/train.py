@@ -59,8 +59,8 @@ from ddpm_faces.training.sync_batch_norm import convert_sync_batch_norm
 
 X86 = ("x86_64", "AMD64")  # where PyTorch tells what a CPU can do
 
-# Networks in here are not taken apart before the process ends. DistributedDataParallel would, with the interpreter's
-# lock held, wait for a thread of gloo, which now and then waits for that lock: for ever.
+# Networks of several processes stay here until the process ends. Otherwise DistributedDataParallel would, with the
+# interpreter's lock held, wait for a thread of gloo, which now and then waits for that lock: for ever.
 LIVING: list[torch.nn.Module] = []
 
 
@@ -116,7 +116,8 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
     if compilation.backend != DynamoBackend.NO:
         unet.compile(**compilation.to_kwargs())
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    LIVING.append(unet)
+    if accelerator.num_processes > 1:
+        LIVING.append(unet)
     guard = NonFiniteGuard(accelerator.unwrap_model(unet), optimizer)
     ema = EMA(accelerator.unwrap_model(unet)) if config.use_ema else None
 
@@ -168,7 +169,8 @@ def loop(run: Run, guard: NonFiniteGuard, checkpoints: CheckpointIO) -> None:
 
 def maintain(run: Run, checkpoints: CheckpointIO, assess: Assessment) -> None:
     """Do what is due after the last step."""
-    due = due_after(run.config, run.state.images_seen, run.data.held_out is not None)
+    state, best = run.state, (run.state.best_loss, run.state.best_images_seen)
+    due = due_after(run.config, state.images_seen, run.data.held_out is not None)
     if due.log:
         run.steps.write_entry()
     if due.guide:
@@ -177,10 +179,13 @@ def maintain(run: Run, checkpoints: CheckpointIO, assess: Assessment) -> None:
     if due.sample:
         sample_grid(run)
     is_clean = assess(run, due.evaluate, due.audit)
-    run.state.is_maintained = True
+    state.is_maintained = True
     is_wanted = is_best or (is_clean and run.config.stop_on_copies)
-    if due.save or (is_wanted and run.config.checkpoint_every_images):
-        save(run, checkpoints, required=due.is_last)
+    is_due = due.save or (is_wanted and run.config.checkpoint_every_images)
+    if is_due and not save(run, checkpoints, required=due.is_last):
+        state.best_loss, state.best_images_seen = best  # what could not be saved is nothing to go back to
+        if is_clean:
+            state.audits[-1]["is_saved"] = False
 
 
 def augment(

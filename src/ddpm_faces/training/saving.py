@@ -26,9 +26,9 @@ def keep_guide(run: Run) -> None:
     run.accelerator.print(f"The weights after {run.state.images_seen} images are kept as the guide.")
 
 
-def save(run: Run, checkpoints: CheckpointIO, required: bool = False) -> None:
-    """Save a checkpoint, and prune the old ones. Where it fails and is not `required`, the run goes on."""
-    began = time.time()
+def save(run: Run, checkpoints: CheckpointIO, required: bool = False) -> bool:
+    """Save a checkpoint and prune the old ones; return whether it is saved. If not, only `required` ends the run."""
+    began, is_saved = time.time(), False
     run.steps.collect()
     path = checkpoint_path(run.output_dir, run.state.images_seen)
     with run.steps.paused():
@@ -36,12 +36,14 @@ def save(run: Run, checkpoints: CheckpointIO, required: bool = False) -> None:
             check_finite(run)
             saved = type(run.state)(**{**run.state.to_json(), "seconds": run.seconds})
             checkpoints.save(path, saved, run.guide)
+            is_saved = True
             prune(run)
         except OSError as error:
             if required:
                 raise
             logger.warning("%s. The run goes on, and tries again with the next checkpoint.", error)
     run.preemption.note_save(time.time() - began)
+    return is_saved
 
 
 def prune(run: Run) -> None:

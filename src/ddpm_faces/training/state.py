@@ -16,7 +16,7 @@ class RunState:
         best_loss (`float`, *optional*): The best held-out loss so far.
         best_images_seen (`int`, *optional*): After how many images that was.
         validations_since_best (`int`): How many validations have not been better.
-        audits (`list[dict]`): The verdict of each audit so far.
+        audits (`list[dict]`): The verdict of each audit so far, and whether its checkpoint could be saved.
         guide_images_seen (`int`, *optional*): Images seen by the weights that are kept as a guide.
         is_maintained (`bool`): Whether what is due after `images_seen` images has been done.
         unlogged_steps (`list[dict]`): Steps since the last entry of the log.
@@ -38,8 +38,9 @@ class RunState:
 
     @property
     def clean_images_seen(self) -> int | None:
-        """Images seen at the last audit that found no copies."""
-        return next((audit["images_seen"] for audit in reversed(self.audits) if not audit["found_copies"]), None)
+        """Images seen at the last audit that found no copies, if that was saved."""
+        clean = [audit for audit in self.audits if not audit["found_copies"] and audit.get("is_saved", True)]
+        return clean[-1]["images_seen"] if clean else None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
