@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,9 @@ def faces() -> torch.Tensor:
 
 
 def test_probabilities_are_those_of_the_package(detector, faces):
-    torch.testing.assert_close(detector(faces), torch.tensor(EXPECTED), atol=1e-4, rtol=0)
+    # Old versions of Pillow draw some pixels at the edges of the faces differently.
+    atol = 1e-4 if int(PIL.__version__.split(".")[0]) >= 12 else 1e-2
+    torch.testing.assert_close(detector(faces), torch.tensor(EXPECTED), atol=atol, rtol=0)
 
 
 def test_pictures_of_a_batch_do_not_meddle(detector, faces):

@@ -65,7 +65,7 @@ def test_text_that_fills_the_memory_is_refused(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_text("bomb", "x" * 2**27, zip=True)
     save(tmp_path / "bomb.png", pnginfo=info)
-    with pytest.raises(ValueError, match=r"bomb\.png: .*MAX_TEXT_CHUNK"):
+    with pytest.raises(ValueError, match=r"bomb\.png: .*(MAX_TEXT_CHUNK|Too Large)"):
         load_faces(train_data_dir=str(tmp_path))
 
 
@@ -172,33 +172,33 @@ class Odd(Exception):
 @pytest.mark.parametrize("error", [Odd("bad"), RuntimeError("bad"), RecursionError("bad"), AttributeError("bad")])
 def test_any_error_of_a_decoder_names_the_image(tmp_path, monkeypatch, error):
     save(tmp_path / "faces" / "good.png")
-    folder = save(tmp_path / "faces" / "odd.qoi")
+    folder = save(tmp_path / "faces" / "odd.pcx")
     load = Image.Image.load
-    plugin = type(Image.open(folder / "odd.qoi"))
+    plugin = type(Image.open(folder / "odd.pcx"))
 
     def fail(self):
         raise error
 
     assert plugin.load is not load
-    monkeypatch.setattr(plugin, "load", lambda self: fail(self) if self.format == "QOI" else load(self))
+    monkeypatch.setattr(plugin, "load", lambda self: fail(self) if self.format == "PCX" else load(self))
     settings = {"train_data_dir": str(folder), "resolution": (8, 8)}
     cache = {"cache_dir": str(tmp_path / "cache")}
-    with pytest.raises(ValueError, match=r"1 of 2 pictures cannot be read:\n.*odd\.qoi: bad"):
+    with pytest.raises(ValueError, match=r"1 of 2 pictures cannot be read:\n.*odd\.pcx: bad"):
         load_faces(**settings, **cache)
     assert len(load_faces(**settings, **cache, skip_unreadable=True)) == 1
-    with pytest.raises(ValueError, match=r"odd\.qoi\): bad"):
+    with pytest.raises(ValueError, match=r"odd\.pcx\): bad"):
         list(islice(open_stream(**settings, batch_size=1).batches(), 2))
     batches = list(islice(open_stream(**settings, batch_size=1, skip_unreadable=True).batches(), 3))
     assert all("good.png" in batch["names"][0] for batch in batches)
 
 
 def test_too_little_memory_is_not_the_fault_of_an_image(tmp_path, monkeypatch):
-    folder = save(tmp_path / "faces" / "face.qoi")
+    folder = save(tmp_path / "faces" / "face.pcx")
 
     def fail(self):
         raise MemoryError
 
-    monkeypatch.setattr(type(Image.open(folder / "face.qoi")), "load", fail)
+    monkeypatch.setattr(type(Image.open(folder / "face.pcx")), "load", fail)
     settings = {"train_data_dir": str(folder), "resolution": (8, 8), "skip_unreadable": True}
     with pytest.raises(MemoryError):
         load_faces(**settings, cache_dir=str(tmp_path / "cache"))
