@@ -952,7 +952,8 @@ def test_another_model_in_the_same_folder_is_refused(finished, tmp_path):
 def test_earlier_run_is_not_overwritten(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     assert "holds checkpoints of an earlier run" in fail(tmp_path / "run", resume="never")
-    (list_checkpoints(tmp_path / "run")[-1] / "run_state.json").unlink()
+    for checkpoint in list_checkpoints(tmp_path / "run"):
+        (checkpoint / "run_state.json").unlink()
     assert "checkpoint-0000000096 is damaged: run_state.json is missing." in fail(tmp_path / "run")
     assert_equal_weights(weights(tmp_path / "run"), weights(finished))
 
