@@ -1,28 +1,93 @@
-"""The command `ddpm-faces`: what can be done without writing Python, each by one function of the package."""
+"""The command `ddpm-faces`: what you can do without writing Python. Each command calls one function of the package."""
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
-from .make import convert, guide, prepare
+from .info import info
+from .make import convert, generate, guide, prepare
 from .measure import audit, evaluate
-from .share import push, verify
+from .share import pull, push, verify
+from .train import train
 
+
+# As a person thinks; within a group, what comes first in practice.
+GROUPS = {
+    "Make": (generate, prepare, guide, convert),
+    "Train": (train,),
+    "Measure": (evaluate, audit, info),
+    "Share": (push, pull, verify),
+}
+EXIT_CODES = (
+    "Exit codes: 0 success; 1 failure, such as no network or a full disk; 2 invalid input; 3 the audit found copies; "
+    "130 interrupted."
+)
+UsageError = typer.BadParameter.__base__  # of click, or of the copy of it that comes with typer
 
 app = typer.Typer(
-    help="DDPM for faces: evaluate, audit, guide, publish, prepare, convert. To train: "
-    "accelerate launch training/train.py.",
+    name="ddpm-faces",
+    help="Train, measure, share and use diffusion models (DDPM) of faces.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),  # `--num_images` means `--num-images`
+    },
 )
-for command in (push, verify, prepare, evaluate, audit, guide, convert):
-    app.command()(command)
+for group, commands in GROUPS.items():
+    for command in commands:
+        # `train` hands on all options that it does not know, and `--help`, to the script.
+        passing = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+        settings = passing if command is train else {}
+        app.command(rich_help_panel=group, context_settings=settings)(command)
+
+
+def show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"ddpm-faces {version('ddpm-faces')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=show_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Read the options that come before a command; `main` reads `--debug`, wherever it is."""
 
 
 def main() -> None:
-    """Run a command. An error that a user can mend is printed in one line."""
+    """Run a command. An error is one line on the standard error, unless `--debug` asks for the traceback."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    is_debugging = len(arguments) < len(sys.argv) - 1
     try:
-        app()
+        sys.exit(app(args=arguments, prog_name="ddpm-faces", standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("Interrupted.", err=True)
+        sys.exit(130)
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "ddpm-faces"
+        fail(f"{describe(error)} Run `{command} --help` for help.", 2)
     except (ValueError, OSError, ImportError) as error:  # an ImportError: a package of an extra is missing
-        sys.exit(f"error: {error}")
+        if is_debugging:
+            raise
+        fail(str(error), 2 if isinstance(error, ValueError) else 1)
+
+
+def describe(error: Exception) -> str:
+    """Return the message of a usage error as one sentence, with the options that may have been meant."""
+    possibilities = getattr(error, "possibilities", None)
+    if not possibilities:
+        return f"{error.format_message().rstrip('.?')}{'?' if error.format_message().endswith('?') else '.'}"
+    return f"{error.message.rstrip('.')}. Did you mean {' or '.join(possibilities)}?"
+
+
+def fail(message: str, code: int) -> None:
+    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo(" ".join(message.split()), err=True)
+    sys.exit(code)

@@ -1,11 +1,62 @@
-"""Commands that make something in a folder: a dataset, a guided pipeline, a converted checkpoint."""
+"""Commands that make something: faces, a dataset, a guided pipeline, a converted checkpoint."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import GuidanceScale, Private
+from .options import (
+    BatchSize,
+    EpsilonScaling,
+    GuidanceScale,
+    Guide,
+    Json,
+    Model,
+    Private,
+    Sampler,
+    Seed,
+    SigmaMin,
+    report,
+)
+
+
+def generate(
+    model: Model,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", help="Number of images.")] = 16,
+    seed: Seed = 0,
+    sampler: Sampler = "dpm-solver++",
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps (default: 20, or all training timesteps with ddpm).")
+    ] = None,
+    sigma_min: SigmaMin = None,
+    epsilon_scaling: EpsilonScaling = None,
+    guide: Guide = None,
+    guidance_scale: GuidanceScale = None,
+    class_label: Annotated[
+        list[int] | None,
+        typer.Option(help="Class to generate; repeat the option for several (default: all classes, in turn)."),
+    ] = None,
+    batch_size: BatchSize = 64,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="PNG file for a grid, or folder for single images.")
+    ] = Path("faces.png"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing images.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Generate faces.
+
+    An output that ends in .png is a grid of all images. Any other output is a folder, in which each image is named
+    after its seed. The PNG metadata hold the model, the seed and the settings.
+    """
+    from ..generation import Recipe, check_output, generate_to
+    from ..models import load_pipeline, model_name
+
+    recipe = Recipe(num_images, seed, sampler, steps, sigma_min, epsilon_scaling, guidance_scale, class_label or None)
+    check_output(output, overwrite)
+    pipeline = load_pipeline(model, guide, guidance_scale)
+    files = generate_to(pipeline, recipe, output, model_name(model), batch_size, overwrite)
+    noun = "image" if num_images == 1 else "images"
+    report({"files": files}, f"{num_images} {noun}: {output}", as_json)
 
 
 def prepare(
@@ -27,8 +78,12 @@ def prepare(
     ] = False,
     license: Annotated[str | None, typer.Option(help="License of the images, such as cc-by-nc-sa-4.0.")] = None,
     private: Private = None,
+    as_json: Json = False,
 ) -> None:
-    """Crop and resize images, remove their metadata, and make a dataset of them."""
+    """Make a dataset of your images: crop, resize, remove metadata.
+
+    It is written to a folder, published on the Hub, or both.
+    """
     from ..data.preparation import prepare
 
     where = prepare(
@@ -45,39 +100,45 @@ def prepare(
         license=license,
         private=private,
     )
-    typer.echo(f"The data set is at {where}")
+    report({"dataset": str(where)}, f"The dataset is at {where}", as_json)
 
 
 def guide(
-    folder: Annotated[Path, typer.Argument(help="Folder of a pipeline.", exists=True, file_okay=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder of a model.", exists=True, file_okay=False)],
     weaker: Annotated[
         str | None,
         typer.Argument(
-            metavar="[GUIDE]", help="Weaker pipeline, folder or USER/NAME. Without it, the guide is removed."
+            metavar="[GUIDE]", help="Weaker model, a folder or USER/NAME (default: none, which removes the guide)."
         ),
     ] = None,
     guidance_scale: GuidanceScale = None,
+    as_json: Json = False,
 ) -> None:
-    """Give a pipeline a guide (autoguidance), or remove it; it is saved and published with the pipeline."""
+    """Add a weaker model that guides a model (autoguidance), or remove it.
+
+    The guide is saved and published with the model. Evaluate the model again afterwards.
+    """
     from ..guidance import save_guide
 
     if weaker is not None and guidance_scale is None:
-        raise ValueError("`guidance_scale` must be given with a guide: 1.2, say.")
+        raise ValueError("`guidance_scale` must be given with a guide; 1.2 is a good start.")
     save_guide(folder, weaker, 1.0 if guidance_scale is None else guidance_scale)
     done = f"{folder} is now guided by {weaker}." if weaker else f"The guide of {folder} is removed."
-    typer.echo(f"{done} Evaluate it again: older metrics are those of the pipeline as it was.")
+    text = f"{done} Evaluate it again: its metrics were measured before this change."
+    report({"model": str(folder), "guide": weaker, "guidance_scale": guidance_scale}, text, as_json)
 
 
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="File of torch.save(model.state_dict(), ...).")],
-    output: Annotated[Path, typer.Argument(help="New folder for the pipeline.")],
-    sample_size: Annotated[int, typer.Option(help="Height and width of the training images.")] = 64,
+    checkpoint: Annotated[Path, typer.Argument(help="File written by torch.save(model.state_dict(), ...).")],
+    output: Annotated[Path, typer.Argument(help="New folder for the model.")],
+    sample_size: Annotated[int, typer.Option(help="Height and width of the training images in pixels.")] = 64,
+    as_json: Json = False,
 ) -> None:
-    """Convert a checkpoint of the article's own code into a pipeline."""
+    """Convert a checkpoint of the article's code into a model."""
     from ..files import new_folder
     from ..hub.convert import convert_checkpoint
 
     pipeline = convert_checkpoint(checkpoint, sample_size)
     with new_folder(output) as folder:
         pipeline.save_pretrained(folder)
-    typer.echo(f"The pipeline is in {output}; its outputs are those of the checkpoint.")
+    report({"model": str(output)}, f"The model is in {output}. It predicts what the checkpoint predicts.", as_json)

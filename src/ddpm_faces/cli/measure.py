@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from .options import BatchSize, EpsilonScaling, GuidanceScale, Guide, Sampler, Seed, SigmaMin, Source
+from .options import (
+    BatchSize,
+    EpsilonScaling,
+    GuidanceScale,
+    Guide,
+    Json,
+    Sampler,
+    Seed,
+    SigmaMin,
+    Source,
+    report,
+)
 
 
 def evaluate(
@@ -17,7 +28,7 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="Held-out split to compare against.")] = "test",
     baseline_split: Annotated[
-        str, typer.Option(help="Split of other real faces that show what a perfect model could reach; '' for none.")
+        str, typer.Option(help="Split of other real faces, which show what a perfect model could reach; '' skips it.")
     ] = "train",
     num_images: Annotated[
         int | None, typer.Option(help="Number of images on either side (default: as many as there are, up to 1000).")
@@ -31,19 +42,23 @@ def evaluate(
     seed: Seed = 0,
     batch_size: BatchSize = 64,
     inception: Annotated[
-        bool, typer.Option("--inception", help="Measure FID and KID of the literature, too (downloads 90 MB).")
+        bool, typer.Option("--inception", help="Also measure the FID and KID of the literature (downloads 90 MB).")
     ] = False,
     likelihood_images: Annotated[
-        int, typer.Option(help="Number of real faces of which to bound the bits per dimension; 0 for none.")
+        int, typer.Option(help="Number of real faces for the bound on the bits per dimension; 0 skips it.")
     ] = 0,
     output: Annotated[
-        Path | None, typer.Option(help="File for the metrics (default: metrics.json in the pipeline's folder).")
+        Path | None, typer.Option(help="File for the metrics (default: metrics.json in the model's folder).")
     ] = None,
     against: Annotated[
         Path | None, typer.Option(help="Another metrics.json to show beside the result.", exists=True)
     ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Measure how far faces are from real ones. The metrics go into the card. Runs under `accelerate launch`, too."""
+    """Measure the quality of faces against real ones.
+
+    The metrics are saved with the model and appear in its card. `accelerate launch` spreads the work over several GPUs.
+    """
     from ..evaluation.measurements import MetricNetworks
     from ..evaluation.quality import METRICS_NAME, check_metrics_file, evaluate, read_metrics, table, write_metrics
 
@@ -66,16 +81,15 @@ def evaluate(
         return
     if output is not None:
         write_metrics(output, results)
-    typer.echo(table(results["metrics"], others))
-    if output is not None:
-        typer.echo(f"\nThe metrics and how they were measured are in {output}")
+    where = "" if output is None else f"\n\nThe metrics and how they were measured are in {output}"
+    report(results, table(results["metrics"], others) + where, as_json)
 
 
 def audit(
     source: Source,
-    data: Annotated[str, typer.Argument(help="Dataset of the training.")],
+    data: Annotated[str, typer.Argument(help="Training dataset.")],
     split: Annotated[
-        str, typer.Option(help="Split of all training images and no others: 'train[:500]' for 500.")
+        str, typer.Option(help="Split that holds exactly the training images, such as 'train[:500]'.")
     ] = "train",
     held_out_split: Annotated[str, typer.Option(help="Held-out split to compare against.")] = "test",
     num_images: Annotated[int, typer.Option(help="Number of faces to search for.")] = 400,
@@ -87,15 +101,17 @@ def audit(
     guidance_scale: GuidanceScale = None,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
-    features: Annotated[bool, typer.Option(help="Compare features of a network, too, not only pixels.")] = True,
-    loss_images: Annotated[
-        int, typer.Option(help="Number of images on which to compare the losses; 0 for none.")
-    ] = 100,
+    features: Annotated[bool, typer.Option(help="Compare features of a network as well as pixels.")] = True,
+    loss_images: Annotated[int, typer.Option(help="Number of images for the comparison of losses; 0 skips it.")] = 100,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for audit.json and audit.png (default: the pipeline's folder).")
+        Path | None, typer.Option(help="Folder for audit.json and audit.png (default: the model's folder).")
     ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Search generated faces for copies of training images. The verdict goes into the card. Exit code 3: copies."""
+    """Search generated faces for copies of training images.
+
+    The verdict is saved with the model and appears in its card. The exit code is 3 if there are copies.
+    """
     from ..evaluation.copies import audit_model
     from ..evaluation.quality import METRICS_NAME, check_metrics_file, write_metrics
     from ..files import replacing
@@ -103,7 +119,7 @@ def audit(
     is_folder = Path(source, "model_index.json").is_file()
     if output is None:
         if not is_folder:
-            raise ValueError("`--output` must name a folder: there is none of a pipeline to write into.")
+            raise ValueError("`output` must be given because the source is not the folder of a model.")
         output = Path(source)
     if is_folder:
         check_metrics_file(Path(source, METRICS_NAME))
@@ -130,8 +146,8 @@ def audit(
         keys = ("sampler", "steps", "seeds", "sigma_min", "epsilon_scaling", "guidance_scale", "guide")
         provenance = {key: results[key] for key in keys if key in results}
         write_metrics(Path(source, METRICS_NAME), {"memorisation": {"verdict": results["verdict"], **provenance}})
-    typer.echo(results["verdict"])
-    typer.echo(f"The closest pairs, which show training images: {output / 'audit.png'}")
+    text = f"{results['verdict']}\nThe closest pairs, which show training images: {output / 'audit.png'}"
+    report(results, text, as_json)
     if report.found_copies:
         raise typer.Exit(3)
 

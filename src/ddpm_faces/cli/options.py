@@ -1,12 +1,14 @@
 """Arguments and options that several commands share."""
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import typer
 
 
 Repo = Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub.")]
-Source = Annotated[str, typer.Argument(help="Pipeline (folder or USER/NAME), or folder of images.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a model, or USER/NAME on the Hub.")]
+Source = Annotated[str, typer.Argument(help="Model (folder or USER/NAME), or folder of images.")]
 Private = Annotated[
     bool | None,
     typer.Option("--private/--public", help="Visibility of a new repository (default: that of your account)."),
@@ -14,7 +16,7 @@ Private = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit (default: the main branch).")]
 SigmaMin = Annotated[
     float | None,
-    typer.Option(help="Noise level of the last step of dpm-solver++ (default: 0.02; after short trainings use 0.1)."),
+    typer.Option(help="Noise level of the last step of dpm-solver++ (default: 0.02; try 0.1 after a short training)."),
 ]
 EpsilonScaling = Annotated[
     float | None,
@@ -22,12 +24,18 @@ EpsilonScaling = Annotated[
 ]
 Guide = Annotated[
     str | None,
-    typer.Option(help="Weaker pipeline for autoguidance, folder or USER/NAME (default: the pipeline's own, if any)."),
+    typer.Option(help="Weaker model for autoguidance, a folder or USER/NAME (default: the model's own, if any)."),
 ]
 GuidanceScale = Annotated[
     float | None,
-    typer.Option(help="Scale of the autoguidance, usually 1.2 to 1.5; 1 is off (default: that of the pipeline)."),
+    typer.Option(help="Scale of the autoguidance, usually 1.2 to 1.5; 1 is off (default: that of the model)."),
 ]
 Sampler = Annotated[str, typer.Option(help="Sampler: ddpm or dpm-solver++.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first image; image i uses seed + i.")]
-BatchSize = Annotated[int, typer.Option(help="Images in a batch.")]
+BatchSize = Annotated[int, typer.Option(help="Images per batch.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
+
+
+def report(result: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print what a command has done: as one JSON object, or in words."""
+    typer.echo(json.dumps(result, indent=2, default=str) if as_json else text)

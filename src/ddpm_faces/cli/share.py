@@ -1,11 +1,11 @@
-"""Commands that talk to the Hub: push and verify."""
+"""Commands that talk to the Hub: push, pull and verify."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import Private, Repo, Revision
+from .options import Json, Private, Repo, Revision, report
 
 
 def push(
@@ -20,8 +20,9 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Existing branch (default: the main branch).")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Check a pipeline and publish it on the Hub with its card."""
+    """Check a model and publish it on the Hub with its card."""
     from ..hub.model_folder import push
 
     commit = push(
@@ -35,7 +36,27 @@ def push(
         license=license,
         dataset_license=dataset_license,
     )
-    typer.echo(f"Proposed: {commit.pr_url}" if commit.pr_url else f"Published: {commit}")
+    text = f"Proposed: {commit.pr_url}" if commit.pr_url else f"Published: {commit}"
+    report({"commit": str(commit), "pull_request": commit.pr_url}, text, as_json)
+
+
+def pull(
+    repo_id: Repo,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New folder to download to (default: the cache).")
+    ] = None,
+    revision: Revision = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Half-precision weights, bf16 or fp16 (default: float32 weights).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Download a model from the Hub and check it. Run it again to resume."""
+    from ..hub.download import pull
+
+    folder = pull(repo_id, output, revision, variant)
+    text = f"{repo_id} is complete and matches the published checksums: {folder}"
+    report({"repo_id": repo_id, "folder": str(folder)}, text, as_json)
 
 
 def verify(
@@ -43,15 +64,20 @@ def verify(
     revision: Revision = None,
     dataset: Annotated[bool, typer.Option("--dataset", help="The repository is a dataset, not a model.")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Download differing files again.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compare downloaded files with the checksums on the Hub."""
     from ..hub.transport import verify
 
     repo_type = "dataset" if dataset else "model"
     differing = verify(repo_id, revision, repo_type, repair=repair)
-    if differing:
+    if as_json:
+        report({"repo_id": repo_id, "differing": differing}, "", as_json)
+    elif differing:
         typer.echo("These files differ from the published checksums: " + ", ".join(differing), err=True)
         if not repair:
-            typer.echo("Download them again: the same command with --repair.", err=True)
+            typer.echo("Run the same command with --repair to download them again.", err=True)
+    else:
+        typer.echo(f"All downloaded files of {repo_id} match the published checksums.")
+    if differing:
         raise typer.Exit(1)
-    typer.echo(f"All files of {repo_id} in the cache are what was published.")

@@ -13,6 +13,7 @@ _MODULE_OF = {
     "export": "model_folder",
     "merge_cards": "card",
     "publish": "transport",
+    "pull": "download",
     "push": "model_folder",
     "verify": "transport",
 }

@@ -39,7 +39,7 @@ def template_values(
         "started from": config.get("pretrained_model_name_or_path"),
         "their licence": dataset_license or ("not stated" if config and not is_drawn else None),
         "images seen": _thousands(summary.get("images_seen")),
-        "time": summary and f"{_duration(summary['hours'])} on {summary['processes']} x {summary['device']}",
+        "time": summary and f"{duration(summary['hours'])} on {summary['processes']} x {summary['device']}",
         "precision": summary.get("precision"),
         "batch size": config.get("train_batch_size"),
         "learning rate": config.get("learning_rate"),
@@ -89,7 +89,7 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _duration(hours: float) -> str:
+def duration(hours: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
 
 

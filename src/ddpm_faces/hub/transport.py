@@ -191,8 +191,9 @@ def verify(
     cache_dir: str | os.PathLike | None = None,
     token: str | bool | None = None,
     repair: bool = False,
+    local_dir: str | os.PathLike | None = None,
 ) -> list[str]:
-    """Compare the cached files of a repository with the checksums on the Hub.
+    """Compare the downloaded files of a repository with the checksums on the Hub.
 
     The client checks the size of a download, not its content.
 
@@ -203,6 +204,7 @@ def verify(
         cache_dir (`str` or `os.PathLike`, *optional*): Cache of the download; by default that of the Hub client.
         token (`str`, *optional*): Defaults to the token of `hf auth login` or HF_TOKEN.
         repair (`bool`, defaults to `False`): Download differing files again, and compare once more.
+        local_dir (`str` or `os.PathLike`, *optional*): Folder of a download outside of the cache.
 
     Returns:
         `list[str]`: The files that differ; empty if all are as published.
@@ -213,13 +215,13 @@ def verify(
     """
     check_repo_id(repo_id)
     api = _api(token)
-    cache = None if cache_dir is None else os.fspath(cache_dir)
+    place: dict[str, Any] = {"cache_dir": None if cache_dir is None else os.fspath(cache_dir)}
+    if local_dir is not None:
+        place = {"local_dir": os.fspath(local_dir)}
 
     def differing() -> list[str]:
         try:
-            result = retry(
-                lambda: api.verify_repo_checksums(repo_id, repo_type=repo_type, revision=revision, cache_dir=cache)
-            )
+            result = retry(lambda: api.verify_repo_checksums(repo_id, repo_type=repo_type, revision=revision, **place))
         except ValueError as error:
             raise ValueError(f"{repo_id} cannot be verified: {error}") from error
         return [mismatch["path"] for mismatch in result.mismatches]
@@ -234,9 +236,9 @@ def verify(
                 name,
                 repo_type=repo_type,
                 revision=revision,
-                cache_dir=cache,
                 token=token,
                 force_download=True,
+                **place,
             )
         return differing()
 

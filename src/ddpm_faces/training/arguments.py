@@ -15,16 +15,19 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from .config import GROUPS, TrainingConfig, is_a
 
 
-def parse_training_config(argv: Sequence[str] | None = None) -> TrainingConfig:
+def parse_training_config(
+    argv: Sequence[str] | None = None, command: str = "accelerate launch training/train.py"
+) -> TrainingConfig:
     """Read the configuration: defaults, then the pipeline to start from, the file of `--config`, the other flags.
 
     Args:
         argv (`Sequence[str]`, *optional*): The arguments; by default those of the command line.
+        command (`str`): What the help tells the user to type before the options.
 
     Raises:
         SystemExit: With 2 and a message, for an unknown flag or key, or a value that cannot work.
     """
-    parser = _make_parser()
+    parser = _make_parser(command)
     file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     file_parser.add_argument("--config")
     file_args, flags = file_parser.parse_known_args(argv)
@@ -32,7 +35,7 @@ def parse_training_config(argv: Sequence[str] | None = None) -> TrainingConfig:
     try:
         if file_args.config is not None:
             # As flags, so that a file is read by the same rules as the command line.
-            flags = [*_flags_of_yaml(Path(file_args.config)), *flags]
+            flags = [*_flags_of_yaml(_config_path(file_args.config)), *flags]
         flags = [*_flags_of_pretrained(flags), *flags]
         values, unknown = parser.parse_known_args(flags)
         if unknown:
@@ -43,13 +46,34 @@ def parse_training_config(argv: Sequence[str] | None = None) -> TrainingConfig:
         parser.exit(2, f"error: {error}\n")
 
 
+def training_folder() -> Path:
+    """The folder of train.py and its configurations: in an installed package, or at the top of the repository."""
+    package = Path(__file__).parents[1]
+    return next(path for path in (package / "_training", package.parents[1] / "training") if path.is_dir())
+
+
+def config_names() -> list[str]:
+    """The names of the configurations that come with the package."""
+    return sorted(path.stem for path in (training_folder() / "configs").glob("*.yaml"))
+
+
+def _config_path(name: str) -> Path:
+    """The file of `--config`; a file in the working directory takes precedence over a name."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if name in config_names():
+        return training_folder() / "configs" / f"{name}.yaml"
+    raise ValueError(f"`--config` must be one of {', '.join(config_names())}, or an existing file, got {name!r}.")
+
+
 def _underscored(flag: str) -> str:
     """`--output-dir` means `--output_dir`."""
     name, equals, value = flag.partition("=")
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else flag
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def _make_parser(command: str) -> argparse.ArgumentParser:
     class Formatter(argparse.HelpFormatter):
         def _split_lines(self, text: str, width: int) -> list[str]:
             # Names with hyphens stay in one piece, and so does a default.
@@ -58,11 +82,15 @@ def _make_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         description="Train DDPM on pictures of faces. With no arguments: small faces that the program draws itself.",
-        usage="accelerate launch training/train.py [--config FILE] [--FIELD VALUE ...]",
+        usage=f"{command} [--config NAME|FILE] [--FIELD VALUE ...]",
         formatter_class=partial(Formatter, max_help_position=34),
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of fields; the command line wins.")
+    parser.add_argument(
+        "--config",
+        metavar="NAME|FILE",
+        help=f"One of {', '.join(config_names())}, or a YAML file of fields. The command line wins.",
+    )
     groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
     types = get_type_hints(TrainingConfig)
     for f in fields(TrainingConfig):
@@ -109,8 +137,6 @@ def _as_typed(value) -> str:
 def _flags_of_yaml(path: Path) -> list[str]:
     import yaml
 
-    if not path.is_file():
-        raise ValueError(f"`--config` must be an existing file, got {str(path)!r}.")
     try:
         values = yaml.safe_load(path.read_text("utf-8")) or {}
     except yaml.YAMLError as error:

@@ -1,0 +1,210 @@
+"""Generate images into files: a grid, or a folder of single images, each with its recipe in its PNG metadata."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm.auto import tqdm
+
+from . import __version__
+from .files import replacing
+from .pipeline_ddpm_faces import DDPMFacesPipeline
+from .plots import image_grid
+from .solvers import fast_solver
+
+
+SAMPLERS = ("dpm-solver++", "ddpm")
+DEFAULT_STEPS = 20  # of dpm-solver++
+MAX_SEED = 2**63 - 1
+
+
+@dataclass
+class Recipe:
+    """How images are generated.
+
+    Args:
+        num_images (`int`, defaults to 16): Number of images.
+        seed (`int`, defaults to 0): Seed of the first image; image i uses `seed + i` and depends on nothing else.
+        sampler (`str`, defaults to `"dpm-solver++"`): `"dpm-solver++"`, or `"ddpm"` for the scheduler of the pipeline.
+        steps (`int`, *optional*): Sampling steps, 1 to T. Defaults to 20 for dpm-solver++ and to all T for ddpm.
+        sigma_min (`float`, *optional*): For dpm-solver++, see [`fast_solver`].
+        epsilon_scaling (`float`, *optional*): For dpm-solver++, see [`fast_solver`].
+        guidance_scale (`float`, *optional*): Scale of the autoguidance. Defaults to that of the pipeline.
+        class_labels (`list[int]`, *optional*): Classes, in turn. Defaults to all classes of the model, in turn.
+
+    Raises:
+        ValueError: A value is out of range, or does not suit the sampler.
+    """
+
+    num_images: int = 16
+    seed: int = 0
+    sampler: str = "dpm-solver++"
+    steps: int | None = None
+    sigma_min: float | None = None
+    epsilon_scaling: float | None = None
+    guidance_scale: float | None = None
+    class_labels: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"`sampler` must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}.")
+        if self.num_images < 1:
+            raise ValueError(f"`num_images` must be at least 1, got {self.num_images}.")
+        if not 0 <= self.seed <= MAX_SEED - self.num_images:
+            raise ValueError(f"`seed` must be from 0 to 2^63 - 1 - `num_images`, got {self.seed}.")
+        for name in ("sigma_min", "epsilon_scaling"):
+            if getattr(self, name) is not None and self.sampler == "ddpm":
+                raise ValueError(
+                    f"`{name}` works with the sampler dpm-solver++ only; remove it or change the sampler."
+                )
+
+    def resolve(self, pipeline: DDPMFacesPipeline) -> "Recipe":
+        """Return the recipe with the defaults that depend on the model.
+
+        Raises:
+            ValueError: A class that the model does not have.
+        """
+        num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
+        most = DEFAULT_STEPS if self.sampler == "dpm-solver++" else num_train_timesteps
+        steps = min(most, num_train_timesteps) if self.steps is None else self.steps
+        scale = pipeline.config.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        num_classes = pipeline.unet.config.get("num_class_embeds")
+        labels = self.class_labels or (None if num_classes is None else list(range(num_classes)))
+        if labels and num_classes is None:
+            raise ValueError(f"`class_labels` must be None because this model has no classes, got {list(labels)}.")
+        if labels and not all(0 <= label < num_classes for label in labels):
+            raise ValueError(f"`class_labels` must be from 0 to {num_classes - 1}, got {list(labels)}.")
+        return replace(self, steps=steps, guidance_scale=scale, class_labels=labels)
+
+
+def generate(pipeline: DDPMFacesPipeline, recipe: Recipe, batch_size: int = 64) -> Iterator[Image.Image]:
+    """Generate images one after the other, with a progress bar.
+
+    Args:
+        pipeline ([`DDPMFacesPipeline`]): The model. It stays as it is.
+        recipe ([`Recipe`]): What to generate.
+        batch_size (`int`, defaults to 64): Images that are generated at once.
+
+    Raises:
+        ValueError: The recipe does not suit the model, such as too many steps or a class that it does not have.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    recipe = recipe.resolve(pipeline)
+    if recipe.sampler == "dpm-solver++":
+        solver = fast_solver(pipeline.scheduler, recipe.sigma_min, recipe.epsilon_scaling)
+        pipeline = pipeline.with_scheduler(solver)
+    else:
+        pipeline = pipeline.with_scheduler(pipeline.scheduler)
+    pipeline.set_progress_bar_config(disable=True)  # one bar for all batches instead
+    labels = recipe.class_labels
+
+    # `disable=None` means: only in a terminal.
+    with tqdm(total=recipe.num_images, desc="Generating", unit="image", disable=None, leave=False) as bar:
+        for first in range(0, recipe.num_images, batch_size):
+            indices = range(first, min(first + batch_size, recipe.num_images))
+
+            def advance(pipeline, i, timestep, tensors, first=first, count=len(indices)) -> dict:
+                bar.n = round(first + count * (i + 1) / pipeline.num_timesteps, 1)
+                bar.refresh()
+                return {}
+
+            yield from pipeline(
+                batch_size=len(indices),
+                num_inference_steps=recipe.steps,
+                generator=[torch.Generator().manual_seed(recipe.seed + i) for i in indices],
+                class_labels=labels and [labels[i % len(labels)] for i in indices],
+                guidance_scale=recipe.guidance_scale,
+                callback_on_step_end=advance,
+            ).images
+
+
+def check_output(output: str | os.PathLike, overwrite: bool = False) -> None:
+    """Raise a `ValueError` if there is something at `output` already, or if nothing can be written there."""
+    output = Path(output)
+    is_file = output.suffix.lower() == ".png"
+    if output.suffix.lower() in Image.registered_extensions() and not is_file:
+        raise ValueError(f"`output` must end in .png for a grid, or name a folder, got {str(output)!r}.")
+    if output.is_dir() if is_file else output.is_file():
+        raise ValueError(f"`output` {str(output)!r} is a {'folder' if is_file else 'file'}; choose another name.")
+    if not overwrite and output.exists() and (is_file or any(output.iterdir())):
+        raise ValueError(f"`output` {str(output)!r} exists; choose another name, or add --overwrite.")
+    folder = output.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"`output` {str(output)!r} cannot be written because {str(folder)!r} is read-only.")
+
+
+def generate_to(
+    pipeline: DDPMFacesPipeline,
+    recipe: Recipe,
+    output: str | os.PathLike,
+    model: str,
+    batch_size: int = 64,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Generate images into a PNG grid or a folder of PNG images.
+
+    Args:
+        pipeline ([`DDPMFacesPipeline`]): The model.
+        recipe ([`Recipe`]): What to generate.
+        output (`str` or `os.PathLike`):
+            If it ends in ".png": a grid, in which small images are enlarged; of one image, that image. Otherwise a
+            folder of images named after their seeds, such as `seed-00000042.png`. They appear one by one, so those
+            that are there when you interrupt are complete.
+        model (`str`): Name of the model for the metadata.
+        batch_size (`int`, defaults to 64): Images that are generated at once.
+        overwrite (`bool`, defaults to `False`): Whether existing files may be replaced.
+
+    Returns:
+        `list[Path]`: The files.
+
+    Raises:
+        ValueError: `output` exists, or the recipe does not suit the model.
+    """
+    check_output(output, overwrite)
+    output, recipe = Path(output), recipe.resolve(pipeline)
+    images = generate(pipeline, recipe, batch_size)
+    if output.suffix.lower() == ".png":
+        pictures = list(images)
+        picture = pictures[0]
+        if len(pictures) > 1:
+            picture = image_grid(pictures, scale=max(1, 128 // picture.width))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        last = recipe.seed + recipe.num_images - 1
+        save_png(picture, output, metadata(model, recipe, f"{recipe.seed} to {last}" if last > recipe.seed else last))
+        return [output]
+    output.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for seed, image in enumerate(images, start=recipe.seed):
+        paths.append(output / f"seed-{seed:08}.png")
+        save_png(image, paths[-1], metadata(model, recipe, seed))
+    return paths
+
+
+def metadata(model: str, recipe: Recipe, seed: int | str) -> dict[str, Any]:
+    """Return the text chunks of a PNG file: who made it, and the recipe to make it again."""
+    settings = asdict(recipe)
+    settings = {k: v for k, v in settings.items() if v is not None and k not in ("num_images", "seed")}
+    return {
+        "Software": f"ddpm-faces {__version__}",
+        "Description": "generated by ddpm-faces",
+        "model": model,
+        "seed": seed,
+        **settings,
+    }
+
+
+def save_png(image: Image.Image, path: str | os.PathLike, text: dict[str, Any]) -> None:
+    """Save an image with text chunks. The file appears once it is complete."""
+    info = PngInfo()
+    for name, value in text.items():
+        info.add_text(name, str(value))
+    with replacing(path) as unfinished:
+        image.save(unfinished, "PNG", pnginfo=info)

@@ -1,0 +1,87 @@
+"""Find a model by its folder or its name on the Hub, and load it."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging
+
+from .pipeline_ddpm_faces import DDPMFacesPipeline
+
+
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_model(model: str | os.PathLike) -> None:
+    """Raise a `ValueError`, which says what to do, if `model` is neither a pipeline's folder nor a name on the Hub.
+
+    Args:
+        model (`str` or `os.PathLike`): A folder, or "user/name". The Hub is not asked whether it has that name.
+    """
+    path, shown = Path(model).expanduser(), repr(os.fspath(model))
+    if path.is_file():
+        raise ValueError(f"`model` {shown} is a file; give the folder of a model, or USER/NAME on the Hub.")
+    if path.is_dir():
+        if (path / "model_index.json").is_file():
+            return
+        if any(path.glob("checkpoint-*")):
+            raise ValueError(f"`model` {shown} is an unfinished training; run its command again to finish it.")
+        raise ValueError(
+            f"`model` {shown} holds no model (no model_index.json); give the output folder of a training, or USER/NAME "
+            "on the Hub."
+        )
+    if os.fspath(model).startswith(".") or not _REPO_ID.fullmatch(os.fspath(model)):
+        raise ValueError(f"`model` {shown} must be an existing folder, or USER/NAME on the Hub.")
+
+
+def load_pipeline(
+    model: str | os.PathLike, guide: str | os.PathLike | None = None, guidance_scale: float | None = None
+) -> DDPMFacesPipeline:
+    """Load a pipeline onto the fastest device, and optionally a weaker pipeline that guides it.
+
+    Args:
+        model (`str` or `os.PathLike`): A folder, or "user/name" on the Hub.
+        guide (`str` or `os.PathLike`, *optional*): Weaker pipeline, see [`DDPMFacesPipeline.set_guide`].
+        guidance_scale (`float`, *optional*): Required with `guide`.
+
+    Raises:
+        ValueError: There is no pipeline, or the guide does not fit it.
+        OSError: The repository does not exist, or the Hub cannot be reached.
+    """
+    if guide is not None and guidance_scale is None:
+        raise ValueError("`guidance_scale` must be given with `guide`; 1.2 is a good start.")
+    for name in filter(None, (model, guide)):
+        check_model(name)
+    with _no_loading_bar():
+        pipeline = DDPMFacesPipeline.from_pretrained(model)
+        if guide is not None:
+            pipeline.set_guide(DDPMFacesPipeline.from_pretrained(guide), guidance_scale)
+    return pipeline.to(best_device())
+
+
+@contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Hide the bar that counts the components, of which there are three. Downloads show bars of their own."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
+
+
+def best_device() -> str:
+    """Return "cuda", "mps" or "cpu": the first that is available."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def model_name(model: str | os.PathLike) -> str:
+    """Return the name of a model for a file that may be shared: "user/name", or the name of its folder alone."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else os.fspath(model)
