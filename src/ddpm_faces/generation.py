@@ -55,6 +55,8 @@ class Recipe:
             raise ValueError(f"`sampler` must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}.")
         if self.num_images < 1:
             raise ValueError(f"`num_images` must be at least 1, got {self.num_images}.")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
         if not 0 <= self.seed <= MAX_SEED - self.num_images:
             raise ValueError(f"`seed` must be from 0 to 2^63 - 1 - `num_images`, got {self.seed}.")
         for name in ("sigma_min", "epsilon_scaling"):
@@ -72,6 +74,8 @@ class Recipe:
         num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
         most = DEFAULT_STEPS if self.sampler == "dpm-solver++" else num_train_timesteps
         steps = min(most, num_train_timesteps) if self.steps is None else self.steps
+        if steps > num_train_timesteps:
+            raise ValueError(f"`steps` must be at most {num_train_timesteps}, as in training, got {steps}.")
         scale = pipeline.config.guidance_scale if self.guidance_scale is None else self.guidance_scale
         num_classes = pipeline.unet.config.get("num_class_embeds")
         labels = self.class_labels or (None if num_classes is None else list(range(num_classes)))
@@ -108,20 +112,23 @@ def generate(pipeline: DDPMFacesPipeline, recipe: Recipe, batch_size: int = 64) 
     with tqdm(total=recipe.num_images, desc="Generating", unit="image", disable=None, leave=False) as bar:
         for first in range(0, recipe.num_images, batch_size):
             indices = range(first, min(first + batch_size, recipe.num_images))
+            count = len(indices)
 
-            def advance(pipeline, i, timestep, tensors, first=first, count=len(indices)) -> dict:
+            def advance(pipeline, i, timestep, tensors, first=first, count=count) -> dict:
                 bar.n = round(first + count * (i + 1) / pipeline.num_timesteps, 1)
                 bar.refresh()
                 return {}
 
-            yield from pipeline(
+            output = pipeline(
                 batch_size=len(indices),
                 num_inference_steps=recipe.steps,
                 generator=[torch.Generator().manual_seed(recipe.seed + i) for i in indices],
                 class_labels=labels and [labels[i % len(labels)] for i in indices],
                 guidance_scale=recipe.guidance_scale,
                 callback_on_step_end=advance,
-            ).images
+                return_dict=False,
+            )
+            yield from output[0]
 
 
 def check_output(output: str | os.PathLike, overwrite: bool = False) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging
 
+from .hub.errors import explaining
 from .pipeline_ddpm_faces import DDPMFacesPipeline
 
 
@@ -30,8 +31,8 @@ def check_model(model: str | os.PathLike) -> None:
         if any(path.glob("checkpoint-*")):
             raise ValueError(f"`model` {shown} is an unfinished training; run its command again to finish it.")
         raise ValueError(
-            f"`model` {shown} holds no model (no model_index.json); give the output folder of a training, or USER/NAME "
-            "on the Hub."
+            f"`model` {shown} holds no model (no model_index.json); give the output folder of a training, or "
+            "USER/NAME on the Hub."
         )
     if os.fspath(model).startswith(".") or not _REPO_ID.fullmatch(os.fspath(model)):
         raise ValueError(f"`model` {shown} must be an existing folder, or USER/NAME on the Hub.")
@@ -55,22 +56,32 @@ def load_pipeline(
         raise ValueError("`guidance_scale` must be given with `guide`; 1.2 is a good start.")
     for name in filter(None, (model, guide)):
         check_model(name)
-    with _no_loading_bar():
-        pipeline = DDPMFacesPipeline.from_pretrained(model)
-        if guide is not None:
-            pipeline.set_guide(DDPMFacesPipeline.from_pretrained(guide), guidance_scale)
+    pipeline = _load(model)
+    if guide is not None:
+        pipeline.set_guide(_load(guide), guidance_scale)
     return pipeline.to(best_device())
 
 
+def _load(model: str | os.PathLike) -> DDPMFacesPipeline:
+    path = Path(model).expanduser()
+    with _quiet_diffusers():
+        if path.is_dir():
+            return DDPMFacesPipeline.from_pretrained(path)
+        with explaining(os.fspath(model), ""):
+            return DDPMFacesPipeline.from_pretrained(model)
+
+
 @contextmanager
-def _no_loading_bar() -> Iterator[None]:
-    """Hide the bar that counts the components, of which there are three. Downloads show bars of their own."""
-    was_enabled = logging.is_progress_bar_enabled()
+def _quiet_diffusers() -> Iterator[None]:
+    """Hide the bar that counts components, and warnings that the error says again. Downloads keep their bars."""
+    had_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        if was_enabled:
+        logging.set_verbosity(verbosity)
+        if had_bar:
             logging.enable_progress_bar()
 
 

@@ -79,12 +79,13 @@ def main() -> None:
         fail(str(error), 2 if isinstance(error, ValueError) else 1)
 
 
-def describe(error: Exception) -> str:
-    """Return the message of a usage error as one sentence, with the options that may have been meant."""
+def describe(error: typer.BadParameter) -> str:
+    """Return the message of a usage error as a sentence, with the options that may have been meant."""
     possibilities = getattr(error, "possibilities", None)
-    if not possibilities:
-        return f"{error.format_message().rstrip('.?')}{'?' if error.format_message().endswith('?') else '.'}"
-    return f"{error.message.rstrip('.')}. Did you mean {' or '.join(possibilities)}?"
+    if possibilities:
+        return f"{error.message.rstrip('.')}. Did you mean {' or '.join(possibilities)}?"
+    message = error.format_message()
+    return message if message.endswith("?") else f"{message.rstrip('.')}."
 
 
 def fail(message: str, code: int) -> None:

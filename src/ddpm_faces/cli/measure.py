@@ -57,7 +57,7 @@ def evaluate(
 ) -> None:
     """Measure the quality of faces against real ones.
 
-    The metrics are saved with the model and appear in its card. `accelerate launch` spreads the work over several GPUs.
+    The metrics are saved with the model and appear in its card. `accelerate launch` uses several GPUs.
     """
     from ..evaluation.measurements import MetricNetworks
     from ..evaluation.quality import METRICS_NAME, check_metrics_file, evaluate, read_metrics, table, write_metrics
@@ -128,7 +128,7 @@ def audit(
         from ..evaluation.extractors import MobileNetV2
 
         extractor = MobileNetV2()
-    report, results, picture = audit_model(
+    audited, results, picture = audit_model(
         *(source, data, split, held_out_split, num_images, sampler, steps, seed, batch_size, extractor, loss_images),
         sigma_min=sigma_min,
         guide=guide,
@@ -148,7 +148,7 @@ def audit(
         write_metrics(Path(source, METRICS_NAME), {"memorisation": {"verdict": results["verdict"], **provenance}})
     text = f"{results['verdict']}\nThe closest pairs, which show training images: {output / 'audit.png'}"
     report(results, text, as_json)
-    if report.found_copies:
+    if audited.found_copies:
         raise typer.Exit(3)
 
 

@@ -40,9 +40,7 @@ def pull(
     if folder is not None and folder.exists():
         is_download = (folder / ".cache" / "huggingface").is_dir()
         if not folder.is_dir() or (any(folder.iterdir()) and not is_download):
-            raise ValueError(
-                f"`output` {str(output)!r} exists and is not a download of this model; choose a new folder."
-            )
+            raise ValueError(f"`output` {str(output)!r} exists and is not an earlier download; choose a new folder.")
     api = HfApi()
     with explaining(repo_id, "Run the same command again to resume the download."):
         info = retry(lambda: api.repo_info(repo_id, revision=revision))
