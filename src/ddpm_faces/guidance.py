@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from .files import commit, delete, read_json_object, replacing, unfinished_path
+from .models import load_pipeline
 from .pipeline_ddpm_faces import DDPMFacesPipeline
 
 
@@ -32,9 +33,9 @@ def save_guide(
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"`folder` must be a folder that holds a pipeline: {str(folder)!r} has no model_index.json.")
-    pipeline = DDPMFacesPipeline.from_pretrained(folder)
+    pipeline = load_pipeline(folder, device="cpu")
     if guide is not None and not isinstance(guide, DDPMFacesPipeline):
-        guide = DDPMFacesPipeline.from_pretrained(guide)
+        guide = load_pipeline(guide, device="cpu")
     pipeline.set_guide(guide, guidance_scale)
     summary = folder / "training_summary.json"
     told = read_json_object(summary) if summary.is_file() else None

@@ -39,14 +39,18 @@ def check_model(model: str | os.PathLike) -> None:
 
 
 def load_pipeline(
-    model: str | os.PathLike, guide: str | os.PathLike | None = None, guidance_scale: float | None = None
+    model: str | os.PathLike,
+    guide: str | os.PathLike | None = None,
+    guidance_scale: float | None = None,
+    device: str | torch.device | None = None,
 ) -> DDPMFacesPipeline:
-    """Load a pipeline onto the fastest device, and optionally a weaker pipeline that guides it.
+    """Load a pipeline, and optionally a weaker pipeline that guides it.
 
     Args:
         model (`str` or `os.PathLike`): A folder, or "user/name" on the Hub.
         guide (`str` or `os.PathLike`, *optional*): Weaker pipeline, see [`DDPMFacesPipeline.set_guide`].
         guidance_scale (`float`, *optional*): Required with `guide`.
+        device (`str` or `torch.device`, *optional*): Device of the networks. Defaults to the fastest one.
 
     Raises:
         ValueError: There is no pipeline, or the guide does not fit it.
@@ -59,7 +63,7 @@ def load_pipeline(
     pipeline = _load(model)
     if guide is not None:
         pipeline.set_guide(_load(guide), guidance_scale)
-    return pipeline.to(best_device())
+    return pipeline.to(device or best_device())
 
 
 def _load(model: str | os.PathLike) -> DDPMFacesPipeline:

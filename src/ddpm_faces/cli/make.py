@@ -104,7 +104,7 @@ def prepare(
 
 
 def guide(
-    folder: Annotated[Path, typer.Argument(help="Folder of a model.", exists=True, file_okay=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder of a model.")],
     weaker: Annotated[
         str | None,
         typer.Argument(
@@ -119,7 +119,13 @@ def guide(
     The guide is saved and published with the model. Evaluate the model again afterwards.
     """
     from ..guidance import save_guide
+    from ..models import check_model
 
+    check_model(folder)
+    if weaker is not None:
+        check_model(weaker)
+    if not folder.is_dir():
+        raise ValueError(f"`folder` {str(folder)!r} must be an existing folder.")
     if weaker is not None and guidance_scale is None:
         raise ValueError("`guidance_scale` must be given with a guide; 1.2 is a good start.")
     save_guide(folder, weaker, 1.0 if guidance_scale is None else guidance_scale)

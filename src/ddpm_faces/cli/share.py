@@ -9,7 +9,7 @@ from .options import Json, Private, Repo, Revision, report
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Output folder of a training.", exists=True, file_okay=False)],
+    folder: Annotated[Path, typer.Argument(help="Output folder of a training.")],
     repo_id: Repo,
     private: Private = None,
     license: Annotated[str | None, typer.Option(help="License of the model, such as cc-by-nc-sa-4.0.")] = None,
@@ -24,7 +24,11 @@ def push(
 ) -> None:
     """Check a model and publish it on the Hub with its card."""
     from ..hub.model_folder import push
+    from ..models import check_model
 
+    check_model(folder)
+    if not folder.is_dir():
+        raise ValueError(f"`folder` {str(folder)!r} must be an existing folder.")
     commit = push(
         folder,
         repo_id,

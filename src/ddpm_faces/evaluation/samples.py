@@ -11,6 +11,7 @@ from PIL import Image
 
 from ..data.folders import image_suffixes
 from ..data.images import picture_to_tensor
+from ..models import load_pipeline
 from ..pipeline_ddpm_faces import DDPMFacesPipeline
 from ..solvers import fast_solver
 
@@ -72,13 +73,13 @@ def open_samples(
             if guidance_scale is not None:
                 raise ValueError(f"`guidance_scale` is for a pipeline, and {str(source)!r} is a folder of pictures.")
             return PictureFiles(path)
-        pipeline = DDPMFacesPipeline.from_pretrained(source).to(device)
+        pipeline = load_pipeline(source, device=device)
     guide_name = None
     if guide is not None:
         if not isinstance(guide, DDPMFacesPipeline):
             folder = Path(guide).expanduser()
             guide_name = folder.resolve().name if folder.is_dir() else str(guide)
-            guide = DDPMFacesPipeline.from_pretrained(guide)
+            guide = load_pipeline(guide, device=device)
         pipeline = pipeline.with_scheduler(pipeline.scheduler)  # a copy: the caller's pipeline stays as it is
         pipeline.set_guide(guide, guidance_scale)
     return Generated(

@@ -47,7 +47,7 @@ def http_status(error: BaseException) -> int | None:
     return None if response is None else response.status_code
 
 
-def is_transient(error: Exception) -> bool:
+def is_transient(error: BaseException) -> bool:
     status = http_status(error)
     if status is not None:
         return status == 429 or status >= 500
@@ -75,14 +75,17 @@ def explaining(repo_id: str, outcome: str) -> Iterator[None]:
 
 def explanation_of(repo_id: str, error: Exception, outcome: str) -> HubError | None:
     """The [`HubError`] for an error, or `None` where the error did not come from the Hub."""
-    cause: BaseException = error
-    status = http_status(error)
-    while status is None and cause.__cause__ is not None:
-        cause = cause.__cause__
+    cause: BaseException | None = error
+    status, is_unreachable = None, False
+    while status is None and cause is not None:
         status = http_status(cause)
+        is_unreachable |= is_transient(cause)
+        cause = cause.__cause__
     if status is None and not isinstance(error, (OSError, RuntimeError)) and not is_transient(error):
         return None
     reason = REASONS.get(status) or reason_of(error)
+    if status is None and is_unreachable:
+        reason = f"the Hub could not be reached ({reason}); check the network, or run this again later"
     code = "" if status is None else f" [HTTP {status}]"
     return HubError(f"{repo_id}: {reason}{code}. {outcome}".strip())
 

@@ -82,13 +82,13 @@ def _make_parser(command: str) -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         description="Train DDPM on pictures of faces. With no arguments: small faces that the program draws itself.",
-        usage=f"{command} [--config NAME|FILE] [--FIELD VALUE ...]",
+        usage=f"{command} [--config CONFIG] [--FIELD VALUE ...]",
         formatter_class=partial(Formatter, max_help_position=34),
         allow_abbrev=False,
     )
     parser.add_argument(
         "--config",
-        metavar="NAME|FILE",
+        metavar="CONFIG",
         help=f"One of {', '.join(config_names())}, or a YAML file of fields. The command line wins.",
     )
     groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
