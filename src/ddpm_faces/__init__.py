@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .solvers import fast_solver as fast_solver
     from .unet_ddpm_faces import DDPMFacesUNet as DDPMFacesUNet
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 # Imported on first use, which keeps `import ddpm_faces` cheap and the optional packages optional.
 _MODULE_OF = {
