@@ -50,14 +50,7 @@ def load_training_data(
     Raises:
         ValueError: Pictures, classes or sizes that cannot work.
     """
-    num_processes = accelerator.num_processes
-    if config.train_batch_size % num_processes:
-        raise ValueError(
-            f"`train_batch_size` is shared out evenly: {config.train_batch_size} is no multiple of the number of "
-            f"processes, {num_processes}."
-        )
-    size = config.train_batch_size // num_processes
-    share = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+    share = share_of(config.train_batch_size, accelerator.process_index, accelerator.num_processes)
     source: dict[str, Any] = {
         "dataset_name": config.dataset_name,
         "train_data_dir": config.train_data_dir,
@@ -94,6 +87,21 @@ def load_training_data(
             f"{len(data.batches.dataset)}."
         )
     return data
+
+
+def share_of(train_batch_size: int, process_index: int, num_processes: int) -> slice:
+    """The images of each batch that a process trains on.
+
+    Raises:
+        ValueError: `train_batch_size` is not a multiple of `num_processes`.
+    """
+    if train_batch_size % num_processes:
+        raise ValueError(
+            f"`train_batch_size` is shared out evenly: {train_batch_size} is no multiple of the number of "
+            f"processes, {num_processes}."
+        )
+    size = train_batch_size // num_processes
+    return slice(process_index * size, (process_index + 1) * size)
 
 
 def _stream(
