@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 from pathlib import Path
 
@@ -24,6 +25,39 @@ def test_citation_and_changelog_state_the_version_of_the_package():
 
     headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[:2] == ["Unreleased", f"{citation['version']} - {citation['date-released']}"]
+
+
+# The workflows. GitHub runs them, so what can be checked here is that they name what exists.
+
+
+WORKFLOWS = {path.name: path.read_text() for path in (ROOT / ".github" / "workflows").iterdir()}
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflow_names_targets_and_files_that_exist(name):
+    text = re.sub(r"https?://\S+", "", WORKFLOWS[name])
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\bmake ([\w-]+)", text)) <= set(targets)
+    for path in re.findall(r"[\w/-]+\.(?:cff|md|py|toml|txt)\b", text):
+        assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflow_may_only_read_unless_a_job_says_more(name):
+    workflow = yaml.safe_load(WORKFLOWS[name])
+    assert workflow["permissions"] == {"contents": "read"}
+    for job in workflow["jobs"].values():
+        assert "timeout-minutes" in job
+        for step in job["steps"]:
+            assert re.fullmatch(r"[\w-]+/[\w-]+@(release/)?v\d+", step.get("uses", "a/b@v1"))
+
+
+def test_each_python_version_that_is_declared_is_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [name.split(" :: ")[-1] for name in project["classifiers"] if re.search(r"Python :: 3\.\d+$", name)]
+    tested = yaml.safe_load(WORKFLOWS["tests.yml"])["jobs"]["newest"]["strategy"]["matrix"]["python"]
+    assert declared == tested
+    assert project["requires-python"] == f">={declared[0]}"
 
 
 # What is built. The tests that build are slow; they share one build, and so one process.
