@@ -82,7 +82,7 @@ def explanation_of(repo_id: str, error: Exception, outcome: str) -> HubError | N
         status = http_status(cause)
     if status is None and not isinstance(error, (OSError, RuntimeError)) and not is_transient(error):
         return None
-    reason = REASONS.get(status) or reason_of(error)
+    reason = (status and REASONS.get(status)) or reason_of(error)
     code = "" if status is None else f" [HTTP {status}]"
     return HubError(f"{repo_id}: {reason}{code}. {outcome}".strip())
 
