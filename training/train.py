@@ -85,7 +85,7 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
         checkpoint = checkpoint_to_resume(config, accelerator)
         pretrained = None
         if config.pretrained_model_name_or_path is not None and checkpoint is None:
-            pretrained = load_pretrained(config)
+            pretrained = load_pretrained(config.pretrained_model_name_or_path, config)
             accelerator.print(f"Starting from the weights of {config.pretrained_model_name_or_path}.")
 
         # 1. Data

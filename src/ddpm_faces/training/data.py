@@ -127,7 +127,7 @@ def _stream(
     )
     if held_out is not None and config.label_column is not None:
         feature = (stream.dataset.features or {}).get(config.label_column)
-        numbers = [str(number) for number in range(config.num_class_embeds)]  # a stream is not searched for names
+        numbers = [str(number) for number in range(config.num_class_embeds or 0)]  # a stream is not searched for names
         held_out = held_out.relabelled(getattr(feature, "names", None) or numbers)
     identity = [config.dataset_name or config.train_data_dir, config.dataset_config_name, config.dataset_split]
     fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
