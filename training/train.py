@@ -9,6 +9,7 @@ What happens when a run is interrupted, and by what, is in docs/training.md.
 """
 
 import importlib.util
+import io
 import math
 import os
 import platform
@@ -84,7 +85,7 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
         checkpoint = checkpoint_to_resume(config, accelerator)
         pretrained = None
         if config.pretrained_model_name_or_path is not None and checkpoint is None:
-            pretrained = load_pretrained(config)
+            pretrained = load_pretrained(config.pretrained_model_name_or_path, config)
             accelerator.print(f"Starting from the weights of {config.pretrained_model_name_or_path}.")
 
         # 1. Data
@@ -151,8 +152,14 @@ def loop(run: Run, guard: NonFiniteGuard, checkpoints: CheckpointIO) -> None:
         for part in batch.split(run.micro_batch_size):
             with nullcontext() if part.is_last else accelerator.no_sync(unet):  # exchange gradients once in a step
                 samples, augment_labels = augment(config, augmentation, part)
-                drawn = {"noise": part.noise, "timesteps": part.timesteps, "augment_labels": augment_labels}
-                part_losses, _ = run.objective(unet, samples, part.labels, **drawn)  # noise, predict, compare
+                part_losses, _ = run.objective(  # noise, predict, compare
+                    unet,
+                    samples,
+                    part.labels,
+                    timesteps=part.timesteps,
+                    noise=part.noise,
+                    augment_labels=augment_labels,
+                )
                 accelerator.backward(part_losses.sum() / images_per_process)  # the processes take the mean
             losses.append(part_losses.detach())
         grad_norm = clip_gradient(accelerator, unet, config.max_grad_norm)
@@ -249,7 +256,7 @@ def exit_code_of(config: TrainingConfig) -> int:
     try:
         main(config)
     except SystemExit as leaving:  # with a code of docs/training.md
-        return leaving.code
+        return int(leaving.code or 0)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -261,7 +268,8 @@ def exit_code_of(config: TrainingConfig) -> int:
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end a run
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     code = exit_code_of(parse_training_config())
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,9 +1,19 @@
 """DDPM for faces in the Hugging Face ecosystem."""
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 
-__version__ = "0.1.0.dev0"
+if TYPE_CHECKING:
+    from .data.drawn_faces import DrawnFaces as DrawnFaces
+    from .objective import DDPMFacesObjective as DDPMFacesObjective
+    from .pipeline_ddpm_faces import DDPMFacesPipeline as DDPMFacesPipeline
+    from .scheduling_ddpm_faces import DDPMFacesScheduler as DDPMFacesScheduler
+    from .solvers import FastSolver as FastSolver
+    from .solvers import fast_solver as fast_solver
+    from .unet_ddpm_faces import DDPMFacesUNet as DDPMFacesUNet
+
+__version__ = "0.1.0"
 
 # Imported on first use, which keeps `import ddpm_faces` cheap and the optional packages optional.
 _MODULE_OF = {
@@ -18,7 +28,7 @@ _MODULE_OF = {
 __all__ = ["__version__", *sorted(_MODULE_OF)]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "DDPMFacesPipeline":

@@ -56,14 +56,16 @@ def load_pipeline(
         ValueError: There is no pipeline, or the guide does not fit it.
         OSError: The repository does not exist, or the Hub cannot be reached.
     """
-    if guide is not None and guidance_scale is None:
+    device = device or best_device()
+    check_model(model)
+    if guide is None:
+        return _load(model).to(device)
+    if guidance_scale is None:
         raise ValueError("`guidance_scale` must be given with `guide`; 1.2 is a good start.")
-    for name in filter(None, (model, guide)):
-        check_model(name)
+    check_model(guide)
     pipeline = _load(model)
-    if guide is not None:
-        pipeline.set_guide(_load(guide), guidance_scale)
-    return pipeline.to(device or best_device())
+    pipeline.set_guide(_load(guide), guidance_scale)
+    return pipeline.to(device)
 
 
 def _load(model: str | os.PathLike) -> DDPMFacesPipeline:

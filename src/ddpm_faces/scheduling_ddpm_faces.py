@@ -444,12 +444,17 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
             posterior_variance (`torch.Tensor`, broadcastable): Variance of q(x_t-1 | x_t, x_0), eq. 7.
             beta (`torch.Tensor`, broadcastable): beta_t.
             predicted_variance (`torch.Tensor`, *optional*): Additional channels of the network, if it is learned.
+
+        Raises:
+            ValueError: The variance is learned, and there is no `predicted_variance`.
         """
         variance_type = self.config.variance_type
         if variance_type in ("fixed_small", "fixed_small_log"):
             return posterior_variance
         if variance_type in ("fixed_large", "fixed_large_log"):
             return beta
+        if predicted_variance is None:
+            raise ValueError(f"`predicted_variance` must be given where `variance_type` is {variance_type!r}.")
         if variance_type == "learned":
             return predicted_variance
         # learned_range: Improved DDPM eq. 15, with v = (predicted_variance + 1) / 2

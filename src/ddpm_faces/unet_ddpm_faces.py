@@ -292,6 +292,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
                 f"`block_types` must be one name, or a name for each step between levels: "
                 f"{len(widths)} `block_out_channels` need {len(widths) - 1}, got {block_types!r}."
             )
+        choices: list[tuple[str, str | None, tuple[str | None, ...]]]
         choices = [("block_types", block_type, tuple(_BLOCKS)) for block_type in block_types]
         choices += [("mid_block_type", config.mid_block_type, (None, *_MID_BLOCKS))]
         choices += [("out_block_type", config.out_block_type, ("conv", "norm_conv"))]
@@ -348,7 +349,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         temb = self.time_embedding(t_emb.to(dtype))  # (batch, time_embedding_dim)
         if self.class_embedding is not None:
             temb = temb + self.class_embedding(class_labels)
-        if augment_labels is not None:
+        if self.augment_embedding is not None and augment_labels is not None:
             temb = temb + self.augment_embedding(augment_labels.to(dtype))
 
         # 2. in

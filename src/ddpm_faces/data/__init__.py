@@ -1,7 +1,23 @@
 """Images of faces: where they come from, how they are decoded, in which order they are trained on."""
 
+from typing import TYPE_CHECKING
+
 from ..lazy import attach
 
+
+if TYPE_CHECKING:
+    from .augmentation import NonLeakingAugmentation as NonLeakingAugmentation
+    from .batches import FaceBatches as FaceBatches
+    from .dataset import FaceDataset as FaceDataset
+    from .dataset import hold_out as hold_out
+    from .images import picture_to_tensor as picture_to_tensor
+    from .images import random_crop as random_crop
+    from .images import resize_to_cover as resize_to_cover
+    from .images import to_samples as to_samples
+    from .loading import load_faces as load_faces
+    from .preparation import prepare as prepare
+    from .stream import FaceStream as FaceStream
+    from .stream import open_stream as open_stream
 
 _MODULE_OF = {
     "FaceBatches": "batches",

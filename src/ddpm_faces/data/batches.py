@@ -78,7 +78,7 @@ class FaceBatches:
     def _requests(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Which pictures, and where to crop them."""
         images_seen = self.images_seen
-        order, order_epoch = None, None
+        order, order_epoch = np.empty(0, np.int64), -1
         while True:
             epoch, first = divmod(images_seen, self.images_per_epoch)
             if epoch != order_epoch:

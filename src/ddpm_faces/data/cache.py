@@ -51,7 +51,7 @@ def cached(source: Source, settings: dict[str, Any], cache_dir: str | None = Non
         dataset = _open_cache(cache)
         if dataset is None:
             _build_cache(cache, source, settings)
-            dataset = _open_cache(cache)
+            dataset = _read_cache(cache)
     return dataset
 
 
@@ -131,6 +131,11 @@ def _open_cache(cache: Path) -> FaceDataset | None:
             return None
     except (OSError, ValueError, KeyError):
         return None
+    return _read_cache(cache)
+
+
+def _read_cache(cache: Path) -> FaceDataset:
+    info = json.loads((cache / "info.json").read_text())
     size = tuple(info["settings"]["size"])
     images, table = map_images(cache, size)
     labels = torch.from_numpy(np.load(cache / "labels.npy")) if "labels.npy" in info["files"] else None
@@ -139,10 +144,10 @@ def _open_cache(cache: Path) -> FaceDataset | None:
     return dataset
 
 
-def _classes(source: Source) -> tuple[list[Any] | None, list[str] | None, Callable[[Any], int] | None]:
+def _classes(source: Source) -> tuple[list[Any] | None, list[str] | None, Callable[[Any], int]]:
     """The label of each image, the names of the classes, and what turns a label into a class, or raises."""
     if source.labels is None:
-        return None, None, None
+        return None, None, class_number
     values = source.labels()
     if source.class_names is not None:
         number = partial(class_number, num_classes=len(source.class_names), is_class_label=True)

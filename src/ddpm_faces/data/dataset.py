@@ -42,7 +42,7 @@ class FaceDataset(Dataset):
         self._labels = labels
         self._table = np.stack([describe(images[i]) for i in range(len(images))]) if table is None else table
         self._cache: Path | None = None
-        self.size = size or tuple(images[0].shape[-2:])
+        self.size = size or (images[0].shape[1], images[0].shape[2])
         self.class_names = class_names
         self.unreadable = list(unreadable)
 
@@ -73,7 +73,7 @@ class FaceDataset(Dataset):
     @property
     def fingerprint(self) -> str:
         """A hash of pixels and labels, in hexadecimal digits: the same for the same content, wherever it came from."""
-        labels = [] if self._labels is None else [self.labels.numpy()]
+        labels = [] if self._labels is None else [self._labels[self._indices].numpy()]
         return content_hash(self._table["digest"][self._indices], *labels)
 
     @property
@@ -124,9 +124,13 @@ class FaceDataset(Dataset):
         """The same pictures, with classes numbered as in another data set.
 
         Raises:
-            ValueError: A class that is not among `class_names`.
+            ValueError: A class that is not among `class_names`, or no classes at all.
         """
-        missing = sorted({self.class_names[label] for label in self.labels.unique()} - set(class_names))
+        if self._labels is None or self.class_names is None:
+            raise ValueError(f"There are no classes to be numbered as in {class_names}.")
+        missing = sorted(
+            {self.class_names[label] for label in self._labels[self._indices].unique()} - set(class_names)
+        )
         if missing:
             raise ValueError(f"Classes {', '.join(missing)} are not among those of the training: {class_names}.")
         numbers = torch.tensor([class_names.index(name) if name in class_names else -1 for name in self.class_names])

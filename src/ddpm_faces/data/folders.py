@@ -205,9 +205,9 @@ def resolve_source(dataset_name: str | None, train_data_dir: str | None) -> tupl
     Raises:
         ValueError: Both are given, or a folder that does not exist.
     """
-    if dataset_name is not None and train_data_dir is not None:
-        raise ValueError("Give either `dataset_name` or `train_data_dir`, not both.")
     name = train_data_dir or dataset_name
+    if name is None or (dataset_name is not None and train_data_dir is not None):
+        raise ValueError("Give either `dataset_name` or `train_data_dir`, not both.")
     path = Path(name).expanduser()
     if path.is_dir():
         path = path.resolve()  # `datasets` takes "." for a name

@@ -113,7 +113,8 @@ def prepare(
         check_repo_id(push)
         check_permission(push, private, token, "dataset")
     else:
-        check_new(output)
+        folder = str(output)
+        check_new(folder)
     faces = load_faces(
         dataset_name=source,
         resolution=resolution,
@@ -129,10 +130,10 @@ def prepare(
         if not 0 < num_test_images < len(faces):
             raise ValueError(f"`num_test_images` must be from 0 to {len(faces) - 1}, got {num_test_images}.")
         splits["train"], splits["test"] = hold_out(faces, num_test_images)  # duplicates of these are set aside, too
-    if output is not None:
-        with new_folder(output) as unfinished:
-            _write(unfinished, splits, faces, Path(output).name, license, None)
-        return str(output)
+    if push is None:
+        with new_folder(folder) as unfinished:
+            _write(unfinished, splits, faces, Path(folder).name, license, None)
+        return folder
 
     def write(folder: Path, old_card: str | None) -> None:
         _write(folder, splits, faces, push, license, old_card)
@@ -188,7 +189,7 @@ def _write(
         width=width,
         mode={1: "grey", 3: "RGB", 4: "RGBA"}[channels],
         splits={name: f"{len(part):,} pictures" for name, part in splits.items()},
-        classes=", ".join(faces.class_names) if faces.labels is not None else None,
+        classes=None if faces.class_names is None else ", ".join(faces.class_names),
         skipped=len(faces.unreadable),
         validation=" --validation_split test" if "test" in splits else "",
     )

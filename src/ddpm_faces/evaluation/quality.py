@@ -118,9 +118,7 @@ def evaluate(
     pictures = open_samples(
         *(source, sampler, num_inference_steps, seed, state.device, sigma_min, guide, guidance_scale, epsilon_scaling)
     )
-    generated = None
-    if num_likelihood_images:
-        generated = _check_likelihood(num_likelihood_images, pictures)
+    generated = _check_likelihood(num_likelihood_images, pictures) if num_likelihood_images else None
     _check_enough("source", pictures, num_images)  # before anything is decoded
     height, width = pictures.image_size
     planned: list[dict[str, Any]] = []
@@ -143,7 +141,7 @@ def evaluate(
         )
     reference_name = f"{name} ({fingerprint(real)})"
     likelihood = None
-    if num_likelihood_images:
+    if generated is not None:
         likelihood = _likelihood_provenance(generated, real[:num_likelihood_images], name)
     if against is not None:
         known = {"n": num_images, "n_reference": len(real), "reference": reference_name}
@@ -161,7 +159,7 @@ def evaluate(
             metric["real_faces"] = round(of_real_faces["value"], 4)
     provenance = {"reference": reference_name, **pictures.provenance(num_images)}
     metrics = [{**metric, **provenance} for metric in metrics]
-    if likelihood:
+    if generated is not None and likelihood is not None:
         bits = _bits(generated, real[:num_likelihood_images], batch_size)
         error = bits.std().item() / len(bits) ** 0.5
         value = {"name": "Bits per dimension", "value": bits.mean().item(), "error": error}

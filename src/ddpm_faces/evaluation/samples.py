@@ -75,7 +75,7 @@ def open_samples(
             return PictureFiles(path)
         pipeline = load_pipeline(source, device=device)
     guide_name = None
-    if guide is not None:
+    if guide is not None and guidance_scale is not None:
         if not isinstance(guide, DDPMFacesPipeline):
             folder = Path(guide).expanduser()
             guide_name = folder.resolve().name if folder.is_dir() else str(guide)

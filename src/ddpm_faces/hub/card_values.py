@@ -44,7 +44,7 @@ def template_values(
         "batch size": config.get("train_batch_size"),
         "learning rate": config.get("learning_rate"),
         "held-out loss": summary.get("held_out_loss") and f"{summary['held_out_loss']:.4g}",
-        "network": _network(pipeline.unet) + kind,
+        "network": f"{_network(pipeline.unet)}{kind}",
         "guide": pipeline.guide and f"{guide}, guidance scale {pipeline.config.guidance_scale:g}",
         "noise schedule": f"{scheduler.beta_schedule}, T = {scheduler.num_train_timesteps}",
         "predicts": scheduler.prediction_type,

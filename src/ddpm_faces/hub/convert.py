@@ -108,8 +108,8 @@ def _article_parts(state: dict[str, torch.Tensor], path: str) -> tuple[list[dict
     for name, tensor in state.items():
         owner, _, parameter = name.rpartition(".")
         modules.setdefault(owner, {})[parameter] = tensor
-    kinds = {name: _kind(module) for name, module in modules.items()}
-    strange = [name for name, kind in kinds.items() if kind is None]
+    kinds = {name: kind for name, module in modules.items() if (kind := _kind(module)) is not None}
+    strange = [name for name in modules if name not in kinds]
     if strange:
         raise ValueError(f"{path} is not {_ARTICLE}: it has {', '.join(strange[:5])}.")
 

@@ -83,7 +83,7 @@ def explanation_of(repo_id: str, error: Exception, outcome: str) -> HubError | N
         cause = cause.__cause__
     if status is None and not isinstance(error, (OSError, RuntimeError)) and not is_transient(error):
         return None
-    reason = REASONS.get(status) or reason_of(error)
+    reason = (status and REASONS.get(status)) or reason_of(error)
     if status is None and is_unreachable:
         reason = f"the Hub could not be reached ({reason}); check the network, or run this again later"
     code = "" if status is None else f" [HTTP {status}]"

@@ -168,7 +168,7 @@ def export(
     full = DDPMFacesPipeline(**networks, scheduler=scheduler, **settings)
     check_drawing(full)
     for variant in (None, *variants):
-        dtype = VARIANTS.get(variant, torch.float32)
+        dtype = torch.float32 if variant is None else VARIANTS[variant]
         for name, network in networks.items():
             cast = {k: v.to("cpu", dtype) if v.is_floating_point() else v.cpu() for k, v in states[name].items()}
             lost = [k for k, v in cast.items() if v.is_floating_point() and not v.isfinite().all()]

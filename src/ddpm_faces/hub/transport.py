@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import REASONS, TOKEN, HubError, explaining, explanation_of, http_status, is_transient, reason_of, retry
+from .errors import REASONS, TOKEN, HubError, explaining, http_status, is_transient, reason_of, retry
 
 
 def publish(
@@ -143,13 +143,15 @@ def _send(
         except Exception as error:
             if create_pr and is_transient(error):
                 outcome = f"Look at {url}/discussions, whether the pull request is there."
-                raise explanation_of(repo_id, error, outcome) from error
+                with explaining(repo_id, outcome):
+                    raise
             if create_pr or not (is_transient(error) or http_status(error) == 412):
                 raise
             there = is_there()
             if there is None:
                 outcome = f"Whether it is published is not known: look at {url}, or run this again."
-                raise explanation_of(repo_id, error, outcome) from error
+                with explaining(repo_id, outcome):
+                    raise
             if not there:
                 raise
     with explaining(repo_id, f"It is published: {url}."):

@@ -1,7 +1,13 @@
 """The parts of a training run beside the loop: configuration, state, checkpoints, log."""
 
+from typing import TYPE_CHECKING
+
 from ..lazy import attach
 
+
+if TYPE_CHECKING:
+    from .arguments import parse_training_config as parse_training_config
+    from .config import TrainingConfig as TrainingConfig
 
 _MODULE_OF = {
     "TrainingConfig": "config",

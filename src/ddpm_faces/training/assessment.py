@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import broadcast_object_list
 
+from ..data.dataset import FaceDataset
 from ..evaluation.held_out import bin_names, held_out_losses
 from ..files import replacing
 from .samples import draw_samples
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def validate(run: "Run") -> bool:
     """Measure the held-out loss of the EMA weights; return whether it is the best so far."""
     with run.steps.paused(), run.evaluating() as unet:
-        losses = held_out_losses(run.accelerator, unet, run.objective, run.data.held_out, run.micro_batch_size)
+        losses = held_out_losses(run.accelerator, unet, run.objective, _held_out(run), run.micro_batch_size)
     by_bin = losses.mean(dim=0).tolist()
     loss = sum(by_bin) / len(by_bin)
     names = bin_names(run.config.num_train_timesteps)
@@ -30,6 +31,12 @@ def validate(run: "Run") -> bool:
     else:
         state.validations_since_best += 1
     return is_best
+
+
+def _held_out(run: "Run") -> FaceDataset:
+    if run.data.held_out is None:
+        raise ValueError("No images are held out to compare with: `num_validation_images` or `validation_split`.")
+    return run.data.held_out
 
 
 class Assessment:
@@ -66,7 +73,7 @@ class Assessment:
 
         if self._reference is None:
             networks = MetricNetworks(run.accelerator.device, [MobileNetV2(run.accelerator.device)])
-            held_out = run.data.held_out.images.expand(-1, 3, -1, -1)
+            held_out = _held_out(run).images.expand(-1, 3, -1, -1)
             self._reference = networks, measure(select(held_out), len(held_out), networks, run.micro_batch_size)
         networks, reference = self._reference
         measured = measure(select(samples), len(samples), networks, run.micro_batch_size)
@@ -79,7 +86,7 @@ def _audit(run: "Run", samples: torch.Tensor) -> bool:
 
     outcome: list[Any] = [None]
     if run.accelerator.is_main_process:
-        train, held_out = run.data.batches.dataset.images, run.data.held_out.images
+        train, held_out = run.data.batches.dataset.images, _held_out(run).images
         report = audit(samples, train, held_out)
         (pixels,) = report.spaces
         outcome = [(report.found_copies, report.verdict, pixels.copy_rate, pixels.held_out_copy_rate)]

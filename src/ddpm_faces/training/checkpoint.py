@@ -61,8 +61,8 @@ def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     folder = Path(output_dir)
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if path.is_dir() and _CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(_CHECKPOINT.fullmatch(path.name)[1]))
+    matches = {path: match for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
+    return sorted((path for path in matches if path.is_dir()), key=lambda path: int(matches[path][1]))
 
 
 def newest_whole(output_dir: str | os.PathLike) -> tuple[Path | None, dict[Path, str]]:

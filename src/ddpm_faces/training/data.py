@@ -50,14 +50,7 @@ def load_training_data(
     Raises:
         ValueError: Pictures, classes or sizes that cannot work.
     """
-    num_processes = accelerator.num_processes
-    if config.train_batch_size % num_processes:
-        raise ValueError(
-            f"`train_batch_size` is shared out evenly: {config.train_batch_size} is no multiple of the number of "
-            f"processes, {num_processes}."
-        )
-    size = config.train_batch_size // num_processes
-    share = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+    share = share_of(config.train_batch_size, accelerator.process_index, accelerator.num_processes)
     source: dict[str, Any] = {
         "dataset_name": config.dataset_name,
         "train_data_dir": config.train_data_dir,
@@ -96,6 +89,21 @@ def load_training_data(
     return data
 
 
+def share_of(train_batch_size: int, process_index: int, num_processes: int) -> slice:
+    """The images of each batch that a process trains on.
+
+    Raises:
+        ValueError: `train_batch_size` is not a multiple of `num_processes`.
+    """
+    if train_batch_size % num_processes:
+        raise ValueError(
+            f"`train_batch_size` is shared out evenly: {train_batch_size} is no multiple of the number of "
+            f"processes, {num_processes}."
+        )
+    size = train_batch_size // num_processes
+    return slice(process_index * size, (process_index + 1) * size)
+
+
 def _stream(
     config: TrainingConfig,
     source: dict[str, Any],
@@ -119,7 +127,7 @@ def _stream(
     )
     if held_out is not None and config.label_column is not None:
         feature = (stream.dataset.features or {}).get(config.label_column)
-        numbers = [str(number) for number in range(config.num_class_embeds)]  # a stream is not searched for names
+        numbers = [str(number) for number in range(config.num_class_embeds or 0)]  # a stream is not searched for names
         held_out = held_out.relabelled(getattr(feature, "names", None) or numbers)
     identity = [config.dataset_name or config.train_data_dir, config.dataset_config_name, config.dataset_split]
     fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()

@@ -109,7 +109,7 @@ def _choose_weights(run: Run) -> int | None:
             except ValueError as error:
                 problem = str(error).removesuffix(".")
     (problem,) = broadcast_object_list([problem])
-    if problem is not None:
+    if problem is not None or path is None:
         run.accelerator.print(f"Stopped early: {reason}. {problem}; these weights stay.")
         return None
     run.accelerator.print(f"Stopped early: {reason}. The pipeline has the weights after {images_seen} images.")
@@ -122,7 +122,7 @@ def _choose_guide(run: Run, returns_to: int | None) -> None:
     """Go without a guide that is no weaker than the weights of the pipeline, and say why there is none."""
     guide_after = run.config.guide_after_images
     images_seen = run.state.images_seen if returns_to is None else returns_to
-    if run.guide is not None and run.state.guide_images_seen >= images_seen:
+    if run.guide is not None and (run.state.guide_images_seen or 0) >= images_seen:
         run.guide = None
     if guide_after is not None and run.guide is None:
         run.accelerator.print(
@@ -139,7 +139,8 @@ def publish(run: Run) -> None:
     """
     from ..hub import push
 
-    config, repo_id = run.config, run.config.hub_model_id
+    config = run.config
+    repo_id = config.hub_model_id or run.output_dir.resolve().name
     try:
         url = push(
             run.output_dir,

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -53,7 +52,7 @@ def prune(run: Run) -> None:
     state, spared = run.state, {run.state.best_images_seen}
     if run.config.stop_on_copies:
         spared.add(state.clean_images_seen)
-    paths: list[Path] = [checkpoint_path(run.output_dir, seen) for seen in spared - {None}]
+    paths = [checkpoint_path(run.output_dir, seen) for seen in spared if seen is not None]
     prune_checkpoints(run.output_dir, run.config.checkpoints_total_limit, paths)
 
 

@@ -107,15 +107,14 @@ def checkpoint_to_resume(config: TrainingConfig, accelerator: Accelerator) -> Pa
     return newest
 
 
-def load_pretrained(config: TrainingConfig) -> DDPMFacesUNet:
+def load_pretrained(path: str, config: TrainingConfig) -> DDPMFacesUNet:
     """The network that the run starts from.
 
     Raises:
         ValueError: Another architecture, noise schedule or prediction type.
         OSError: It was not found or could not be downloaded.
     """
-    name = config.pretrained_model_name_or_path
-    pipeline = DDPMFacesPipeline.from_pretrained(os.path.expanduser(name))
+    pipeline = DDPMFacesPipeline.from_pretrained(os.path.expanduser(path))
     here = {**config.unet_config(), "prediction_type": config.prediction_type}
     there = {**pipeline.unet.config, "prediction_type": pipeline.scheduler.config.get("prediction_type")}
     differences = [
@@ -127,7 +126,7 @@ def load_pretrained(config: TrainingConfig) -> DDPMFacesUNet:
     if betas_there.shape != betas_here.shape or not torch.allclose(betas_there, betas_here):
         differences.append("its noise schedule is another one")
     if differences:
-        raise ValueError(f"`pretrained_model_name_or_path` {name!r} is another model: {'; '.join(differences)}.")
+        raise ValueError(f"`pretrained_model_name_or_path` {path!r} is another model: {'; '.join(differences)}.")
     return pipeline.unet
 
 

@@ -63,7 +63,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         variance = _SumOverProcesses.apply(centered.square().sum(dim=(0, 2, 3))) / num_values
 
         # 2. Running statistics; of the variance, the unbiased one
-        if self.track_running_stats:
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
             unbiased_variance = variance.detach() * num_values / (num_values - 1)
