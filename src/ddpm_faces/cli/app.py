@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from .demo import demo, push_space
 from .make import convert, guide, prepare
 from .measure import audit, evaluate
 from .share import push, verify
@@ -16,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (push, verify, prepare, evaluate, audit, guide, convert):
+for command in (push, verify, prepare, evaluate, audit, guide, convert, demo, push_space):
     app.command()(command)
 
 

@@ -14,6 +14,7 @@ _MODULE_OF = {
     "merge_cards": "card",
     "publish": "transport",
     "push": "model_folder",
+    "push_space": "space",
     "verify": "transport",
 }
 __getattr__, __dir__, __all__ = attach(__name__, _MODULE_OF)
