@@ -1,7 +1,4 @@
-# Copyright 2026 The ddpm-faces authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The ddpm-faces authors. Apache License 2.0, http://www.apache.org/licenses/LICENSE-2.0
 """A web page that generates faces and walks between them.
 
 `ddpm-faces demo` runs this file on your machine. `ddpm-faces push-space` publishes it as the `app.py` of a Space. The
@@ -9,6 +6,8 @@ ddpm-faces package is not installed there: the code of the pipeline comes with t
 """
 
 import base64
+import contextlib
+import importlib
 import io
 import math
 import queue
@@ -31,17 +30,14 @@ MODEL = ""  # `push-space` writes the name of the model here.
 # No visitor may ask for more than this at once, and no more visitors may wait.
 MAX_IMAGES, MAX_FRAMES, MAX_STEPS, MAX_WAITING = 16, 16, 50, 20
 MIN_FRAMES, DEFAULT_STEPS = 3, 15
+FOOTER = ["api", "gradio", "settings"]
 MAX_SEED = 2**31 - 1
 IN_TURN = -1  # the class of which each image has the next
 FRAME_MS, PAUSE_MS = 90, 700  # of a walk: between two images, and at both ends
 Event = tuple[str, str | None]  # what to show, and the file to download, once there is one
-
-try:
-    from ddpm_faces import __version__
-
-    SOFTWARE = f"ddpm-faces {__version__}"
-except ImportError:  # in a Space
-    SOFTWARE = "ddpm-faces"
+SOFTWARE = "ddpm-faces"
+with contextlib.suppress(ImportError):  # in a Space
+    SOFTWARE += f" {importlib.import_module('ddpm_faces').__version__}"
 
 
 class Solver(DPMSolverMultistepScheduler):
@@ -102,7 +98,8 @@ class FaceMaker:
             path = Path(folder, f"faces-{seed}.png")
             seeds_text = f"{seeds[0]} to {seeds[-1]}" if num_images > 1 else str(seed)
             grid(images).save(path, pnginfo=self._metadata(seed=seeds_text, steps=steps, class_labels=labels))
-            yield show_faces(images, seeds), str(path)
+            note = f'<div class="note">Made in {steps} steps</div>'
+            yield show_faces(images, seeds, note), str(path)
 
     def walk(
         self, seed: int, other_seed: int, num_frames: int, steps: int, label: int = 0
@@ -118,7 +115,7 @@ class FaceMaker:
         latents = torch.cat([slerp(start, end, i / (num_frames - 1)) for i in range(num_frames)])
         for step, images in self._denoise(latents, steps, labels):
             if step < steps:
-                yield show_walk(images, seed, other_seed, note=progress(step, steps)), None, None
+                yield show_walk(images, seed, other_seed, progress(step, steps)), None, None
         there_and_back = [*images, *images[-2:0:-1]]
         durations = [PAUSE_MS if i in (0, num_frames - 1) else FRAME_MS for i in range(len(there_and_back))]
         scale = max(1, 256 // images[0].width)
@@ -131,7 +128,8 @@ class FaceMaker:
             animation: dict[str, Any] = {"save_all": True, "append_images": others, "duration": durations, "loop": 0}
             first.save(webp, quality=90, exif=exif, **animation)
             first.save(gif, comment=comment.encode(), **animation)
-            yield show_walk(images, seed, other_seed, webp.read_bytes()), str(webp), str(gif)
+            note = f'<div class="note">Made in {steps} steps</div>'
+            yield show_walk(images, seed, other_seed, note, webp.read_bytes()), str(webp), str(gif)
 
     def _noise(self, seed: int) -> torch.Tensor:
         """The noise of which the pipeline makes the face of a seed, of shape `(1, channels, height, width)`."""
@@ -232,13 +230,14 @@ def grid(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def columns_of(num_images: int) -> int:
-    return min(4, math.ceil(math.sqrt(num_images)))
+    """At most four, with few gaps in the last row."""
+    return {1: 1, 2: 2, 4: 2, 3: 3, 5: 3, 6: 3, 9: 3}.get(num_images, 4)
 
 
 # What is shown. All text in it is of numbers, so nothing of a visitor needs to be escaped.
 
 
-def show_faces(images: Sequence[Image.Image], seeds: Sequence[int], note: str = "") -> str:
+def show_faces(images: Sequence[Image.Image], seeds: Sequence[int], note: str) -> str:
     """A grid of images, each over its seed."""
     figures = "".join(
         f"<figure>{picture(image, f'Face of seed {seed}')}<figcaption>{seed}</figcaption></figure>"
@@ -248,22 +247,25 @@ def show_faces(images: Sequence[Image.Image], seeds: Sequence[int], note: str = 
 
 
 def show_walk(
-    images: Sequence[Image.Image], seed: int, other_seed: int, animation: bytes | None = None, note: str = ""
+    images: Sequence[Image.Image], seed: int, other_seed: int, note: str, animation: bytes | None = None
 ) -> str:
     """The animation, or in its place the middle of the walk while it is being made, over the strip of images."""
     alt = f"Walk from the face of seed {seed} to that of seed {other_seed}"
     large = picture(images[len(images) // 2], alt) if animation is None else img("webp", animation, alt)
     small = "".join(picture(image, f"Image {i} of the walk") for i, image in enumerate(images, start=1))
-    return f'<div class="walk">{large}</div><div class="strip">{small}</div>{note}'
+    columns = f"--columns: {len(images)}; --half: {math.ceil(len(images) / 2)}"
+    return f'<div class="walk">{large}</div><div class="strip" style="{columns}">{small}</div>{note}'
 
 
 def placeholder(num_images: int, columns: int) -> str:
     """The place where images will be."""
-    return f'<div class="faces empty" style="--columns: {columns}">{"<figure></figure>" * num_images}</div>'
+    figures = "<figure></figure>" * num_images
+    return f'<div class="faces empty" style="--columns: {columns}">{figures}</div><div class="note"></div>'
 
 
 def progress(step: int, steps: int) -> str:
-    return f'<div class="progress"><progress max="{steps}" value="{step}"></progress>Step {step} of {steps}</div>'
+    bar = f'<div class="bar"><div style="width: {100 * step / steps:.0f}%"></div></div>'
+    return f'<div class="note">{bar}Step {step} of {steps}</div>'
 
 
 def picture(image: Image.Image, alt: str) -> str:
@@ -277,17 +279,19 @@ def img(suffix: str, data: bytes, alt: str) -> str:
 
 
 CSS = """
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1120px !important; width: 100%; margin: 0 auto !important; }
 .faces { display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: 10px; }
 .faces figure { margin: 0; }
 .faces img, .walk img, .strip img { display: block; width: 100%; border-radius: 8px; }
 .faces figcaption { text-align: center; font-size: 12px; color: var(--body-text-color-subdued); padding-top: 2px; }
 .empty figure { aspect-ratio: 1; border-radius: 8px; background: var(--block-border-color); opacity: 0.5; }
 .walk { max-width: 320px; margin: 0 auto 12px; }
-.strip { display: grid; grid-template-columns: repeat(auto-fit, minmax(48px, 1fr)); gap: 4px; }
+.strip { display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: 4px; }
 .strip img { border-radius: 4px; }
-.progress { display: flex; align-items: center; gap: 10px; font-size: 13px; padding-top: 10px; }
-.progress progress { flex: 1; height: 6px; accent-color: var(--color-accent); }
+.note { display: flex; align-items: center; gap: 12px; min-height: 32px; font-size: 13px; }
+.bar { flex: 1; height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
+.bar div { height: 100%; background: var(--color-accent); }
+@media (max-width: 640px) { .strip { grid-template-columns: repeat(var(--half), 1fr); } }
 """
 THEME = gr.themes.Default(
     primary_hue="teal",
@@ -318,7 +322,7 @@ def faces_tab(maker: FaceMaker) -> None:
             shown = gr.HTML(placeholder(8, columns=4), elem_id="faces")
             file = gr.DownloadButton("Download PNG", size="sm", interactive=False)
         with gr.Column(scale=2, min_width=300):
-            seed = seed_number(42, "Seed", "Each face has the next seed.")
+            seed = seed_number(42, "Seed", "Seed of the first face. The next face has the next seed.")
             num_images = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Number of faces", buttons=[])
             steps = steps_slider(maker)
             label = class_dropdown(maker, IN_TURN)
@@ -387,7 +391,7 @@ def launch(maker: FaceMaker, **settings: Any) -> gr.Blocks:
     """Serve the page; `settings` are those of `gradio.Blocks.launch`."""
     demo = build(maker)
     # The page takes no files, so nobody may fill the disk with uploads.
-    demo.launch(theme=THEME, css=CSS, ssr_mode=False, max_file_size=1, **settings)
+    demo.launch(theme=THEME, css=CSS, ssr_mode=False, max_file_size=1, footer_links=FOOTER, **settings)
     return demo
 
 
