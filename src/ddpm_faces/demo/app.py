@@ -30,7 +30,6 @@ MODEL = ""  # `push-space` writes the name of the model here.
 # No visitor may ask for more than this at once, and no more visitors may wait.
 MAX_IMAGES, MAX_FRAMES, MAX_STEPS, MAX_WAITING = 16, 16, 50, 20
 MIN_FRAMES, DEFAULT_STEPS = 3, 15
-FOOTER = ["api", "gradio", "settings"]
 MAX_SEED = 2**31 - 1
 IN_TURN = -1  # the class of which each image has the next
 FRAME_MS, PAUSE_MS = 90, 700  # of a walk: between two images, and at both ends
@@ -284,10 +283,12 @@ CSS = """
 .faces figure { margin: 0; }
 .faces img, .walk img, .strip img { display: block; width: 100%; border-radius: 8px; }
 .faces figcaption { text-align: center; font-size: 12px; color: var(--body-text-color-subdued); padding-top: 2px; }
+#faces, #faces > div, #walk, #walk > div { padding: 0; }
+#walk .empty { max-width: 320px; margin: 0 auto; }
 .empty figure { aspect-ratio: 1; border-radius: 8px; background: var(--block-border-color); opacity: 0.5; }
 .walk { max-width: 320px; margin: 0 auto 12px; }
-.strip { display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: 4px; }
 .strip img { border-radius: 4px; }
+.strip { display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: 4px; }
 .note { display: flex; align-items: center; gap: 12px; min-height: 32px; font-size: 13px; }
 .bar { flex: 1; height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
 .bar div { height: 100%; background: var(--color-accent); }
@@ -299,7 +300,7 @@ THEME = gr.themes.Default(
     radius_size="lg",
     font=["system-ui", "sans-serif"],  # of the visitor's machine, so that the page works without the internet
     font_mono=["ui-monospace", "monospace"],
-)
+).set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800")
 
 
 def build(maker: FaceMaker) -> gr.Blocks:
@@ -307,7 +308,7 @@ def build(maker: FaceMaker) -> gr.Blocks:
     model = maker.model
     link = f"[{model}](https://huggingface.co/{model})" if "/" in model else f"`{model}`"
     with gr.Blocks(title="Faces of nobody", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
-        gr.Markdown(f"# Faces of nobody\n{link} makes faces out of noise. None of these people exists.")
+        gr.Markdown(f"# Faces of nobody\n{link} makes faces out of noise. None of these people exist.")
         with gr.Tab("Faces"):
             faces_tab(maker)
         with gr.Tab("Walk"):
@@ -322,7 +323,7 @@ def faces_tab(maker: FaceMaker) -> None:
             shown = gr.HTML(placeholder(8, columns=4), elem_id="faces")
             file = gr.DownloadButton("Download PNG", size="sm", interactive=False)
         with gr.Column(scale=2, min_width=300):
-            seed = seed_number(42, "Seed", "Seed of the first face. The next face has the next seed.")
+            seed = seed_number(42, "Seed", "Seed of the first face; the others follow.")
             num_images = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Number of faces", buttons=[])
             steps = steps_slider(maker)
             label = class_dropdown(maker, IN_TURN)
@@ -389,9 +390,9 @@ def class_dropdown(maker: FaceMaker, value: int) -> gr.Dropdown | gr.State:
 
 def launch(maker: FaceMaker, **settings: Any) -> gr.Blocks:
     """Serve the page; `settings` are those of `gradio.Blocks.launch`."""
-    demo = build(maker)
+    demo, footer = build(maker), ["api", "gradio", "settings"]
     # The page takes no files, so nobody may fill the disk with uploads.
-    demo.launch(theme=THEME, css=CSS, ssr_mode=False, max_file_size=1, footer_links=FOOTER, **settings)
+    demo.launch(theme=THEME, css=CSS, ssr_mode=False, max_file_size=1, footer_links=footer, **settings)
     return demo
 
 
