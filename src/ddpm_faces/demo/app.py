@@ -284,9 +284,8 @@ CSS = """
 .faces img, .walk img, .strip img { display: block; width: 100%; border-radius: 8px; }
 .faces figcaption { text-align: center; font-size: 12px; color: var(--body-text-color-subdued); padding-top: 2px; }
 #faces, #faces > div, #walk, #walk > div { padding: 0; }
-#walk .empty { max-width: 320px; margin: 0 auto; }
 .empty figure { aspect-ratio: 1; border-radius: 8px; background: var(--block-border-color); opacity: 0.5; }
-.walk { max-width: 320px; margin: 0 auto 12px; }
+.walk, #walk .empty { max-width: 320px; margin: 0 auto 12px; }
 .strip img { border-radius: 4px; }
 .strip { display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: 4px; }
 .note { display: flex; align-items: center; gap: 12px; min-height: 32px; font-size: 13px; }
