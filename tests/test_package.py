@@ -40,7 +40,8 @@ WINGS = {
     "data": {"", "hub"},
     "evaluation": {"", "data"},
     "training": {"", "data", "evaluation", "hub"},
-    "cli": {"", "data", "evaluation", "hub", "training"},
+    "demo": {""},
+    "cli": {"", "data", "demo", "evaluation", "hub", "training"},
 }
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .demo import demo, push_space
 from .info import info
 from .make import convert, generate, guide, prepare
 from .measure import audit, evaluate
@@ -15,10 +16,10 @@ from .train import train
 
 # As a person thinks; within a group, what comes first in practice.
 GROUPS = {
-    "Make": (generate, prepare, guide, convert),
+    "Make": (generate, demo, prepare, guide, convert),
     "Train": (train,),
     "Measure": (evaluate, audit, info),
-    "Share": (push, pull, verify),
+    "Share": (push, push_space, pull, verify),
 }
 EXIT_CODES = (
     "Exit codes: 0 success; 1 failure, such as no network or a full disk; 2 invalid input; 3 the audit found copies; "

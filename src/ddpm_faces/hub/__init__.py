@@ -31,6 +31,7 @@ _MODULE_OF = {
     "publish": "transport",
     "pull": "download",
     "push": "model_folder",
+    "push_space": "space",
     "verify": "transport",
 }
 __getattr__, __dir__, __all__ = attach(__name__, _MODULE_OF)

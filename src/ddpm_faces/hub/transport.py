@@ -39,7 +39,7 @@ def publish(
     Args:
         write (`Callable`): Fills a folder. It is called with an empty folder and the present README.md (or `None`).
         repo_id (`str`): "user/name". A repository that does not exist is created once `write` is done.
-        repo_type (`str`): "model" or "dataset".
+        repo_type (`str`): "model", "dataset" or "space".
         allowed (`list[str]`):
             Patterns of what is published; `*` does not match `/`. Files of the repository that match and are not in
             the folder are deleted. All others stay.
@@ -93,7 +93,8 @@ def _send(
     nothing, is_new = "Nothing was published.", head is None
     if is_new:
         with explaining(repo_id, nothing):
-            retry(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))
+            sdk = "gradio" if repo_type == "space" else None
+            retry(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk))
         nothing = "Nothing was published; the new repository is there, and empty."
     with explaining(repo_id, nothing):
         if is_new:
@@ -130,7 +131,7 @@ def _send(
             return None
         return not result.mismatches and not result.extra_paths
 
-    url = f"{api.endpoint}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
+    url = f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
     with explaining(repo_id, nothing):
         # Large files first; the client itself retries these requests.
         additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]

@@ -1,0 +1,85 @@
+"""Commands for the demo: run it here, and publish it as a Space."""
+
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Json, Private, report
+
+
+SHIPPED_MODEL = Path(__file__).parents[3] / "models" / "faces64"  # in a checkout; not in a wheel
+
+
+def demo(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder of a model, or USER/NAME (default: models/faces64 of a checkout).")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to serve on; 0.0.0.0 is every network of this machine.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port to serve on.", min=1, max=65535)] = 7860,
+    share: Annotated[bool, typer.Option("--share", help="Also open a public link through Gradio.")] = False,
+) -> None:
+    """Open a web page that generates faces and walks between them."""
+    from ..models import check_model
+
+    if model is None:
+        if not SHIPPED_MODEL.is_dir():
+            raise ValueError(
+                "`model` must be given: the folder of a model, or USER/NAME on the Hub. Only a clone of the "
+                "repository ships one."
+            )
+        model = str(SHIPPED_MODEL)
+    check_model(model)
+    check_port(host, port)
+    try:
+        import gradio  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError('The demo needs gradio: run `pip install "ddpm-faces[demo]"`.') from error
+    from ..demo.app import FaceMaker, launch
+    from ..models import load_pipeline, model_name
+
+    maker = FaceMaker(load_pipeline(model), model_name(model))
+    page = launch(
+        maker, server_name=host, server_port=port, share=share, quiet=True, show_error=True, prevent_thread_lock=True
+    )
+    typer.echo(f"The demo is at {page.local_url} and stops with Ctrl-C.")
+    if page.share_url:
+        typer.echo(f"Anybody can open it at {page.share_url}")
+    page.block_thread()
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise a `ValueError` unless a server can listen there."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(address)
+            server.listen()
+    except socket.gaierror as error:
+        raise ValueError(f"`host` must be an address of this machine, such as 127.0.0.1, got {host!r}.") from error
+    except OSError as error:
+        raise ValueError(
+            f"`port` {port} cannot be used on {host} ({error.strerror}): stop the program that uses it, or choose "
+            f"another one, such as --port {port % 65535 + 1}."
+        ) from error
+
+
+def push_space(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="USER/NAME of a published model.")],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Space to publish.")],
+    private: Private = None,
+    title: Annotated[str | None, typer.Option(help="Title of the Space (default: its name).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Publish the demo of a model as a Space on the Hub."""
+    from ..hub.space import push_space
+
+    space = push_space(model, repo_id, private=private, title=title)
+    text = f"Published: {space.commit}\nThe Space builds for some minutes and then runs at {space.url}"
+    if space.needs_token:
+        text += f"\n{model} is private: add a token that may read it as the secret HF_TOKEN in {space.url}/settings"
+    report({"commit": str(space.commit), "url": space.url, "needs_token": space.needs_token}, text, as_json)

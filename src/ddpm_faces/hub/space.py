@@ -1,0 +1,117 @@
+"""Publish the demo of a model as a Space."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from huggingface_hub import CommitInfo
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from .errors import explaining, retry
+from .transport import _api, check_repo_id, publish
+
+
+SPACE_FILES = ("README.md", "app.py", "requirements.txt")
+GRADIO = "6.31.0"  # which the tests use; the Hub installs it from the metadata
+# What `app.py` and the code of a published model import, as in pyproject.toml; the Hub installs gradio itself.
+REQUIREMENTS = (
+    "accelerate>=1.7",
+    "diffusers>=0.42",
+    "numpy>=2.1",
+    "pillow>=10.1",
+    "safetensors>=0.8",
+    "torch>=2.6",
+)
+_APP = Path(__file__).parents[1] / "demo" / "app.py"
+_MODEL_LINE = 'MODEL = ""'
+
+
+@dataclass(frozen=True)
+class Space:
+    """A Space that was published: the `commit`, its page, and whether it `needs_token` to read its model."""
+
+    commit: CommitInfo
+    url: str
+    needs_token: bool
+
+
+def push_space(
+    model: str,
+    repo_id: str,
+    private: bool | None = None,
+    title: str | None = None,
+    token: str | bool | None = None,
+) -> Space:
+    """Publish the demo of a model as a Space.
+
+    Args:
+        model (`str`): "user/name" of a model that [`push`] has published.
+        repo_id (`str`): "user/name" of the Space. If it exists, its three files are replaced and all others stay.
+        private (`bool`, *optional*): Visibility of a new Space; by default that of your account.
+        title (`str`, *optional*): Title of the Space. Defaults to its name.
+        token (`str`, *optional*): Defaults to the token of `hf auth login` or HF_TOKEN.
+
+    Raises:
+        ValueError: There is no such model, or it is no model of this package.
+        HubError: The Hub refuses or cannot be reached. Nothing was published.
+    """
+    check_repo_id(repo_id)
+    title = repo_id.split("/")[1] if title is None else title
+    if not title.strip() or "\n" in title:
+        raise ValueError(f"`title` must be one line of text, got {title!r}.")
+    needs_token = not _is_public(model, token)
+
+    def write(folder: Path, old_card: str | None) -> None:
+        for name, text in space_files(model, title).items():
+            (folder / name).write_text(text, "utf-8")
+
+    message = f"Publish the demo of {model}"
+    commit = publish(write, repo_id, "space", SPACE_FILES, message, private, token)
+    return Space(commit, f"{_api(token).endpoint}/spaces/{repo_id}", needs_token)
+
+
+def space_files(model: str, title: str) -> dict[str, str]:
+    """Return the content of the three files of a Space by their names."""
+    app = _APP.read_text("utf-8")
+    if app.count(_MODEL_LINE) != 1:
+        raise RuntimeError(f"{_APP} must have the line {_MODEL_LINE!r} once.")
+    metadata = {
+        "title": title,
+        "emoji": "🎲",
+        "colorFrom": "green",
+        "colorTo": "gray",
+        "sdk": "gradio",
+        "sdk_version": GRADIO,
+        "app_file": "app.py",
+        "license": "apache-2.0",
+        "models": [model],
+    }
+    text = f"Faces that [{model}](https://huggingface.co/{model}) makes out of noise, and walks between them.\n"
+    return {
+        "app.py": app.replace(_MODEL_LINE, f'MODEL = "{model}"'),
+        "requirements.txt": "\n".join(REQUIREMENTS) + "\n",
+        "README.md": f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n{text}",
+    }
+
+
+def _is_public(model: str, token: str | bool | None) -> bool:
+    """Whether anybody may read the model, which must exist."""
+    try:
+        check_repo_id(model)
+    except ValueError as error:
+        raise ValueError(f"`model` must be USER/NAME of a model on the Hub, got {model!r}.") from error
+    with explaining(model, "Nothing was published."):
+        try:
+            info = retry(lambda: _api(token).model_info(model))
+        except RepositoryNotFoundError as error:
+            raise ValueError(
+                f"`model` {model} does not exist on the Hub, or is not yours to see: publish it first with "
+                f"`ddpm-faces push FOLDER {model}`."
+            ) from error
+    names = {file.rfilename for file in info.siblings or []}
+    if "pipeline_ddpm_faces.py" not in names:
+        raise ValueError(
+            f"`model` {model} was not published by `ddpm-faces push`: it lacks pipeline_ddpm_faces.py, without which "
+            "a Space cannot load it."
+        )
+    return not info.private and not info.gated

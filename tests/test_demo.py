@@ -1,0 +1,343 @@
+"""The demo: what its page does with a model, what a visitor cannot do to it, and the Space that it becomes."""
+
+import base64
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_unet
+from hub_server import OWNER_TOKEN, READER_TOKEN
+from lowest_versions import lowest_versions
+from PIL import Image
+
+import ddpm_faces
+from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, fast_solver
+from ddpm_faces.cli import demo as cli
+
+
+gr = pytest.importorskip("gradio", reason="gradio is not installed")
+app = pytest.importorskip("ddpm_faces.demo.app")
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-c", "from ddpm_faces.cli import main; main()"]
+pytestmark = pytest.mark.xdist_group("hub")
+
+
+@pytest.fixture
+def maker(pipeline):
+    return app.FaceMaker(pipeline, "user/tiny")
+
+
+@pytest.fixture
+def maker_of_classes():
+    pipeline = DDPMFacesPipeline(tiny_unet(num_class_embeds=3), DDPMFacesScheduler(num_train_timesteps=20))
+    return app.FaceMaker(pipeline, "user/classes")
+
+
+def pictures(html: str) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^\"]+)", html)]
+
+
+def last(events):
+    """The last event, with its files as they are before the next would be asked for."""
+    for html, *paths in events:
+        if paths[-1] is not None:
+            return html, *(io.BytesIO(Path(path).read_bytes()) for path in paths)
+    raise AssertionError("no file")
+
+
+# Faces
+
+
+def test_grid_shows_the_denoising_and_ends_with_the_faces_of_the_seeds(maker, pipeline):
+    events = maker.faces(seed=7, num_images=3, steps=4)
+    html, path = next(event for event in events if event[1])
+    generators = [torch.Generator().manual_seed(7 + i) for i in range(3)]
+    # The same as with the package: a seed means one face.
+    faces = pipeline.with_scheduler(fast_solver(pipeline.scheduler))(3, 4, generators).images
+    assert Image.open(path).convert("RGB").tobytes() == app.grid(faces).tobytes()
+    assert [image.size for image in pictures(html)] == [(16, 16)] * 3
+    assert re.findall(r"<figcaption>(\d+)</figcaption>", html) == ["7", "8", "9"]
+    assert next(events, None) is None
+    assert not Path(path).exists()
+
+
+def test_previews_come_before_the_faces(maker, monkeypatch):
+    # A visitor for whom no step is too quick to be shown.
+    monkeypatch.setattr(app, "newest", lambda items: items.get())
+    shown = [html for html, _ in maker.faces(seed=0, num_images=1, steps=3)]
+    assert [re.search(r"Step \d of \d|Made in \d", html)[0] for html in shown] == [
+        "Step 1 of 3",
+        "Step 2 of 3",
+        "Made in 3",
+    ]
+    assert len({pictures(html)[0].tobytes() for html in shown}) == 3
+
+
+def test_png_says_how_it_was_made(maker, maker_of_classes):
+    text = Image.open(last(maker.faces(41, 2, 3))[1]).text
+    assert text == {
+        "Software": f"ddpm-faces {ddpm_faces.__version__}",
+        "model": "user/tiny",
+        "sampler": "dpm-solver++",
+        "seed": "41 to 42",
+        "steps": "3",
+    }
+    assert Image.open(last(maker_of_classes.faces(41, 4, 3))[1]).text["class_labels"] == "[0, 1, 2, 0]"
+    assert Image.open(last(maker_of_classes.faces(41, 2, 3, label=2))[1]).text["class_labels"] == "[2, 2]"
+
+
+def test_solver_takes_the_steps_of_the_fast_solver():
+    for scheduler in (
+        DDPMFacesScheduler(),
+        DDPMFacesScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"),
+        DDPMFacesScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+    ):
+        ours, theirs = (
+            cls.from_config(scheduler.config, trained_betas=scheduler.betas.tolist())
+            for cls in (app.Solver, ddpm_faces.FastSolver)
+        )
+        for steps in (1, 2, 15, 20):
+            ours.set_timesteps(steps)
+            theirs.set_timesteps(steps)
+            assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+
+
+# Walk
+
+
+def test_walk_goes_from_one_face_to_the_other(maker):
+    html, webp, gif = last(maker.walk(3, 9, num_frames=5, steps=4))
+    ends = [pictures(last(maker.faces(seed, 1, 4))[0])[0] for seed in (3, 9)]
+    animation, *strip = pictures(html)
+    assert [image.tobytes() for image in (strip[0], strip[-1])] == [image.tobytes() for image in ends]
+    assert len({image.tobytes() for image in strip}) == 5
+    for image in map(Image.open, (webp, gif)):
+        assert (image.n_frames, image.size, image.info["loop"]) == (8, (256, 256), 0)  # there and back
+    assert animation.n_frames == 8
+    comment = f"ddpm-faces {ddpm_faces.__version__}, model user/tiny, seeds 3 to 9, 4 steps"
+    assert Image.open(gif).info["comment"].decode() == comment
+    assert Image.open(webp).getexif()[0x010E] == comment
+
+
+def test_slerp_keeps_the_length_of_the_noise():
+    start, end = torch.randn(2, 3, 16, 16).unbind()
+    torch.testing.assert_close(app.slerp(start, end, 0.0), start)
+    torch.testing.assert_close(app.slerp(start, end, 1.0), end)
+    middle = app.slerp(start, end, 0.5)
+    torch.testing.assert_close(middle.norm(), (start.norm() + end.norm()) / 2, rtol=0.01, atol=0)
+    torch.testing.assert_close(
+        (middle * start).sum() / start.norm(), (middle * end).sum() / end.norm(), rtol=0.2, atol=0
+    )
+
+
+# What a visitor cannot do
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((-1, 1, 3), "The seed must be a whole number from 0 to 2147483647, got -1."),
+        ((2**31, 1, 3), "The seed"),
+        ((1.5, 1, 3), "The seed"),
+        (("1", 1, 3), "The seed"),
+        ((None, 1, 3), "The seed"),
+        ((float("nan"), 1, 3), "The seed"),
+        ((0, 17, 3), "The number of images must be a whole number from 1 to 16, got 17."),
+        ((0, 0, 3), "The number of images"),
+        ((0, float("inf"), 3), "The number of images"),
+        ((0, True, 3), "The number of images"),
+        ((0, 1, 21), "The number of steps must be a whole number from 1 to 20, got 21."),
+        ((0, 1, 0), "The number of steps"),
+    ],
+)
+def test_values_that_no_widget_lets_through(maker, values, message):
+    with pytest.raises(gr.Error, match=re.escape(message)):
+        next(maker.faces(*values))
+
+
+def test_walks_that_no_widget_lets_through(maker, maker_of_classes):
+    for values, message in (
+        ((1, 1, 5, 3), "The two seeds must differ."),
+        ((1, 2, 17, 3), "The number of images must be a whole number from 3 to 16, got 17."),
+        ((1, -2, 5, 3), "The second seed"),
+    ):
+        with pytest.raises(gr.Error, match=re.escape(message)):
+            next(maker.walk(*values))
+    with pytest.raises(gr.Error, match="The class must be a whole number from -1 to 2, got 3."):
+        next(maker_of_classes.faces(0, 1, 3, label=3))
+
+
+def test_pipeline_stops_when_the_visitor_leaves(maker, monkeypatch):
+    steps, may_go_on = [], threading.Event()
+    predict = maker.pipeline.unet.forward
+
+    def forward(*args, **kwargs):
+        steps.append(len(steps))
+        if len(steps) > 1:
+            may_go_on.wait(60)
+        return predict(*args, **kwargs)
+
+    monkeypatch.setattr(maker.pipeline.unet, "forward", forward)
+    events = maker.faces(0, 1, 20)
+    next(events)
+    threading.Timer(0, may_go_on.set).start()
+    events.close()  # as Gradio does; returns once the pipeline has stopped
+    assert len(steps) <= 3
+
+
+def test_an_error_of_the_pipeline_reaches_the_visitor(maker, monkeypatch):
+    def forward(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(maker.pipeline.unet, "forward", forward)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(maker.faces(0, 1, 3))
+
+
+def test_one_run_at_a_time_and_a_bounded_queue(maker):
+    page = app.build(maker)
+    runs = [fn for fn in page.fns.values() if fn.fn is not None and fn.outputs and fn.js is None]
+    assert len(runs) == 4
+    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in runs} == {("model", 1)}
+    assert page._queue.max_size == app.MAX_WAITING
+    assert page._queue.default_concurrency_limit == 1
+
+
+def test_models_that_a_browser_cannot_show():
+    pipeline = DDPMFacesPipeline(tiny_unet(in_channels=4, out_channels=4), DDPMFacesScheduler(num_train_timesteps=20))
+    with pytest.raises(ValueError, match="grey or RGB images, got 4 channels"):
+        app.FaceMaker(pipeline, "user/four")
+
+
+# The command, and the Space
+
+
+def command(server, home, *arguments, token=OWNER_TOKEN):
+    environment = server.environment(home, token) | {"PYTHONPATH": str(Path(ddpm_faces.__file__).parents[1])}
+    result = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=environment)
+    return result.returncode, result.stdout, result.stderr
+
+
+@pytest.fixture
+def published(server, pipeline, tmp_path):
+    """`owner/tiny`, as `push` publishes it: with the code files."""
+    pipeline.save_pretrained(tmp_path / "tiny")
+    files = (path for path in (tmp_path / "tiny").rglob("*") if path.is_file())
+    server.put("models", "owner/tiny", {str(path.relative_to(tmp_path / "tiny")): path.read_bytes() for path in files})
+    return "owner/tiny"
+
+
+def test_push_space(server, published, bare_client, tmp_path):
+    code, output, errors = command(server, tmp_path, "push-space", published, "owner/faces-demo", "--private")
+    assert code == 0, errors
+    repo = server.repos["spaces", "owner/faces-demo"]
+    assert f"{server.endpoint}/spaces/owner/faces-demo/commit/{repo.branches['main']}" in output
+    assert repo.private
+    files = {name: content.decode() for name, content in repo.files.items()}
+    assert set(files) == {".gitattributes", "README.md", "app.py", "requirements.txt"}
+    metadata = yaml.safe_load(files["README.md"].split("---")[1])
+    assert metadata["models"] == [published]
+    assert (metadata["sdk"], metadata["app_file"], metadata["title"]) == ("gradio", "app.py", "faces-demo")
+    assert f"gradio=={metadata['sdk_version']}\n" in (ROOT / "constraints.txt").read_text()
+    lowest = lowest_versions() | {"torch": "2.6"}
+    for requirement in files["requirements.txt"].split():
+        name, version = requirement.split(">=")
+        assert lowest[name] == version
+
+    # What was published runs as in a Space: without this package, with the model from the Hub.
+    code = """
+        import os, runpy
+        page = runpy.run_path(app)
+        pipeline = DiffusionPipeline.from_pretrained(page["MODEL"], trust_remote_code=True)
+        maker = page["FaceMaker"](pipeline, page["MODEL"])
+        page["build"](maker)
+        events = maker.faces(0, 2, 3)
+        html, path = next(event for event in events if event[1])
+        from PIL import Image
+        result = [page["MODEL"], Image.open(path).text["Software"], Image.open(path).tobytes().hex()]
+    """
+    (tmp_path / "app.py").write_text(files["app.py"])
+    outcome = bare_client.run(textwrap.dedent(code), OWNER_TOKEN, app=str(tmp_path / "app.py"))
+    assert outcome.error is None, outcome.output
+    maker = app.FaceMaker(DDPMFacesPipeline.from_pretrained(tmp_path / "tiny"), published)
+    ours = Image.open(last(maker.faces(0, 2, 3))[1]).tobytes().hex()
+    assert outcome.value == [published, "ddpm-faces", ours]
+
+    # Again: the same repository, and what a person has put there stays.
+    server.put("spaces", "owner/faces-demo", {"notes.txt": b"mine"})
+    code, _, errors = command(server, tmp_path, "push-space", published, "owner/faces-demo", "--title", "My faces")
+    assert code == 0, errors
+    assert repo.files["notes.txt"] == b"mine"
+    assert "title: My faces\n" in repo.files["README.md"].decode()
+
+
+def test_a_space_of_a_private_model_needs_a_token(server, published, tmp_path):
+    server.put("models", "owner/hidden", server.repos["models", published].files, private=True)
+    code, output, _ = command(server, tmp_path, "push-space", "owner/hidden", "owner/hidden-demo")
+    assert code == 0
+    assert "owner/hidden is not public: add a token that may read it as the secret HF_TOKEN" in output
+
+
+@pytest.mark.parametrize(
+    ("model", "token", "message"),
+    [
+        ("models/faces64/unet", OWNER_TOKEN, "`model` must be USER/NAME of a model on the Hub"),
+        ("owner/none", OWNER_TOKEN, "`model` owner/none does not exist on the Hub"),
+        ("owner/other", OWNER_TOKEN, "`model` owner/other was not published by `ddpm-faces push`"),
+        ("owner/tiny", READER_TOKEN, "this token of owner may only read"),
+        ("owner/tiny", None, "there is no token"),
+    ],
+)
+def test_no_space_is_made_for_nothing(server, published, tmp_path, model, token, message):
+    server.put("models", "owner/other", {"model_index.json": b"{}"})
+    code, output, errors = command(server, tmp_path, "push-space", model, "owner/never", token=token)
+    assert (code, output) == (1, "")
+    assert message in errors
+    assert len(errors.splitlines()) == 1
+    assert ("spaces", "owner/never") not in server.repos
+
+
+def test_a_port_in_use(server, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, output, errors = command(server, tmp_path, "demo", "user/model", "--port", str(port))
+    assert (code, output) == (1, "")
+    assert errors == (
+        f"error: `port` {port} cannot be used on 127.0.0.1 (Address already in use): stop the program that uses it, "
+        f"or choose another one, such as --port {port + 1}.\n"
+    )
+
+
+def test_without_gradio(server, tmp_path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "gradio.py").write_text("raise ModuleNotFoundError('No module named gradio', name='gradio')")
+    environment = server.environment(tmp_path) | {
+        "PYTHONPATH": os.pathsep.join([str(hidden), str(Path(ddpm_faces.__file__).parents[1])])
+    }
+    command = [*COMMAND, "demo", "user/model", "--port", str(free_port())]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.stderr == 'error: The demo needs gradio: run `pip install "ddpm-faces[demo]"`.\n'
+
+
+def test_no_model_where_none_ships(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "SHIPPED_MODEL", tmp_path / "faces64")
+    with pytest.raises(ValueError, match="`model` must be the folder of a model, or USER/NAME on the Hub"):
+        cli.demo()
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

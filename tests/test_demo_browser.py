@@ -1,0 +1,146 @@
+"""The demo as a person meets it: in a browser, on a desk and on a phone."""
+
+import io
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_unet
+from PIL import Image
+
+import ddpm_faces
+from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
+
+
+pytest.importorskip("gradio", reason="gradio is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.xdist_group("browser"),
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium"),
+]
+TIMEOUT = 120_000  # ms, for a machine with much else to do
+DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """The address of `ddpm-faces demo` with a small model."""
+    folder = tmp_path_factory.mktemp("demo")
+    DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=20)).save_pretrained(folder / "tiny")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(Path(ddpm_faces.__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
+    environment["GRADIO_TEMP_DIR"] = str(folder / "gradio")
+    command = [sys.executable, "-c", "from ddpm_faces.cli import main; main()"]
+    command += ["demo", str(folder / "tiny"), "--port", str(port)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            assert line == f"The demo is at http://127.0.0.1:{port}/ and stops with Ctrl-C.\n"
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        # As root, which CI is, Chromium starts without its sandbox only.
+        with driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser:
+            yield browser
+
+
+@pytest.fixture(params=[DESK, PHONE], ids=["desk", "phone"])
+def page(request, browser, address):
+    with browser.new_page(viewport=request.param) as page:
+        page.set_default_timeout(TIMEOUT)
+        strangers, errors = [], []
+        page.on("request", lambda r: strangers.append(r.url) if not r.url.startswith((address, "data:")) else None)
+        page.on("pageerror", lambda error: errors.append(error))
+        page.goto(address)
+        yield page
+        assert errors == []
+        assert strangers == []  # it works without the internet, and tells nobody
+        # Nothing sticks out to the right.
+        assert page.evaluate("document.documentElement.scrollWidth") <= request.param["width"]
+
+
+def finished(page, place: str) -> list[str]:
+    """The images of a finished run."""
+    page.wait_for_selector(f"{place} .note:has-text('Made in')")
+    assert page.locator(f"{place} img").evaluate_all("images => images.every(i => i.complete && i.naturalWidth > 0)")
+    return page.locator(f"{place} img").evaluate_all("images => images.map(i => i.src)")
+
+
+def throw(page, place: str, dice: str, field: str, old: list[str]) -> list[str]:
+    """Throw the dice, and return the images of the run that they start."""
+    seed = page.get_by_label(field).first.input_value()
+    page.click(dice)
+    page.wait_for_function(
+        "([place, old]) => { const image = document.querySelector(place + ' img');"
+        "return image && image.src != old && document.querySelector(place).innerText.includes('Made in'); }",
+        arg=[place, old[0]],
+    )
+    assert page.get_by_label(field).first.input_value() != seed
+    return finished(page, place)
+
+
+def download(page, name: str) -> tuple[str, Image.Image]:
+    with page.expect_download() as event:
+        page.get_by_role("button", name=name).or_(page.get_by_role("link", name=name)).first.click()
+    file = event.value
+    return file.suggested_filename, Image.open(io.BytesIO(Path(file.path()).read_bytes()))
+
+
+def test_faces(page):
+    page.click("#generate")
+    first = finished(page, "#faces")
+    assert len(first) == len(set(first)) == 8
+    name, image = download(page, "Download PNG")
+    assert (name, image.text["seed"], image.text["model"]) == ("faces-42.png", "42 to 49", "tiny")
+
+    second = throw(page, "#faces", "#dice", "Seed", first)
+    assert len(second) == 8
+    assert not set(first) & set(second)
+
+    # A seed that somebody has told you.
+    page.get_by_label("Seed").first.fill("42")
+    page.click("#generate")
+    page.wait_for_selector("#faces figcaption:has-text('49')")
+    assert finished(page, "#faces") == first
+
+
+def test_walk(page):
+    page.get_by_role("tab", name="Walk").click()
+    page.click("#walk-run")
+    first = finished(page, "#walk")
+    animation, *strip = first
+    assert len(strip) == len(set(strip)) == 12
+    assert animation.startswith("data:image/webp")
+    for suffix in ("webp", "gif"):
+        name, image = download(page, f"Download {'WebP' if suffix == 'webp' else 'GIF'}")
+        assert (name, image.n_frames) == (f"walk-42-47.{suffix}", 22)
+
+    second = throw(page, "#walk", "#walk-dice", "From seed", first)
+    assert not set(first) & set(second)
+
+    # A mistake is explained, and what was there stays.
+    for field in ("From seed", "To seed"):
+        page.get_by_label(field).fill("5")
+    page.click("#walk-run")
+    page.get_by_text("The two seeds must differ.").wait_for()
+
+
+def test_uploads_are_refused(page, address):
+    """The page takes no files, so nobody can fill the disk."""
+    file = {"name": "large.bin", "mimeType": "application/octet-stream", "buffer": b"0" * 10_000}
+    answer = page.request.post(f"{address}gradio_api/upload", multipart={"files": file})
+    assert answer.status == 413
+    assert re.search("size", answer.text())
