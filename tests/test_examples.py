@@ -77,7 +77,7 @@ def test_benchmark(run, tmp_path):
     assert re.search(r"\| default \| 1\.\d \| 32x32 \| 0\.\d\d \| fp32 \| 1 \|", (tmp_path / "speed.md").read_text())
 
 
-PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {ROOT / "model_card.md"})  # a template
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")} - {ROOT / "model_card.md"})  # a template
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
