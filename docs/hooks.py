@@ -6,6 +6,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import griffe
+
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>\.\./[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
@@ -29,6 +31,21 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
         return f"[{match['text']}]({config.repo_url.rstrip('/')}/blob/main/{path}{match['anchor'] or ''})"
 
     return LINK.sub(outside, markdown)
+
+
+class PlainTypes(griffe.Extension):
+    """Lets mkdocstrings read docstrings of the Hugging Face style: "name (`int`, *optional*, defaults to 1): ..."."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Called by griffe for each object of the package."""
+        if obj.docstring:
+            text = re.sub(r"\[`~?([^`]+)`\]", r"`\1`", obj.docstring.value)
+            obj.docstring.value = re.sub(r"^( +\w+ \()(.+?)(\): ?)", self._without_markup, text, flags=re.MULTILINE)
+
+    @staticmethod
+    def _without_markup(match: re.Match) -> str:
+        # The signature tells the default.
+        return match[1] + re.sub(r",? defaults to [^,]*|[`*]", "", match[2]) + match[3]
 
 
 def configuration() -> str:
@@ -78,8 +95,8 @@ def _command(name: str, command: Any) -> str:
             shown = " ".join(f"`{opt}`" for opt in (*parameter.opts, *parameter.secondary_opts))
         else:
             shown = f"`{(parameter.metavar or parameter.name.upper()).strip('[]')}`"
-        is_stated = parameter.required or parameter.default in (None, False, "") or callable(parameter.default)
-        default = "" if is_stated else f"`{_plain(parameter.default)}`"
+        is_told = parameter.default is not None and str(parameter.default) not in ("", "False", "()")
+        default = f"`{_plain(parameter.default)}`" if is_told and not parameter.required else ""
         rows.append(f"| {shown} | {default} | {_cell(parameter.help or '')} |")
     text = re.sub(r"\[/?(?:bold|dim|cyan|green|yellow|red|blue)\]", "", command.help or "")
     table = "\n\n" + "\n".join(rows) if len(rows) > 2 else ""

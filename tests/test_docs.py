@@ -218,7 +218,7 @@ def test_code_runs_as_it_is_pasted(path, is_real, workplace, published, client, 
 SMALLER = {
     "num_images=1200": "num_images=260",
     "--num-test-images 200": "--num-test-images 110",
-    "--validation-split test --output-dir my-model": "--validation-split test --output-dir my-model "
+    "--output-dir my-model": "--output-dir my-model "
     "--max-train-images 256 --block-out-channels 8 16 --block-types resnet --norm-num-groups 4 --lr-warmup-images 0 "
     "--num-validation-images 20 --num-samples 2 --num-train-timesteps 20 --sample-inference-steps 2 "
     "--validate-every-images 128 --sample-every-images 128",
