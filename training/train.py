@@ -5,7 +5,7 @@ $ accelerate launch training/train.py --train_data_dir my_faces --resolution 64
 $ accelerate launch training/train.py --config training/configs/article64.yaml --dataset_name user/faces
 
 All fields of `ddpm_faces.training.config.TrainingConfig` are flags (`--help`), or keys of the YAML file of `--config`.
-What happens when a run is interrupted, and by what, is in docs/training.md.
+What happens when a run is interrupted, and by what, is in docs/guides/resume.md.
 """
 
 import importlib.util
@@ -255,7 +255,7 @@ def exit_code_of(config: TrainingConfig) -> int:
     """Run `main`, and return what the process is to end with."""
     try:
         main(config)
-    except SystemExit as leaving:  # with a code of docs/training.md
+    except SystemExit as leaving:  # with a code of docs/guides/resume.md
         return int(leaving.code or 0)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)

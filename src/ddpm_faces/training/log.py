@@ -106,7 +106,7 @@ class TrainingLog:
         self.accelerator.end_training()
 
     def leave(self, code: int, message: str) -> NoReturn:
-        """End the process with a code of docs/training.md, and say why."""
+        """End the process with a code of docs/guides/resume.md, and say why."""
         self.bar.close()
         if self.accelerator.is_main_process:
             print(message, file=sys.stderr if code != EXIT_PREEMPTED else sys.stdout, flush=True)
