@@ -13,7 +13,7 @@ MEANING = {
     "Data": "from here on it sees other images",
     "Network": "nothing that is learned changes",  # a change of the architecture is refused
     "Diffusion": "losses before and after cannot be compared",  # as is one of the schedule
-    "Optimisation": "the new value applies from here on; the result differs from a run that had it from the start",
+    "Optimization": "the new value applies from here on; the result differs from a run that had it from the start",
     "Validation": "held-out losses or grids before and after may not compare",
     "Run": "nothing that is learned changes",
     "Hub": "nothing that is learned changes",
