@@ -89,7 +89,7 @@ def test_pipelines_that_cannot_be_fine_tuned_are_refused(tmp_path, capsys):
         with pytest.raises(SystemExit):
             parse_training_config(["--pretrained_model_name_or_path", str(name)])
         message = capsys.readouterr().err
-        assert f"error: `pretrained_model_name_or_path` '{name}' cannot be trained: " in message
+        assert f"error: `pretrained_model_name_or_path` '{name}' cannot be fine-tuned: " in message
         assert reason in message
 
 
@@ -257,7 +257,7 @@ def test_half_life_of_the_ema(batch_size):
         ("seed: null", "`seed` must have a value"),
         ("block_types: []", "`block_types` must be a value or a list of values"),
         ("optimizer: {lr: 1}", "unknown field optimizer"),
-        ("- a\n- b", "must hold `field: value` lines"),
+        ("- a\n- b", "must contain `field: value` lines"),
         ("a: [", "is not valid YAML"),
         ("train_batch_size: 0", "`train_batch_size` must be at least 1, got 0"),
         ("sample_inference_steps: 400", "must not exceed `num_train_timesteps`"),
@@ -299,7 +299,7 @@ def test_half_life_of_the_ema(batch_size):
         ("adam_beta2: 1.0", r"`adam_beta2` must lie in \[0, 1\)"),
         ("dataset_name: a\ntrain_data_dir: b", "not both"),
         ("learning_rate: [1, 2]", r"`learning_rate` must be a single value, got \[1, 2\]"),
-        ("block_types: [conv, -a]", "`block_types` must hold no values that begin with a dash"),
+        ("block_types: [conv, -a]", "`block_types` must not contain values that begin with a dash"),
         ("block_types: [conv, null]", "`block_types` must be a value or a list of values"),
         ("resolution: [-1, 5]", r"`resolution` must be at least 1, got \[-1, 5\]"),
         ('cache_dir: ""', "`cache_dir` must not be blank, got ''"),
