@@ -716,7 +716,7 @@ def test_unreadable_pictures(pictures, tmp_path):
     (pictures / "cats" / "broken.png").write_bytes(b"no picture")
     settings = {"train_data_dir": pictures, "max_train_images": 16, "num_validation_images": 0, "report_to": "none"}
     output = fail(tmp_path / "run", **settings)
-    assert "1 of 17 pictures cannot be read" in output
+    assert "1 of 17 images cannot be read" in output
     assert "broken.png" in output
     assert not (tmp_path / "run").exists()
     result = train(tmp_path / "run", skip_unreadable="true", **settings)
