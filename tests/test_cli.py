@@ -161,7 +161,7 @@ def test_guide(command, model, tmp_path):
         ((model, tmp_path / "weaker", "--guidance-scale", -1), "`guidance_scale` must be a number of at least 0"),
         ((model, tmp_path / "none", "--guidance-scale", 1.5), "none"),
         ((model, "--guidance-scale", 1.5), "`guidance_scale` must be 1 for a model without a guide, got 1.5."),
-        ((tmp_path, model, "--guidance-scale", 1.5), "must be a folder that holds a pipeline"),
+        ((tmp_path, model, "--guidance-scale", 1.5), "must be the folder of a pipeline"),
     ):
         code, text = command("guide", *arguments)
         assert (code, says in text, len(text.splitlines()) <= 3) == (1, True, True), text
@@ -182,18 +182,18 @@ def test_mistakes_are_told_in_one_line(server, command, model, tmp_path):
     cases = [
         (("push", tmp_path / "empty", "owner/x"), "it has no model_index.json"),
         (("push", tmp_path / "bad", "owner/x"), "of another kind of pipeline: it has no unet"),
-        (("push", model, "x"), "`repo_id` must be a user or an organization and a name"),
-        (("push", model, "owner/x", "--license", "My Own"), "`license` must be an identifier of the Hub"),
-        (("push", model, "owner/x", "--variants", "int8"), "`variants` must be of bf16, fp16, got int8"),
-        (("push", model, "stranger/x"), "owner may publish as owner only"),
-        (("push", model, "owner/x", "--revision", "next"), "there is no owner/x yet"),
+        (("push", model, "x"), "`repo_id` must be 'user/name' or 'organization/name'"),
+        (("push", model, "owner/x", "--license", "My Own"), "`license` must be a license identifier of the Hub"),
+        (("push", model, "owner/x", "--variants", "int8"), "`variants` must be among bf16, fp16, got int8"),
+        (("push", model, "stranger/x"), "owner may only publish as owner"),
+        (("push", model, "owner/x", "--revision", "next"), "owner/x does not exist"),
         (("verify", "owner/none"), "cannot be verified"),
         (("prepare", tmp_path / "none"), "`output` or `push`"),
         (("prepare", tmp_path / "none", "--output", tmp_path / "set"), "none"),
         (("prepare", tmp_path / "empty", "--output", tmp_path / "set"), "empty"),
         (("prepare", "owner/none", "--output", tmp_path / "set"), "owner/none"),
-        (("convert", tmp_path / "text.pt", tmp_path / "out"), "must be a file of torch.save"),
-        (("convert", tmp_path / "text.pt", model), "must be a file of torch.save"),
+        (("convert", tmp_path / "text.pt", tmp_path / "out"), "must be a file written by torch.save"),
+        (("convert", tmp_path / "text.pt", model), "must be a file written by torch.save"),
     ]
     for arguments, says in cases:
         code, text = command(*arguments)
@@ -240,7 +240,7 @@ def test_evaluate(command, model, faces, tmp_path):
     (faces / "00.png").rename(faces / "21.png")  # another order is another set of real faces
     assert command("evaluate", faces, faces, "--against", output)[0] == 1
     code, text = command("evaluate", model, faces, "--sigma-min", 0.1)
-    assert (code, text) == (1, "error: `sigma_min` is for the sampler 'dpm-solver++', not 'ddpm', got 0.1.")
+    assert (code, text) == (1, "error: `sigma_min` needs the sampler 'dpm-solver++', but the sampler is 'ddpm'.")
     code, text = command("evaluate", model, faces, "--num-images", 20, "--steps", 2, "--guide", model,
                          "--guidance-scale", 1.5, "--sampler", "dpm-solver++", "--epsilon-scaling", 1.01)  # fmt: skip
     assert code == 0, text
@@ -249,9 +249,9 @@ def test_evaluate(command, model, faces, tmp_path):
     code, text = command("evaluate", model, faces, "--guidance-scale", 1.5)
     assert (code, text) == (1, "error: `guidance_scale` must be 1 for a model without a guide, got 1.5.")
     code, text = command("evaluate", faces, faces, "--guidance-scale", 1.5)
-    assert (code, "error: `guidance_scale` is for a pipeline, and" in text) == (1, True)
+    assert (code, "error: `guidance_scale` needs a pipeline, but" in text) == (1, True)
     code, text = command("evaluate", model, faces, "--num-images", 19)
-    assert (code, text) == (1, "error: `num_images` must be a whole number of at least 20, got 19.")
+    assert (code, text) == (1, "error: `num_images` must be an integer of at least 20, got 19.")
 
 
 def test_audit(command, model, tmp_path):
@@ -294,9 +294,12 @@ def test_audit(command, model, tmp_path):
     code, text = command("audit", tmp_path / "copies", tmp_path / "set")
     assert (code, text) == (1, "error: `--output` must name a folder: there is none of a pipeline to write into.")
     code, text = command("audit", model, tmp_path / "set", "--held-out-split", "train")
-    assert (code, text) == (1, "error: `held_out_split` 'train' is what was trained on, `split`.")
+    assert (code, text) == (1, "error: `held_out_split` 'train' must differ from `split`, the training split.")
     code, text = command("audit", model, tmp_path / "copies")
-    assert (code, "is a folder of pictures: `ddpm-faces prepare FOLDER --output SET" in text) == (1, True)
+    assert (code, "is a folder of images: make a dataset with `ddpm-faces prepare FOLDER --output SET" in text) == (
+        1,
+        True,
+    )
 
 
 def test_missing_package_is_said_in_one_line(client, model, faces):

@@ -279,7 +279,7 @@ def test_half_life_of_the_ema(batch_size):
         ),
         ("validation_split: test", "`validation_split` 'test' needs a `dataset_name`"),
         ("num_class_embeds: 3", "needs a `label_column`"),
-        ("push_to_hub: true\nhub_license: Apache 2", "`hub_license` must be an identifier of the Hub"),
+        ("push_to_hub: true\nhub_license: Apache 2", "`hub_license` must be a license identifier of the Hub"),
         ("early_stopping_patience: 2\nnum_validation_images: 0", "`early_stopping_patience` needs"),
         ("guide_images: 100", r"`guide_images` \(100\) needs a `guidance_scale` above 1"),
         ("guidance_scale: 1.5\nguide_images: 40000", r"`guide_images` \(40000\) must be below `max_train_images`"),

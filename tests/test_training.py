@@ -652,7 +652,7 @@ def test_stream_resumed_with_another_number_of_processes(tmp_path, parquet):
     run = tmp_path / "run"
     settings = {**SOURCES["stream"], "dataset_name": parquet}
     fail(run, 2, {"in_step": {"at": 72}}, **settings)
-    assert re.search(r"begins epoch 1 anew, for `num_processes` was 2 and is 1", succeed(run, 1, **settings))
+    assert re.search(r"begins epoch 1 anew, because `num_processes` was 2 and is 1", succeed(run, 1, **settings))
 
 
 # What is not finite
@@ -990,7 +990,7 @@ def test_finished_run_is_published(hub, tmp_path):
     settings = {"push_to_hub": "true", "hub_private_repo": "true", "hub_license": "apache-2.0"}
     hub.fail("POST /api/models/owner/my-faces/commit/", status=403)
     output = fail(run, **settings)
-    assert "owner/my-faces: this token may not do that there" in output
+    assert "owner/my-faces: the token has no permission for this" in output
     assert f"To publish it later: ddpm-faces push {run} owner/my-faces --private --license apache-2.0\n" in output
     assert checkpoint_names(run)[-1] == 96
     hub.heal()
@@ -1020,5 +1020,5 @@ def test_dry_run_asks_the_hub(hub, tmp_path, monkeypatch):
     assert hub.repos == {}
     monkeypatch.setenv("HF_TOKEN", READER_TOKEN)
     output = fail(tmp_path / "run", dry_run="true", push_to_hub="true", hub_model_id="owner/other")
-    assert "owner/other: this token of owner may only read: make one that may write." in output
+    assert "owner/other: the token of owner is read-only: use one with write access." in output
     assert not (tmp_path / "run").exists()
