@@ -1,9 +1,9 @@
-"""Train diffusers' UNet2DModel by its usual recipe, to compare with: what people have without this package.
+"""Train diffusers' UNet2DModel with its usual recipe, as a baseline to compare with.
 
 The recipe is that of diffusers' examples/unconditional_image_generation/train_unconditional.py and its defaults:
-T = 1000, linear betas, the noise predicted, AdamW (0.95, 0.999) with weight decay 1e-6, learning rate 1e-4 with 500
-steps of warm-up and a cosine to 0, gradients clipped to 1, mirrored pictures, and an average of the weights that warms
-up with power 3/4. The network is smaller than the example's: near the article's in GFLOP.
+T = 1000, linear betas, noise prediction, AdamW (0.95, 0.999) with weight decay 1e-6, learning rate 1e-4 with 500
+steps of warm-up and a cosine to 0, gradients clipped to 1, mirrored images, and an EMA of the weights that warms
+up with power 3/4. The network is smaller than the example's: it has about as many GFLOP as the article's.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from ddpm_faces.data import load_faces, to_samples
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_name", help="faces; default: drawn ones")
+    parser.add_argument("--dataset_name", help="dataset of faces (default: drawn faces)")
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--block_out_channels", type=int, nargs=4, default=SMALL["block_out_channels"])
     parser.add_argument("--max_train_images", type=int, default=300_000)
@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train, and save a `DDPMPipeline` with the averaged weights."""
+    """Train, and save a `DDPMPipeline` with the EMA weights."""
     args = parse_args()
     torch.manual_seed(args.seed)
     images = load_faces(dataset_name=args.dataset_name, resolution=args.resolution).images

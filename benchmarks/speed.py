@@ -1,8 +1,8 @@
-"""Images per second of a training step and of sampling, side by side with diffusers' UNet2DModel.
+"""Measure images per second of training and sampling, in comparison with diffusers' UNet2DModel.
 
-Every figure is a median of repetitions after a warm-up. GFLOP count 2 per multiply-add, and a training step counts as
-three forwards. A share is that of the rate at which the machine multiplies large square matrices in the same dtype,
-measured in the same run.
+Every number is a median of repetitions after a warm-up. A multiply-add counts as 2 FLOP, and a training step as
+three forward passes. Shares are relative to the rate at which the machine multiplies large square matrices in the same
+dtype, measured in the same run.
 """
 
 import argparse
@@ -49,7 +49,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def make_networks(resolution: int) -> dict[str, tuple[Callable[[], torch.nn.Module], int]]:
-    """The networks to compare: how to make each, and the side of its pictures."""
+    """Return the networks to compare, each as a function that makes it and the side of its images."""
     ours = TrainingConfig().unet_config()
     return {
         "article": (lambda: DDPMFacesUNet(sample_size=resolution), resolution),
@@ -60,7 +60,7 @@ def make_networks(resolution: int) -> dict[str, tuple[Callable[[], torch.nn.Modu
 
 
 def seconds(function: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Median duration of a call over `repeats` repetitions, fewer where that would take more than MAX_SECONDS."""
+    """Return the median duration of a call over `repeats` repetitions, or fewer if they exceed MAX_SECONDS."""
 
     def run(calls: int) -> float:
         start = time.perf_counter()
@@ -71,7 +71,7 @@ def seconds(function: Callable[[], object], repeats: int, device: torch.device) 
         return time.perf_counter() - start
 
     warm_up = run(1)
-    # A repetition is many calls where they are short: a clock's noise averages out, a GPU's queue fills.
+    # A repetition consists of many calls if they are short, to average out timer noise and fill the GPU's queue.
     calls = 1 if warm_up > MIN_SECONDS else 1 + int(MIN_SECONDS / run(1))
     durations: list[float] = []
     while not durations or (len(durations) < repeats and sum(durations) < MAX_SECONDS):
@@ -80,14 +80,14 @@ def seconds(function: Callable[[], object], repeats: int, device: torch.device) 
 
 
 def matmul_rate(dtype: torch.dtype, repeats: int, device: torch.device) -> float:
-    """FLOP per second of a large square matrix multiplication."""
+    """Measure the FLOP per second of a large square matrix multiplication."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / seconds(lambda: a @ b, repeats, device)
 
 
 def forward_flop(make: Callable[[], torch.nn.Module], size: int) -> int:
-    """FLOP of one picture; without data, because the counter misses the fused attention of the CPU."""
+    """Count the FLOP of one image, on the meta device because the counter misses the fused attention of the CPU."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         make()(torch.empty(1, 3, size, size), torch.zeros(1))
     return counter.get_total_flops()
@@ -96,7 +96,7 @@ def forward_flop(make: Callable[[], torch.nn.Module], size: int) -> int:
 def measure(
     unet: torch.nn.Module, size: int, batch_size: int, dtype: str, args: argparse.Namespace
 ) -> tuple[float, float]:
-    """Images per second of a training step (forward, backward, AdamW) and of the forward pass alone."""
+    """Measure images per second of a training step (forward, backward, AdamW) and of the forward pass alone."""
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     unet = unet.to(args.device, memory_format=memory_format)
     sample, target = (torch.randn(batch_size, 3, size, size, device=args.device) for _ in range(2))
@@ -130,19 +130,23 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--resolution", type=int, default=64, help="side of the pictures; the default network has 32")
+    parser.add_argument(
+        "--resolution", type=int, default=64, help="side of the images in pixels; the default network has 32"
+    )
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="bf16 is autocast")
-    parser.add_argument("--networks", nargs="+", choices=make_networks(64), help="default: all")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="precision; bf16 uses autocast"
+    )
+    parser.add_argument("--networks", nargs="+", choices=make_networks(64), help="networks to measure (default: all)")
     parser.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--steps", type=int, default=50, help="network evaluations per finished picture")
+    parser.add_argument("--steps", type=int, default=50, help="network evaluations per finished image")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="write the Markdown there as well")
+    parser.add_argument("--output", type=Path, help="Markdown file to write in addition")
     return parser.parse_args()
 
 
 def describe(device: torch.device) -> str:
-    """The machine, in a line."""
+    """Describe the machine in one line."""
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name(device)} (TF32 in fp32)"
     else:
@@ -165,7 +169,7 @@ def main() -> None:
 
     # 1. Machine
     if args.device.type == "cuda":
-        # Convolutions in fp32 use TF32 there by default: so must the multiplication that they are compared with.
+        # fp32 convolutions use TF32 on GPUs by default, so the matrix multiplication must use it, too.
         torch.set_float32_matmul_precision("high")
     layout = "channels_last" if args.channels_last else "contiguous"
     write(f"{describe(args.device)}, {layout}: `python {shlex.join(sys.argv)}`\n")

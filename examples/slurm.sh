@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains on two machines with four GPUs each, and comes back after each time limit until the run has finished:
+# Trains on two machines with four GPUs each. The job is requeued at each time limit until the run has finished.
 #
 #   $ sbatch examples/slurm.sh --dataset_name user/faces --resolution 64 --mixed_precision bf16 --output_dir my-model
 #
@@ -13,7 +13,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-# `srun` starts one process per GPU itself, so that signals reach each and its exit code comes back.
+# `srun` starts one process per GPU, so that every process receives signals and its exit code is known.
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export WORLD_SIZE=$SLURM_NTASKS
@@ -24,7 +24,7 @@ srun --kill-on-bad-exit=1 bash -c '
     exec python training/train.py "$@"' train "$@"
 code=$?
 
-# 75: it made room and is saved (docs/guides/resume.md).
+# 75: the run was preempted, and its checkpoint is saved (docs/guides/resume.md).
 if [ "$code" -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"
     exit 0

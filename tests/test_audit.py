@@ -295,7 +295,7 @@ def test_model_that_knows_its_training_pictures_is_found(tmp_path):
     assert report.found_copies
     assert report.spaces[0].num_plain_copies > 90
     assert results["losses"]["held_out"]["loss"] > 2 * results["losses"]["train"]["loss"]
-    assert results["verdict"].endswith("on as many training pictures. It is learning these by heart.")
+    assert results["verdict"].endswith("on as many training images. The model is memorizing its training images.")
 
 
 def test_threshold_is_the_second_smallest_of_a_hundred_held_out_values(faces):
@@ -336,7 +336,7 @@ def test_verdict_quotes_numbers_and_intervals(faces):
     report = replace(report, spaces=[space], num_samples=512)
     assert report.verdict.startswith(
         "No more copies than among unseen real faces: by pixels 1.2 % (0.5 to 2.5 %) of 512 samples, of 100 held-out "
-        "faces 1.0 % (0.2 to 5.4 %), p = 0.5, plain copies 0. Counted are faces as near to one of 300 training"
+        "faces 1.0 % (0.2 to 5.4 %), p = 0.5, plain copies 0. A face counts if it is as near to one of 300 training"
     )
 
 
@@ -420,20 +420,23 @@ def test_picture_of_one_pair_has_room_for_its_title(faces):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": pictures(99)}, "`samples` must hold at least 100 pictures, got 99"),
-        ({"held_out": pictures(99)}, "`held_out` must hold at least 100 pictures, got 99"),
+        ({"samples": pictures(99)}, "`samples` must contain at least 100 images, got 99"),
+        ({"held_out": pictures(99)}, "`held_out` must contain at least 100 images, got 99"),
         ({"samples": pictures(100).float()}, r"`samples` must be of type uint8 .* got torch.float32 and \(100, 3, 20"),
         (
             {"train": pictures(100)[:, :1]},
             r"`train` must be .* shape \(num, 3, height, width\), .* \(100, 1, 20, 24\)",
         ),
         ({"held_out": pictures(100)[0]}, r"`held_out` must be .* got torch.uint8 and \(3, 20, 24\)"),
-        ({"held_out": [1, 2]}, "`held_out` must be a tensor of pictures, got list"),
+        ({"held_out": [1, 2]}, "`held_out` must be a tensor of images, got list"),
         (
             {"train": pictures(100)[..., :20]},
-            r"`train` and `samples` must be of one size, got .* \(20, 20\) and \(20,",
+            r"`train` and `samples` must have the same size, got .* \(20, 20\) and \(20,",
         ),
-        ({"held_out": pictures(100)[:, :, 1:]}, r"`held_out` and `samples` must be of one size, got .* \(19, 24\)"),
+        (
+            {"held_out": pictures(100)[:, :, 1:]},
+            r"`held_out` and `samples` must have the same size, got .* \(19, 24\)",
+        ),
         ({"train": pictures(50)}, "`num_neighbours` must be an integer from 2 to 49, got 50"),
         ({"num_neighbours": 300}, "`num_neighbours` must be an integer from 2 to 299, got 300"),
         ({"num_neighbours": 1}, "`num_neighbours` must be an integer from 2 to 299, got 1"),
@@ -452,7 +455,9 @@ def test_held_out_faces_must_not_be_training_pictures(faces):
     held_out[:1] = faces["train"][:1]
     assert audit(**{**faces, "held_out": held_out}).spaces[0].held_out_pairs[0].relative_distance < 1e-7
     held_out[:2] = faces["train"][:2].flip(-1)
-    with pytest.raises(ValueError, match="`held_out` must hold faces that are not in `train`, but more than 1 % are"):
+    with pytest.raises(
+        ValueError, match="`held_out` must not contain training images, but more than 1 % of it is in `train`"
+    ):
         audit(**{**faces, "held_out": held_out})
 
 
@@ -482,7 +487,7 @@ def test_picture_of_bad_input(faces):
         with pytest.raises(ValueError, match=f"`num_pairs` must be an integer from 1 to 32, got {num_pairs}"):
             closest_pairs_picture(report, **faces, num_pairs=num_pairs)
     for name in faces:
-        with pytest.raises(ValueError, match=f"`{name}` must be those of `report`, of shape .*, got "):
+        with pytest.raises(ValueError, match=f"`{name}` must be the images of `report`, of shape .*, got "):
             closest_pairs_picture(report, **{**faces, name: faces[name][1:]})
     with pytest.raises(ValueError, match="`samples` must be of type uint8"):
         closest_pairs_picture(report, **{**faces, "samples": faces["samples"].float()})

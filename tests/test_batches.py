@@ -40,7 +40,7 @@ def test_shares_make_up_the_batch_and_names_belong_to_pictures(dataset):
     parts = [take(FaceBatches(dataset, 8, slice(first, first + 4)), 4) for first in (0, 4)]
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
     batch = next(FaceBatches(dataset, 8, slice(4, 8)).batches())
-    assert batch["names"] == [f"picture {number}" for number in batch["images"].flatten().tolist()]
+    assert batch["names"] == [f"image {number}" for number in batch["images"].flatten().tolist()]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -69,7 +69,7 @@ def test_global_random_state_is_untouched(dataset):
 
 
 def test_too_few_pictures(dataset):
-    with pytest.raises(ValueError, match="`train_batch_size` 32 needs as many pictures, and there are 30"):
+    with pytest.raises(ValueError, match=r"`train_batch_size` must be at most the number of images \(30\), got 32"):
         FaceBatches(dataset, 32, slice(0, 32))
 
 

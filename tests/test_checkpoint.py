@@ -174,7 +174,9 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(saved, tmp_path, name, d
 def test_no_whole_checkpoint_is_an_error_and_no_new_beginning(saved, tmp_path):
     for path in list_checkpoints(tmp_path):
         cut(path / "optimizer.bin")
-    with pytest.raises(ValueError, match="None of the checkpoints in `output_dir` .*optimizer.bin has .* bytes"):
+    with pytest.raises(
+        ValueError, match="All checkpoints in `output_dir` .* are damaged: .*optimizer.bin has .* bytes"
+    ):
         newest_whole(tmp_path)
 
 
@@ -227,14 +229,16 @@ def test_stream_that_is_switched_on_begins_with_its_first_image(saved, tmp_path)
             raise AssertionError("there is no place to load")
 
     _, _, notes = make_io(batches=Stream()).load(checkpoint_path(tmp_path, 16))
-    assert notes == ["The checkpoint has no place in a stream: the stream begins with its first image."]
+    assert notes == ["The checkpoint has no position in a stream: the stream begins with its first image."]
 
 
 def test_fp16_that_is_switched_on_starts_with_a_new_loss_scale(saved, tmp_path):
     io = make_io()
     io.accelerator.scaler = torch.amp.GradScaler("cpu")
     _, _, notes = io.load(checkpoint_path(tmp_path, 16))
-    assert notes == ["The checkpoint has no loss scale, for it was not trained in fp16: the scale starts anew."]
+    assert notes == [
+        "The checkpoint has no loss scale because the run did not use fp16 before: the scale starts anew."
+    ]
     assert io.accelerator.scaler is not None
     io.save(checkpoint_path(tmp_path, 24), RunState(images_seen=24))
     assert io.load(checkpoint_path(tmp_path, 24))[2] == []

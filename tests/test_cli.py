@@ -181,18 +181,18 @@ def test_mistakes_are_told_in_one_line(server, command, model, tmp_path):
     cases = [
         (("push", tmp_path / "empty", "owner/x"), "holds no model (no model_index.json)"),
         (("push", tmp_path / "bad", "owner/x"), "of another kind of pipeline: it has no unet"),
-        (("push", model, "x"), "`repo_id` must be a user or an organization and a name"),
-        (("push", model, "owner/x", "--license", "My Own"), "`license` must be an identifier of the Hub"),
-        (("push", model, "owner/x", "--variants", "int8"), "`variants` must be of bf16, fp16, got int8"),
-        (("push", model, "stranger/x"), "owner may publish as owner only"),
-        (("push", model, "owner/x", "--revision", "next"), "there is no owner/x yet"),
+        (("push", model, "x"), "`repo_id` must be 'user/name' or 'organization/name'"),
+        (("push", model, "owner/x", "--license", "My Own"), "`license` must be a license identifier of the Hub"),
+        (("push", model, "owner/x", "--variants", "int8"), "`variants` must be among bf16, fp16, got int8"),
+        (("push", model, "stranger/x"), "owner may only publish as owner"),
+        (("push", model, "owner/x", "--revision", "next"), "owner/x does not exist"),
         (("verify", "owner/none"), "cannot be verified"),
         (("prepare", tmp_path / "none"), "`output` or `push`"),
         (("prepare", tmp_path / "none", "--output", tmp_path / "set"), "none"),
         (("prepare", tmp_path / "empty", "--output", tmp_path / "set"), "empty"),
         (("prepare", "owner/none", "--output", tmp_path / "set"), "owner/none"),
-        (("convert", tmp_path / "text.pt", tmp_path / "out"), "must be a file of torch.save"),
-        (("convert", tmp_path / "text.pt", model), "must be a file of torch.save"),
+        (("convert", tmp_path / "text.pt", tmp_path / "out"), "must be a file written by torch.save"),
+        (("convert", tmp_path / "text.pt", model), "must be a file written by torch.save"),
     ]
     for arguments, says in cases:
         code, text = command(*arguments)
@@ -236,7 +236,7 @@ def test_evaluate(command, model, faces, tmp_path):
     (faces / "00.png").rename(faces / "21.png")  # another order is another set of real faces
     assert command("evaluate", faces, faces, "--against", output)[0] == 2
     code, text = command("evaluate", model, faces, "--sigma-min", 0.1)
-    assert (code, text) == (2, "error: `sigma_min` is for the sampler 'dpm-solver++', not 'ddpm', got 0.1.\n")
+    assert (code, text) == (2, "error: `sigma_min` needs the sampler 'dpm-solver++', but the sampler is 'ddpm'.\n")
     code, text = command("evaluate", model, faces, "--num-images", 20, "--steps", 2, "--guide", model,
                          "--guidance-scale", 1.5, "--sampler", "dpm-solver++", "--epsilon-scaling", 1.01)  # fmt: skip
     assert code == 0, text
@@ -245,9 +245,9 @@ def test_evaluate(command, model, faces, tmp_path):
     code, text = command("evaluate", model, faces, "--guidance-scale", 1.5)
     assert (code, text) == (2, "error: `guidance_scale` must be 1 for a model without a guide, got 1.5.\n")
     code, text = command("evaluate", faces, faces, "--guidance-scale", 1.5)
-    assert (code, "error: `guidance_scale` is for a pipeline, and" in text) == (2, True)
+    assert (code, "error: `guidance_scale` needs a pipeline, but" in text) == (2, True)
     code, text = command("evaluate", model, faces, "--num-images", 19)
-    assert (code, text) == (2, "error: `num_images` must be a whole number of at least 20, got 19.\n")
+    assert (code, text) == (2, "error: `num_images` must be an integer of at least 20, got 19.\n")
 
 
 def test_audit(command, model, tmp_path):
@@ -290,9 +290,10 @@ def test_audit(command, model, tmp_path):
     code, text = command("audit", tmp_path / "copies", tmp_path / "set")
     assert (code, text) == (2, "error: `output` must be given because the source is not the folder of a model.\n")
     code, text = command("audit", model, tmp_path / "set", "--held-out-split", "train")
-    assert (code, text) == (2, "error: `held_out_split` 'train' is what was trained on, `split`.\n")
+    assert (code, text) == (2, "error: `held_out_split` 'train' must differ from `split`, the training split.\n")
     code, text = command("audit", model, tmp_path / "copies")
-    assert (code, "is a folder of pictures: `ddpm-faces prepare FOLDER --output SET" in text) == (2, True)
+    says = "is a folder of images: make a dataset with `ddpm-faces prepare FOLDER --output SET"
+    assert (code, says in text) == (2, True)
 
 
 def test_missing_package_is_said_in_one_line(client, model, faces):

@@ -26,20 +26,20 @@ def test_defaults_are_drawn32():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_files_make_models(path):
+def test_shipped_configs_build_models(path):
     config = parse_training_config(["--config", str(path)])
     unet = DDPMFacesUNet(**config.unet_config())
     assert unet.config.sample_size == config.resolution[0]
     DDPMFacesScheduler(**config.scheduler_config())
 
 
-def test_article_file_is_the_article():
+def test_article_config_reproduces_the_article():
     config = parse_training_config(["--config", str(ROOT / "training/configs/article64.yaml")])
     assert DDPMFacesUNet(**config.unet_config()).num_parameters() == 62_438_883
     unet_defaults = {name: p.default for name, p in inspect.signature(DDPMFacesUNet.__init__).parameters.items()}
     ours = {k: tuple(v) if isinstance(v, list) else v for k, v in config.unet_config().items()}
-    unet_defaults["block_types"] = (unet_defaults["block_types"],) * 4  # one name is for all levels
-    compared = ours.keys() - {"norm_num_groups"}  # a network of conv blocks has no GroupNorm
+    unet_defaults["block_types"] = (unet_defaults["block_types"],) * 4  # a single name stands for all levels
+    compared = ours.keys() - {"norm_num_groups"}  # conv blocks have no GroupNorm
     assert {k: ours[k] for k in compared} == {k: unet_defaults[k] for k in compared}
     schedule = DDPMFacesScheduler(clip_sample=False).config
     assert all(schedule[name] == value for name, value in config.scheduler_config().items())
@@ -47,7 +47,7 @@ def test_article_file_is_the_article():
     assert (config.prediction_type, config.loss_type) == ("epsilon", "l2")
 
 
-def test_learned_variance_takes_as_many_channels_again():
+def test_learned_variance_doubles_the_output_channels():
     config = TrainingConfig(variance_type="learned_range", in_channels=1)
     assert config.unet_config()["out_channels"] == 2
     assert config.scheduler_config()["variance_type"] == "learned_range"
@@ -66,7 +66,7 @@ def test_order_is_defaults_then_file_then_command_line(tmp_path):
     assert config.train_batch_size == TrainingConfig().train_batch_size
 
 
-def test_pipeline_to_start_from_stands_between_defaults_and_file(tmp_path):
+def test_pretrained_pipeline_ranks_between_defaults_and_file(tmp_path):
     unet = DDPMFacesUNet((24, 16), 1, 1, (8, 16), ("conv",), None, "conv", 1, 8, 16, num_class_embeds=3, dropout=0.1)
     scheduler = DPMSolverMultistepScheduler(num_train_timesteps=50, beta_schedule="linear", prediction_type="epsilon")
     DDPMFacesPipeline(unet, scheduler).save_pretrained(tmp_path / "model")
@@ -81,7 +81,7 @@ def test_pipeline_to_start_from_stands_between_defaults_and_file(tmp_path):
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_what_cannot_be_started_from(tmp_path, capsys):
+def test_pipelines_that_cannot_be_fine_tuned_are_refused(tmp_path, capsys):
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
     unet = UNet2DModel(16, norm_num_groups=4, **blocks)
     DDPMFacesPipeline(unet, DDPMFacesScheduler()).save_pretrained(tmp_path / "other")
@@ -89,18 +89,18 @@ def test_what_cannot_be_started_from(tmp_path, capsys):
         with pytest.raises(SystemExit):
             parse_training_config(["--pretrained_model_name_or_path", str(name)])
         message = capsys.readouterr().err
-        assert f"error: `pretrained_model_name_or_path` '{name}' cannot be trained: " in message
+        assert f"error: `pretrained_model_name_or_path` '{name}' cannot be fine-tuned: " in message
         assert reason in message
 
 
-def test_saved_configuration_is_a_file_for_config(tmp_path):
+def test_saved_configuration_can_be_passed_to_config(tmp_path):
     config = TrainingConfig(seed=7, mixed_precision="bf16", random_flip=True, max_train_samples=10, dataset_name="a/b")
     config.save(tmp_path / "config.yaml")
     assert parse_training_config(["--config", str(tmp_path / "config.yaml")]) == config
 
 
 def attributes_read(tree: ast.AST, owner: str) -> set[str]:
-    """Names that are looked up on `owner`, or on a `.owner` of something, by the syntax tree."""
+    """Return the attribute names that the code reads from `owner` or from any `x.owner`."""
     return {
         node.attr
         for node in ast.walk(tree)
@@ -109,13 +109,13 @@ def attributes_read(tree: ast.AST, owner: str) -> set[str]:
 
 
 def test_every_field_is_read():
-    """By the training or by a method of the configuration, or as an argument of the network or the schedule."""
+    """The training or a method of the configuration reads it, or the network or the scheduler takes it."""
     read = set(MODEL_ARGUMENTS)
     for path in (ROOT / "training" / "train.py", *(ROOT / "src" / "ddpm_faces" / "training").glob("*.py")):
         if path.name != "config.py":
             read |= attributes_read(ast.parse(path.read_text()), "config")
     for method in ast.parse(inspect.getsource(TrainingConfig)).body[0].body:
-        # A field that is only checked, which `__post_init__` and `_check_data` do, changes nothing.
+        # Checking a field, as `__post_init__` and `_check_data` do, does not count as using it.
         if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
             read |= attributes_read(method, "self")
     assert {f.name for f in fields(TrainingConfig)} - read == set()
@@ -137,7 +137,7 @@ def test_help_is_grouped_and_fits_the_terminal(capsys, monkeypatch, columns):
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= columns
-    # Each once, and nothing beside it: no `--no_flag`, no `--with-hyphens`.
+    # Each flag is listed exactly once, without `--no_flag` or `--with-hyphens` variants.
     names = [f.name for f in fields(TrainingConfig)]
     assert re.findall(r"(?<!\S)--[\w-]+", text) == [f"--{name}" for name in ("help", "config", *names)]
     assert re.findall(r"^(\w+):$", text, re.MULTILINE) == ["options", *GROUPS]
@@ -169,8 +169,8 @@ def test_flags_that_are_true_or_false():
     assert parse_training_config(["--random_flip", "true", "--streaming", "False"]).random_flip is True
 
 
-def test_arguments_beside_the_script_are_not_read(tmp_path, monkeypatch):
-    """HfArgumentParser would take them from a `train.args`, which no log and no saved file tells of."""
+def test_args_file_beside_the_script_is_ignored(tmp_path, monkeypatch):
+    """HfArgumentParser would read a `train.args` without any trace of it in the log or the saved files."""
     (tmp_path / "train.args").write_text("--seed 5")
     monkeypatch.setattr("sys.argv", [str(tmp_path / "train.py")])
     assert parse_training_config() == TrainingConfig()
@@ -179,7 +179,7 @@ def test_arguments_beside_the_script_are_not_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "name", "value"),
     [
-        ("mixed_precision: no", "mixed_precision", "no"),  # which YAML reads as false
+        ("mixed_precision: no", "mixed_precision", "no"),  # YAML reads `no` as false
         ("use_ema: no", "use_ema", False),
         ("random_flip: true", "random_flip", True),
         ("learning_rate: 1e-3", "learning_rate", 1e-3),
@@ -193,13 +193,13 @@ def test_arguments_beside_the_script_are_not_read(tmp_path, monkeypatch):
         ("report_to: none", "report_to", "none"),
     ],
 )
-def test_values_of_files(tmp_path, text, name, value):
+def test_values_in_a_yaml_file(tmp_path, text, name, value):
     path = tmp_path / "config.yaml"
     path.write_text(text)
     assert getattr(parse_training_config(["--config", str(path)]), name) == value
 
 
-# Courses
+# Learning rate and EMA over the run
 
 
 def test_learning_rate_depends_on_images_not_on_batches():
@@ -219,7 +219,7 @@ def test_learning_rate_without_warmup(name, end):
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_learning_rate_ends_at_0_with_the_last_step(name):
-    """Which ends at 1008 images, where 1000 are asked for in steps of 48."""
+    """With steps of 48 images, the last step of a run of 1000 images ends at 1008."""
     config = TrainingConfig(lr_scheduler=name, train_batch_size=48, max_train_images=1000, lr_warmup_images=0)
     assert config.max_train_steps == 21
     assert config.learning_rate_at(1000) > 0
@@ -235,13 +235,13 @@ def test_warmup_longer_than_the_run():
 
 
 @pytest.mark.parametrize("batch_size", [8, 32, 128])
-def test_half_life_of_the_average(batch_size):
+def test_half_life_of_the_ema(batch_size):
     config = TrainingConfig(train_batch_size=batch_size, ema_half_life_images=1024)
     remaining = 1.0
     for images_seen in range(20_480 + batch_size, 20_480 + 1024 + 1, batch_size):
         remaining *= config.ema_decay_at(images_seen)
     assert remaining == pytest.approx(0.5)
-    # While it ripens, a tenth of the images seen.
+    # During the ramp-up, the half-life is a tenth of the images seen.
     assert config.ema_decay_at(1280) == pytest.approx(0.5 ** (batch_size / 128))
     assert config.ema_decay_at(0) == 0
     assert config.ema_decay_at(10**9) == config.ema_decay_at(20_480)
@@ -257,7 +257,7 @@ def test_half_life_of_the_average(batch_size):
         ("seed: null", "`seed` must have a value"),
         ("block_types: []", "`block_types` must be a value or a list of values"),
         ("optimizer: {lr: 1}", "unknown field optimizer"),
-        ("- a\n- b", "must hold `field: value` lines"),
+        ("- a\n- b", "must contain `field: value` lines"),
         ("a: [", "is not valid YAML"),
         ("train_batch_size: 0", "`train_batch_size` must be at least 1, got 0"),
         ("sample_inference_steps: 400", "must not exceed `num_train_timesteps`"),
@@ -269,14 +269,17 @@ def test_half_life_of_the_average(batch_size):
         ("seed: -1", "`seed` must be at least 0, got -1"),
         ("augment_probability: 1.5", r"`augment_probability` must lie in \[0, 1\], got 1.5"),
         ("augment_probability: 0.1\nrandom_flip: true", "leave `random_flip` out"),
-        ("resolution: [1, 2, 3]", "`resolution` must be a side or a height and a width"),
+        ("resolution: [1, 2, 3]", "`resolution` must be one side or a height and a width"),
         ("streaming: true", "`streaming` needs a `dataset_name`"),
         ("streaming: true\ndataset_name: a", "name a `validation_split`, or set `num_validation_images` to 0"),
         ("streaming: true\ndataset_name: a\nlabel_column: b", "needs `num_class_embeds`"),
-        ("streaming: true\ndataset_name: a\nmax_train_samples: 9", "`max_train_samples` is not for `streaming`"),
-        ("validation_split: test", "`validation_split` 'test' needs a data set"),
+        (
+            "streaming: true\ndataset_name: a\nmax_train_samples: 9",
+            "`max_train_samples` cannot be combined with `streaming`",
+        ),
+        ("validation_split: test", "`validation_split` 'test' needs a `dataset_name`"),
         ("num_class_embeds: 3", "needs a `label_column`"),
-        ("push_to_hub: true\nhub_license: Apache 2", "`hub_license` must be an identifier of the Hub"),
+        ("push_to_hub: true\nhub_license: Apache 2", "`hub_license` must be a license identifier of the Hub"),
         ("early_stopping_patience: 2\nnum_validation_images: 0", "`early_stopping_patience` needs"),
         ("guide_images: 100", r"`guide_images` \(100\) needs a `guidance_scale` above 1"),
         ("guidance_scale: 1.5\nguide_images: 40000", r"`guide_images` \(40000\) must be below `max_train_images`"),
@@ -288,21 +291,21 @@ def test_half_life_of_the_average(batch_size):
             "audit_every_images: 8\nnum_evaluation_samples: 99",
             "`audit_every_images` needs `num_evaluation_samples` of at least 100, got 99",
         ),
-        ("audit_every_images: 8\nnum_validation_images: 100\nin_channels: 1", "it needs 3 `in_channels`"),
+        ("audit_every_images: 8\nnum_validation_images: 100\nin_channels: 1", "it needs `in_channels` 3"),
         ("audit_every_images: 8\nnum_validation_images: 100\ncrop: random", "`crop` center"),
         ("evaluate_every_images: 8\nnum_validation_images: 19", "`num_validation_images` of at least 20, got 19"),
-        ("evaluate_every_images: 8\nin_channels: 4", "measures pictures of 1 or 3 `in_channels`, got 4"),
+        ("evaluate_every_images: 8\nin_channels: 4", "`evaluate_every_images` needs `in_channels` of 1 or 3, got 4"),
         ("crop: left", "argument --crop.*: invalid choice: 'left'"),
         ("adam_beta2: 1.0", r"`adam_beta2` must lie in \[0, 1\)"),
         ("dataset_name: a\ntrain_data_dir: b", "not both"),
         ("learning_rate: [1, 2]", r"`learning_rate` must be a single value, got \[1, 2\]"),
-        ("block_types: [conv, -a]", "`block_types` must hold no values that begin with a dash"),
+        ("block_types: [conv, -a]", "`block_types` must not contain values that begin with a dash"),
         ("block_types: [conv, null]", "`block_types` must be a value or a list of values"),
         ("resolution: [-1, 5]", r"`resolution` must be at least 1, got \[-1, 5\]"),
         ('cache_dir: ""', "`cache_dir` must not be blank, got ''"),
         ("seed: 2147483648", "`seed` must be below 2"),
-        ("image_column: face", "`image_column` 'face' needs a data set"),
-        ("dataset_name: a\nvalidation_split: train", "`validation_split` 'train' is what is trained on"),
+        ("image_column: face", "`image_column` 'face' needs a `dataset_name`"),
+        ("dataset_name: a\nvalidation_split: train", "`validation_split` 'train' must differ from the training split"),
         ("dropout: 1", r"`dropout` must lie in \[0, 1\), got 1.0"),
         ("beta_start: .nan", r"`beta_start` must lie in \(0, 1\), got nan"),
         ("max_grad_norm: .inf", "`max_grad_norm` must be at least 0 and finite, got inf"),
@@ -327,7 +330,10 @@ def test_bad_file(tmp_path, capsys, text, message):
     [
         (["--config", "no_such.yaml"], "existing file, got 'no_such.yaml'"),
         (["--learning_rat", "1"], "unknown argument --learning_rat; did you mean --learning_rate?"),
-        (["--loss_type", "l1", "--snr_gamma", "5"], "`loss_type` 'l1' takes no Min-SNR weights: set `snr_gamma` to 0"),
+        (
+            ["--loss_type", "l1", "--snr_gamma", "5"],
+            "`loss_type` 'l1' cannot be combined with Min-SNR weights: set `snr_gamma` to 0",
+        ),
         (["--compile=false"], "unknown argument --compile"),
     ],
 )
@@ -341,14 +347,14 @@ HINTS = get_type_hints(TrainingConfig)
 
 
 @pytest.mark.parametrize("name", [name for name, hint in HINTS.items() if "Literal" in str(hint)])
-def test_choices_hold_in_python_as_well(name):
+def test_choices_are_checked_in_python_too(name):
     with pytest.raises(ValueError, match=f"`{name}` must be one of .*, got 'cosin'"):
         TrainingConfig(**{name: "cosin"})
 
 
 @pytest.mark.parametrize("name", [name for name, hint in HINTS.items() if "Literal" not in str(hint)])
-def test_types_hold_in_python_as_well(name):
-    """No text for a number or for a truth value, no number for a text, no value for a list."""
+def test_types_are_checked_in_python_too(name):
+    """A string is refused for a number or a bool, a number for a string, and a single value for a list."""
     wrong = 3 if "str" in str(HINTS[name]) or "list" in str(HINTS[name]) else "false"
     with pytest.raises(ValueError, match=f"`{name}` must be .*, got {wrong!r}"):
         TrainingConfig(**{name: wrong})
@@ -360,7 +366,7 @@ def test_types_are_exact(name, value):
         TrainingConfig(**{name: value})
 
 
-def test_whole_numbers_will_do_for_floats():
+def test_float_fields_accept_integers():
     assert TrainingConfig(learning_rate=1, dropout=0, time_limit_minutes=5).learning_rate == 1
 
 
@@ -376,29 +382,29 @@ def test_floats_are_finite_and_not_negative(name, value):
 @pytest.mark.parametrize(
     "name", [n for n, hint in HINTS.items() if get_origin(hint) is Literal and n in MODEL_ARGUMENTS]
 )
-def test_choices_are_those_of_the_models(name):
-    """All that the configuration offers makes a model."""
+def test_models_accept_every_choice(name):
+    """Every choice that the configuration offers builds a model."""
     for value in get_args(HINTS[name]):
         config = TrainingConfig(**{name: value})
         DDPMFacesUNet(**config.unet_config())
         DDPMFacesScheduler(**config.scheduler_config())
 
 
-def test_yaml_of_a_run_holds_all_fields(tmp_path):
+def test_saved_yaml_holds_all_fields(tmp_path):
     TrainingConfig().save(tmp_path / "config.yaml")
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == asdict(TrainingConfig())
 
 
-def test_output_dir_may_begin_with_a_tilde(monkeypatch):
+def test_tilde_in_output_dir_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     assert TrainingConfig(output_dir="~/model").output_dir == "/home/somebody/model"
 
 
-def test_resolution_that_the_levels_do_not_divide_is_refused_by_its_own_name():
+def test_resolution_must_be_divisible_by_the_number_of_levels():
     with pytest.raises(ValueError, match=r"`resolution` must be a multiple of 4 .*, got \[50\]"):
         TrainingConfig(resolution=[50])
 
 
-def test_hyphens_will_do_for_underscores():
+def test_flags_accept_hyphens_for_underscores():
     config = parse_training_config(["--output-dir=my-model", "--learning-rate", "1e-4", "--random-flip"])
     assert (config.output_dir, config.learning_rate, config.random_flip) == ("my-model", 1e-4, True)

@@ -88,10 +88,10 @@ def test_outputs_are_equal(article, tmp_path, rename):
 def test_all_else_is_refused(article, tmp_path):
     path, state = tmp_path / "file.pt", article.state_dict()
     cases = [
-        (article, "holds more than tensors"),
-        ({"model": state}, "must hold a state dict, names and tensors: got a dict of model"),
+        (article, "contain only tensors"),
+        ({"model": state}, "must contain a state dict of names and tensors, got a dict of model"),
         ([1, 2], "got a list"),
-        ({}, "holds nothing"),
+        ({}, "contains an empty state dict"),
         ({**state, "extra.weight": torch.ones(3)}, "it has extra"),
         ({k: v for k, v in state.items() if not k.startswith("ups.2")}, "it has 5 such blocks"),
         (nn.Linear(2, 2).state_dict(), "it has 0 such blocks and, beside them, linear"),
@@ -103,7 +103,7 @@ def test_all_else_is_refused(article, tmp_path):
         with pytest.raises(ValueError, match=says):
             convert_checkpoint(path)
     path.write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match="must be a file of torch.save"):
+    with pytest.raises(ValueError, match="must be a file written by torch.save"):
         convert_checkpoint(path)
     with pytest.raises(ValueError, match="must be a file, got"):
         convert_checkpoint(tmp_path / "none.pt")

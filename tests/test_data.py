@@ -210,23 +210,23 @@ def test_broken_pictures_are_all_named(folder):
     (folder / "cut.png").write_bytes((folder / "1.PNG").read_bytes()[:900])
     (folder / "empty.jpg").touch()
     (folder / "text.jpeg").write_text("not a picture")
-    with pytest.raises(ValueError, match="3 of 6 pictures cannot be read") as error:
+    with pytest.raises(ValueError, match="3 of 6 images cannot be read") as error:
         load_faces(train_data_dir=str(folder), resolution=24)
     assert all(name in str(error.value) for name in ("cut.png", "empty.jpg", "text.jpeg"))
     assert "1.PNG" not in str(error.value)
-    assert "`skip_unreadable` leaves such pictures out" in str(error.value)
+    assert "Set `skip_unreadable` to skip such images" in str(error.value)
 
 
 def test_link_to_nowhere_is_named(folder):
     (folder / "lost.png").symlink_to(folder / "gone.png")
-    with pytest.raises(ValueError, match="(?s)1 of 4 pictures cannot be read.*lost.png: .*No such file"):
+    with pytest.raises(ValueError, match="(?s)1 of 4 images cannot be read.*lost.png: .*No such file"):
         load_faces(train_data_dir=str(folder), resolution=24)
 
 
 def test_broken_row_is_named(tmp_path):
     rows = {"image": [{"bytes": png(noise_picture()), "path": None}, {"bytes": b"junk", "path": "x/17.png"}, None]}
     Dataset.from_dict(rows, Features({"image": Image()})).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=r"(?s)2 of 3 .*row 1 \(.*17.png\): cannot.*row 2: no picture"):
+    with pytest.raises(ValueError, match=r"(?s)2 of 3 .*row 1 \(.*17.png\): cannot.*row 2: the image is missing"):
         load_faces(str(tmp_path), resolution=24, cache_dir=str(tmp_path / "c"))
 
 
@@ -235,9 +235,9 @@ def test_column_without_pictures(tmp_path):
     (tmp_path / "set").mkdir()
     rows = {"caption": ["a"], "face": [noise_picture()]}
     Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / "train.parquet")
-    with pytest.raises(ValueError, match="'caption' of .* Columns with pictures: face; all columns: caption, face"):
+    with pytest.raises(ValueError, match="'caption' of .* Columns with images: face; all columns: caption, face"):
         load_faces(str(tmp_path / "set"), image_column="caption", cache_dir=str(tmp_path / "c"))
-    with pytest.raises(ValueError, match="'picture' of .* Columns with pictures: face"):
+    with pytest.raises(ValueError, match="'picture' of .* Columns with images: face"):
         load_faces(str(tmp_path / "set"), image_column="picture", cache_dir=str(tmp_path / "c"))
 
 
@@ -245,14 +245,14 @@ def test_column_without_pictures(tmp_path):
     ("arguments", "message"),
     [
         ({"train_data_dir": "no/such/folder"}, "existing folder, got 'no/such/folder'"),
-        ({"dataset_name": "./no_such_folder"}, "neither a folder nor a name on the Hub"),
+        ({"dataset_name": "./no_such_folder"}, "must be an existing folder or a dataset on the Hub"),
         ({"dataset_name": "a", "train_data_dir": "b"}, "not both"),
         ({"channels": 2}, "one of 1, 3, 4, got 2"),
         ({"resolution": (8, 8, 8)}, "`resolution`"),
         ({"resolution": 0}, "`resolution`"),
         ({"max_images": 0}, "`max_images`"),
         ({"crop": "left"}, "`crop` must be one of 'center', 'random', got 'left'"),
-        ({"label_column": "age"}, "no attribute of drawn faces. These are: .*hair"),
+        ({"label_column": "age"}, "must be an attribute of drawn faces: .*hair"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -262,7 +262,7 @@ def test_bad_arguments(arguments, message):
 
 def test_empty_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="contains no images"):
         load_faces(train_data_dir=str(tmp_path))
 
 
@@ -381,7 +381,7 @@ def test_disk_that_takes_no_more(folder, tmp_path):
 
 def test_disk_without_room(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 3 * 3 * 24 * 24 - 1})())
-    with pytest.raises(ValueError, match="`cache_dir` .* has 5,183 bytes free, and the decoded pictures take 5,184"):
+    with pytest.raises(ValueError, match="`cache_dir` .* has 5,183 bytes free, and the decoded images need 5,184"):
         load_faces(train_data_dir=str(folder), resolution=24, cache_dir=str(tmp_path / "cache"))
 
 
@@ -393,7 +393,7 @@ def test_processes_share_the_work(folder, tmp_path):
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     outputs = [process.communicate() for process in processes]
     assert outputs[0][0] == outputs[1][0] != b""
-    assert sum(b"Reading pictures" in errors for _, errors in outputs) == 1
+    assert sum(b"Reading images" in errors for _, errors in outputs) == 1
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])
@@ -464,7 +464,7 @@ def test_hold_out_depends_on_the_content_alone():
     shuffled = np.random.default_rng(0).permutation(50)
     assert set(numbers_of(hold_out(numbered(shuffled), 7)[1])) == set(held_out)
     assert set(numbers_of(hold_out(numbered(range(50)), 8)[1])) > set(held_out)
-    assert hold_out(numbered(range(50)), 7)[0].names([0]) == [f"picture {rest[0]}"]
+    assert hold_out(numbered(range(50)), 7)[0].names([0]) == [f"image {rest[0]}"]
     for wrong in (50, -1):
         with pytest.raises(ValueError, match=f"from 0 to 49, got {wrong}"):
             hold_out(numbered(range(50)), wrong)
@@ -497,7 +497,7 @@ def test_duplicates_are_on_one_side(copies):
     # A copy that comes later changes nothing.
     before = set(numbers_of(hold_out(numbered(range(50)), 10)[1]))
     assert set(numbers_of(hold_out(numbered(have), 10)[1])) == before
-    with pytest.raises(ValueError, match="from 0 to 0, got 1: there are 1 distinct pictures"):
+    with pytest.raises(ValueError, match="from 0 to 0, got 1: there are 1 distinct images"):
         hold_out(numbered([3] * 20), 1)
 
 
@@ -578,7 +578,7 @@ def test_classes_are_numbered_as_in_another_data_set():
     relabelled = dataset.subset([2, 1]).relabelled(["bees", "cats", "dogs"])
     assert relabelled.labels.tolist() == [1, 2]
     assert dataset.labels.tolist() == [0, 1, 0]
-    with pytest.raises(ValueError, match="Classes cats are not among those of the training"):
+    with pytest.raises(ValueError, match="Classes cats are not among the training classes"):
         dataset.relabelled(["bees", "dogs"])
     assert dataset.subset([1]).relabelled(["bees", "dogs"]).labels.tolist() == [1]  # there is no cat
 
@@ -609,14 +609,14 @@ def test_the_log_names_ten_of_many(folder, caplog):
     with caplog.at_level(logging.WARNING):
         dataset = load_faces(train_data_dir=str(folder), resolution=24, skip_unreadable=True)
     assert (len(dataset), len(dataset.unreadable)) == (3, 12)
-    assert "12 pictures cannot be read" in caplog.text
+    assert "Skipped 12 images that cannot be read" in caplog.text
     assert caplog.text.count(".png: ") == 10
     assert "and 2 more" in caplog.text
 
 
 def test_nothing_readable(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
-    with pytest.raises(ValueError, match="1 of 1 pictures cannot be read"):
+    with pytest.raises(ValueError, match="1 of 1 images cannot be read"):
         load_faces(train_data_dir=str(tmp_path), resolution=24, skip_unreadable=True)
 
 

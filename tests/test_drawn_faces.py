@@ -146,12 +146,12 @@ def test_sequence_protocol():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: draw_face(-1), "`index` must be an integer of at least 0, but is -1"),
-        (lambda: draw_face(0, resolution=7), "`resolution` must be an integer of at least 8, but is 7"),
-        (lambda: draw_face(0, resolution=32.0), "`resolution` must be an integer of at least 8, but is 32.0"),
-        (lambda: face_attributes(0, seed="a"), "`seed` must be an integer of at least 0, but is 'a'"),
-        (lambda: DrawnFaces(num_images=0), "`num_images` must be an integer of at least 1, but is 0"),
-        (lambda: DrawnFaces(resolution=True), "`resolution` must be an integer of at least 8, but is True"),
+        (lambda: draw_face(-1), "`index` must be an integer of at least 0, got -1"),
+        (lambda: draw_face(0, resolution=7), "`resolution` must be an integer of at least 8, got 7"),
+        (lambda: draw_face(0, resolution=32.0), "`resolution` must be an integer of at least 8, got 32.0"),
+        (lambda: face_attributes(0, seed="a"), "`seed` must be an integer of at least 0, got 'a'"),
+        (lambda: DrawnFaces(num_images=0), "`num_images` must be an integer of at least 1, got 0"),
+        (lambda: DrawnFaces(resolution=True), "`resolution` must be an integer of at least 8, got True"),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -326,16 +326,16 @@ def test_file_of_figures(tmp_path):
     assert read_metrics(path)["metrics"] == [FIGURE]
     for text in ("{", "[]", '{"metrics": [{}]}', '{"metrics": 3}', "{}"):
         path.write_text(text)
-        with pytest.raises(ValueError, match="holds no metrics of `ddpm-faces evaluate`"):
+        with pytest.raises(ValueError, match="does not contain metrics of `ddpm-faces evaluate`"):
             read_metrics(path)
     path.write_text("not JSON")
-    with pytest.raises(ValueError, match="is no JSON, and is not overwritten"):
+    with pytest.raises(ValueError, match="is not JSON, and will not be overwritten"):
         write_metrics(path, {"metrics": [FIGURE]})
     assert path.read_text() == "not JSON"
     path.write_text("[1]")
-    with pytest.raises(ValueError, match="must hold a JSON object, and is not overwritten: it holds a list"):
+    with pytest.raises(ValueError, match="must contain a JSON object, got a list, and will not be overwritten"):
         write_metrics(path, {"metrics": [FIGURE]})
-    with pytest.raises(ValueError, match="there is no folder"):
+    with pytest.raises(ValueError, match="the folder .* does not exist"):
         check_metrics_file(tmp_path / "none" / "metrics.json")
 
 
@@ -350,24 +350,27 @@ class Never(MetricNetworks):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_images": 19}, "`num_images` must be a whole number of at least 20, got 19"),
-        ({"num_images": True}, "`num_images` must be a whole number of at least 20, got True"),
+        ({"num_images": 19}, "`num_images` must be an integer of at least 20, got 19"),
+        ({"num_images": True}, "`num_images` must be an integer of at least 20, got True"),
         ({"sampler": "euler"}, "`sampler` must be one of 'ddpm', 'dpm-solver\\+\\+', got 'euler'"),
-        ({"num_inference_steps": 0}, "`num_inference_steps` must be a whole number of at least 1, got 0"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be an integer of at least 1, got 0"),
         ({"num_inference_steps": 11}, "`num_inference_steps` must be from 1 to 10, .*, got 11"),
-        ({"sigma_min": 0.1}, "`sigma_min` is for the sampler 'dpm-solver\\+\\+', not 'ddpm', got 0.1"),
-        ({"epsilon_scaling": 1.01}, "`epsilon_scaling` is for the sampler 'dpm-solver\\+\\+', not 'ddpm', got 1.01"),
+        ({"sigma_min": 0.1}, "`sigma_min` needs the sampler 'dpm-solver\\+\\+', but the sampler is 'ddpm'"),
+        (
+            {"epsilon_scaling": 1.01},
+            "`epsilon_scaling` needs the sampler 'dpm-solver\\+\\+', but the sampler is 'ddpm'",
+        ),
         ({"sigma_min": 1, "sampler": "dpm-solver++"}, "`sigma_min` must lie in \\(0, 1\\), got 1"),
         ({"guidance_scale": 1.5}, "`guidance_scale` must be 1 for a model without a guide, got 1.5"),
         ({"guidance_scale": -1}, "`guidance_scale` must be a number of at least 0, got -1"),
-        ({"guide": tiny()}, "`guidance_scale` must be given with `guide`"),
+        ({"guide": tiny()}, "`guide` needs a `guidance_scale`"),
         ({"guide": tiny(channels=1), "guidance_scale": 1.5}, "`guide` must be of images of the shape"),
-        ({"seed": -1}, "`seed` must be a whole number of at least 0, got -1"),
-        ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, got 0"),
-        ({"num_likelihood_images": 1}, "`num_likelihood_images` must be 0 or a whole number of at least 2, got 1"),
-        ({"num_likelihood_images": True}, "`num_likelihood_images` must be 0 or a whole number of at least 2, got Tr"),
+        ({"seed": -1}, "`seed` must be an integer of at least 0, got -1"),
+        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
+        ({"num_likelihood_images": 1}, "`num_likelihood_images` must be 0 or an integer of at least 2, got 1"),
+        ({"num_likelihood_images": True}, "`num_likelihood_images` must be 0 or an integer of at least 2, got Tr"),
         ({"num_likelihood_images": 41}, "`num_likelihood_images` must be at most the number .* read, 40, got 41"),
-        ({"num_images": 41}, "`data` must have at least 41 pictures, as many as `num_images`, has 40"),
+        ({"num_images": 41}, "`data` must have at least 41 images as set by `num_images`, has 40"),
     ],
 )
 def test_bad_arguments(folder, arguments, message):
@@ -390,19 +393,19 @@ def test_bad_pictures(folder, tmp_path):
         evaluate(tiny(channels=4), str(folder), networks=Never())
     for path in sorted(folder.iterdir())[19:]:
         path.unlink()
-    with pytest.raises(ValueError, match="`source` must have at least 20 pictures, or metrics mean nothing, has 19"):
+    with pytest.raises(ValueError, match="`source` must have at least 20 images for meaningful metrics, has 19"):
         evaluate(folder, None, networks=Never())
-    with pytest.raises(ValueError, match="`data` must have at least 20 pictures, or metrics mean nothing, has 19"):
+    with pytest.raises(ValueError, match="`data` must have at least 20 images for meaningful metrics, has 19"):
         evaluate(tiny(), str(folder), networks=Never())
     (folder / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match="holds files that are no pictures: notes.txt"):
+    with pytest.raises(ValueError, match="contains files that are not images: notes.txt"):
         evaluate(folder, None, networks=Never())
     (folder / "notes.txt").rename(folder / "notes.png")
     with pytest.raises(ValueError, match="notes.png cannot be read"):
         evaluate(folder, None, networks=Never())
     Image.new("RGB", (16, 24)).save(folder / "notes.png")
-    with pytest.raises(ValueError, match="pictures of one size, got 00.png of 16x16, notes.png of 16x24"):
+    with pytest.raises(ValueError, match="images of the same size, got 00.png of 16x16, notes.png of 16x24"):
         evaluate(folder, None, networks=Never())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds neither a pipeline nor pictures"):
+    with pytest.raises(ValueError, match="contains neither a pipeline nor images"):
         evaluate(tmp_path / "empty", None, networks=Never())

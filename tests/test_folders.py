@@ -112,8 +112,8 @@ def test_folders_that_may_not_be_read_are_named(folder, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(os, "scandir", scandir)
     assert read(folder, tmp_path) == READ
-    assert "2 folders that may not be read (c/secret, private)" in caplog.text
-    with pytest.raises(ValueError, match="private' may not be read: .*Permission denied"):
+    assert "2 folders that cannot be read (c/secret, private)" in caplog.text
+    with pytest.raises(ValueError, match="private' cannot be read: .*Permission denied"):
         load_faces(train_data_dir=str(folder / "private"))
 
 
@@ -146,12 +146,12 @@ def test_what_is_left_out_is_counted_and_named_in_one_line(folder, tmp_path, cap
     (folder / "run" / "training_config.yaml").touch()
     with caplog.at_level(logging.INFO):
         load_faces(train_data_dir=str(folder), resolution=8, cache_dir=str(tmp_path / "cache"))
-    (record,) = [record for record in caplog.records if "Left out" in record.message]
+    (record,) = [record for record in caplog.records if "Not read from" in record.message]
     assert record.levelno == logging.WARNING
     assert record.message == (
-        f"Left out of {folder}: 1 without an ending, 1 .cr2 (raw photos: export them as JPEG or TIFF), "
+        f"Not read from {folder}: 1 without an extension, 1 .cr2 (raw photos: export them as JPEG or TIFF), "
         "2 .heic (install pillow-heif), 1 .svg, 1 .txt, 1 .zip (`dataset_name` reads these), "
-        "1 folder with the output of training or of a pipeline (run)"
+        "1 folder with output of training or of a pipeline (run)"
     )
 
 
@@ -160,13 +160,13 @@ def test_files_that_hold_no_images_are_no_warning(folder, tmp_path, caplog):
     (folder / "a.jpg.json").touch()
     with caplog.at_level(logging.WARNING):
         load_faces(train_data_dir=str(folder), resolution=8, cache_dir=str(tmp_path / "cache"))
-    assert "Left out" not in caplog.text
+    assert "Not read from" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["x.heic", "x.NEF", "x"])
 def test_a_folder_of_nothing_that_is_read_says_what_is_there(tmp_path, name):
     (tmp_path / name).write_bytes(b"\0" * 20)
-    with pytest.raises(ValueError, match=r"holds no pictures .* Left out: 1 (\.heic \(install|\.nef \(raw|without)"):
+    with pytest.raises(ValueError, match=r"contains no images .* Not read: 1 (\.heic \(install|\.nef \(raw|without)"):
         load_faces(train_data_dir=str(tmp_path))
 
 
@@ -197,7 +197,7 @@ def test_output_of_a_run_within_the_folder_is_not_trained_on(folder, tmp_path, c
     picture(output / "samples.png")
     picture(output / "samples" / "0000000008.png")
     assert read(folder, tmp_path) == READ
-    assert "1 folder with the output of training or of a pipeline (c/ddpm-faces-model)" in caplog.text
+    assert "1 folder with output of training or of a pipeline (c/ddpm-faces-model)" in caplog.text
 
 
 def test_output_of_a_run_in_the_folder_itself_is_not_trained_on(folder, tmp_path):

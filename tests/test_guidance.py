@@ -25,7 +25,9 @@ def test_what_training_said_of_its_guide_and_pictures_holds_no_more(pipeline, tm
 def test_damaged_summary_is_named_before_anything_is_written(pipeline, tmp_path, text):
     pipeline.save_pretrained(tmp_path)
     (tmp_path / "training_summary.json").write_text(text)
-    with pytest.raises(ValueError, match="training_summary.json (cannot be read|must hold a JSON object, got list)"):
+    with pytest.raises(
+        ValueError, match="training_summary.json (cannot be read|must contain a JSON object, got list)"
+    ):
         save_guide(tmp_path, a_guide(1), 1.5)
     assert guide_of(tmp_path) == (None, 1)
     assert not (tmp_path / "guide").exists()

@@ -84,7 +84,7 @@ def test_what_is_published(server, published):
         {"split": "train", "path": "data/train-*"},
         {"split": "test", "path": "data/test-*"},
     ]
-    for text in ("10 faces of 16x16 pixels (RGB)", "`train`: 8 pictures", "Classes: old, young", "Whose faces"):
+    for text in ("10 faces of 16x16 pixels (RGB)", "`train`: 8 images", "Classes: old, young", "Whose faces"):
         assert text in card
     for text in ("{{", "None", OWNER_TOKEN):
         assert text not in card
@@ -138,7 +138,7 @@ def test_publishing_again_keeps_what_a_person_wrote(server, client, pictures):
     repo = server.repos["datasets", "owner/album"]
     assert set(repo.files) == {"README.md", "data/train-00000-of-00001.parquet", "thanks.txt"}
     card = repo.files["README.md"].decode()
-    card = card.replace("Say here where the pictures come from", "They are of my family").replace("10 faces", "Many")
+    card = card.replace("State here where the images come from", "They are of my family").replace("10 faces", "Many")
     server.put("datasets", "owner/album", {"README.md": card.encode()})
     outcome = client.run(PREPARE, OWNER_TOKEN, **{**publish, "settings": {"num_test_images": 1}})
     assert outcome.error is None, outcome.output

@@ -348,11 +348,11 @@ def never(images):
     [
         (torch.zeros(20, 3, 8, 8), r"`images` must be of type uint8 .*, got torch.float32 and \(20, 3, 8, 8\)"),
         (torch.zeros(20, 1, 8, 8, dtype=torch.uint8), r"\(num_images, 3, height, width\), got .*\(20, 1, 8, 8\)"),
-        (torch.zeros(0, 3, 8, 8, dtype=torch.uint8), "`images` must hold at least 1 picture, got none"),
+        (torch.zeros(0, 3, 8, 8, dtype=torch.uint8), "`images` must contain at least 1 image, got none"),
         ([Image.new("RGB", (8, 8))] * 10 + [Image.new("RGB", (8, 9))] * 10, r"`images` .* of \(8, 8\) and \(9, 8\)"),
         (
             np.zeros((20, 8, 8, 3), dtype=np.uint8),
-            "`images` must be a tensor or a list of PIL pictures, got a ndarray",
+            "`images` must be a tensor or a list of PIL images, got a ndarray",
         ),
     ],
 )
@@ -363,7 +363,7 @@ def test_bad_pictures(images, message):
 
 def test_bad_extractor_and_batch_size():
     images = torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="`images` must hold at least 1 picture, got none"):
+    with pytest.raises(ValueError, match="`images` must contain at least 1 image, got none"):
         channel_statistics([])
     with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
         extract_features(images, never, batch_size=0)
@@ -375,11 +375,15 @@ def test_bad_extractor_and_batch_size():
 @pytest.mark.parametrize(
     ("features", "reference", "message"),
     [
-        (torch.zeros(20, 4), torch.zeros(20, 5), "`features` and `reference` must have as many columns, got 4 and 5"),
+        (
+            torch.zeros(20, 4),
+            torch.zeros(20, 5),
+            "`features` and `reference` must have the same number of columns, got 4 and 5",
+        ),
         (torch.zeros(20, 4, 2), torch.zeros(20, 4), r"`features` must be .*, got torch.float32 and \(20, 4, 2\)"),
         (torch.zeros(20, 4), torch.zeros(20, 4).int(), "`reference` must be floating point .*, got torch.int32"),
         (torch.full((20, 4), torch.nan), torch.zeros(20, 4), "`features` must be finite"),
-        (torch.zeros(1, 4), torch.zeros(20, 4), "`features` must hold at least (2|20) rows, got 1"),
+        (torch.zeros(1, 4), torch.zeros(20, 4), "`features` must have at least (2|20) rows, got 1"),
     ],
 )
 def test_bad_features(distance, features, reference, message):
@@ -393,5 +397,5 @@ def test_bad_subsets():
         kernel_distance(rows, rows, subset_size=1)
     with pytest.raises(ValueError, match="`num_subsets` must be at least 2, got 1"):
         kernel_distance(rows, rows, num_subsets=1)
-    with pytest.raises(ValueError, match="`features` must hold at least 60 rows, got 50"):
+    with pytest.raises(ValueError, match="`features` must have at least 60 rows, got 50"):
         kernel_distance(rows, rows, subset_size=6)

@@ -198,7 +198,7 @@ def test_bad_input():
         DDPMFacesObjective(DDPMFacesScheduler(), bound_weight=-1)
     with pytest.raises(ValueError, match="`snr_gamma` must be positive or None, got 0"):
         DDPMFacesObjective(DDPMFacesScheduler(), snr_gamma=0)
-    with pytest.raises(ValueError, match="`snr_gamma` is a weight of `loss_type` 'l2', got 'l1'"):
+    with pytest.raises(ValueError, match="`snr_gamma` needs the `loss_type` 'l2', got 'l1'"):
         DDPMFacesObjective(DDPMFacesScheduler(), loss_type="l1", snr_gamma=5.0)
 
 

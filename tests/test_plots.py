@@ -28,7 +28,7 @@ def test_grid_is_square_or_wider(count, columns):
 
 @pytest.mark.parametrize(
     ("images", "message"),
-    [([], "at least one"), ([tile(0), tile(0, (4, 4))], r"of one size, got \[\(4, 3\), \(4, 4\)")],
+    [([], "at least one"), ([tile(0), tile(0, (4, 4))], r"have the same size, got \[\(4, 3\), \(4, 4\)")],
 )
 def test_grid_of_bad_input(images, message):
     with pytest.raises(ValueError, match=message):

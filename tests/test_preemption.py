@@ -38,7 +38,7 @@ def test_signals_are_remembered(name):
     preemption = Preemption()
     assert preemption.reason() is None
     os.kill(os.getpid(), getattr(signal, name))
-    assert preemption.reason() == f"it received {name}"
+    assert preemption.reason() == f"received {name}"
 
 
 def test_second_interrupt_ends_the_process(clock):
@@ -48,7 +48,7 @@ def test_second_interrupt_ends_the_process(clock):
     clock.now += 3
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
-    assert preemption.reason() == "it received SIGINT"
+    assert preemption.reason() == "received SIGINT"
 
 
 def test_time_limit_leaves_room_for_the_save_and_the_slowest_step(clock):
@@ -61,7 +61,7 @@ def test_time_limit_leaves_room_for_the_save_and_the_slowest_step(clock):
     preemption._last_check = clock.now - 5
     assert preemption.reason() is None
     clock.now += 2
-    assert preemption.reason() == "its time limit is near"
+    assert preemption.reason() == "the time limit is near"
 
 
 def test_no_limit(clock):
@@ -91,5 +91,5 @@ def test_thread_has_a_time_limit_and_no_handlers(clock):
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert reasons == ["its time limit is near"]
+    assert reasons == ["the time limit is near"]
     assert signal.getsignal(signal.SIGTERM) == before

@@ -64,7 +64,7 @@ def test_bad_input(pictures, tmp_path):
         prepare("no/such/set", tmp_path / "set", num_test_images=-1)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
-    with pytest.raises(ValueError, match="must be a new or an empty folder"):
+    with pytest.raises(ValueError, match="must be a new or empty folder"):
         prepare(str(pictures), tmp_path / "full", cache_dir=str(tmp_path / "cache"))
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
     assert not (tmp_path / "set").exists()

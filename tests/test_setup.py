@@ -32,5 +32,5 @@ def test_waiting_run_makes_the_folder_anew_that_the_other_took_away(tmp_path, mo
 
 def test_folder_of_a_run_that_is_still_going_on(tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "LOCK_SECONDS", 0)
-    with locked(str(tmp_path), True), pytest.raises(SetupError, match="belongs to a run that is still going on"):
+    with locked(str(tmp_path), True), pytest.raises(SetupError, match="is in use by another run"):
         locked(str(tmp_path), True).__enter__()

@@ -246,7 +246,7 @@ def test_going_on_reads_one_block_again_and_decodes_nothing_twice():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_workers": 1}, "epoch 1 anew, for `num_workers` was 2 and is 1"),
+        ({"num_workers": 1}, "epoch 1 anew, because `num_workers` was 2 and is 1"),
         ({"num_processes": 2}, "`num_processes` was 1 and is 2"),
         ({"num_processes": 2, "process_index": 1}, "`process_index` was 0 and is 1"),
         ({"block_size": 8}, "`block_size` was 4 and is 8"),
@@ -286,7 +286,7 @@ def broken(tmp_path) -> datasets.IterableDataset:
 
 
 def test_unreadable_picture_is_named(broken):
-    with pytest.raises(ValueError, match=r"A picture cannot be read: epoch 0, process 0, worker 0, row [357]"):
+    with pytest.raises(ValueError, match=r"An image cannot be read: epoch 0, process 0, worker 0, row [357]"):
         first(make_stream(broken), 2)
 
 
@@ -301,7 +301,7 @@ def test_unreadable_pictures_are_skipped_counted_and_named(broken):
     reasons = sorted(name.split("row ")[1] for name in skipped if name.startswith("epoch 0,"))
     assert [reason[0] for reason in reasons] == ["3", "5", "7"]
     assert "(5.png): cannot identify" in reasons[1]
-    assert reasons[2] == "7: no picture"
+    assert reasons[2] == "7: the image is missing"
 
     resumed = make_stream(broken, skip_unreadable=True, batch_size=3, block_size=3)
     resumed.load_state_dict(state)
@@ -333,7 +333,7 @@ def test_epoch_that_is_readable_before_the_place_only(tmp_path):
 def test_empty_stream(tmp_path):
     with pytest.raises(ValueError, match="no readable image in its 0 rows"):
         first(make_stream(parquet(tmp_path, [])), 1)
-    with pytest.raises(ValueError, match="The data set is empty"):
+    with pytest.raises(ValueError, match="The dataset is empty"):
         make_stream(datasets.IterableDataset.from_generator(lambda: iter(())))
 
 
@@ -349,8 +349,8 @@ def test_process_without_a_row(tmp_path):
         ({"batch_size": 0}, "at least 1, got 0 and 4"),
         ({"block_size": 0}, "at least 1, got 5 and 0"),
         ({"process_index": 2, "num_processes": 2}, "must be 0 to 1, got 2"),
-        ({"image_column": "label"}, "'label' of .* Columns with pictures: image; all columns: image, label"),
-        ({"label_column": "image"}, "'image' of .* holds no whole numbers or class labels. Columns that do: label"),
+        ({"image_column": "label"}, "'label' of .* Columns with images: image; all columns: image, label"),
+        ({"label_column": "image"}, "'image' of .* contains no integers or class labels. Columns that do: label"),
         ({"label_column": "age"}, "'age' of .* Columns that do: label"),
     ],
 )
@@ -385,9 +385,7 @@ def test_stream_without_types_is_known_by_its_first_row(as_picture: Callable):
     batches = first(make_stream(dataset, label_column="label"), 2)
     assert sorted(numbers(batches)) == list(range(10))
     assert torch.cat([batch["labels"] for batch in batches]).tolist() == [number % 3 for number in numbers(batches)]
-    with pytest.raises(
-        ValueError, match="'caption' .* Columns with pictures: face; all columns: caption, face, label"
-    ):
+    with pytest.raises(ValueError, match="'caption' .* Columns with images: face; all columns: caption, face, label"):
         make_stream(dataset, image_column="caption")
 
 

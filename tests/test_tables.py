@@ -110,7 +110,7 @@ def test_images_come_before_binary_columns_and_binary_columns_that_hold_none_are
     values = {"mask": [b"junk"] * 2, "face": [png(0), png(1)]}
     rows(values, {"mask": Value("binary"), "face": datasets.Image()}).to_parquet(folder / "a.parquet")
     assert read(folder, tmp_path) == [0, 1]
-    with pytest.raises(ValueError, match="2 of 2 pictures cannot be read"):
+    with pytest.raises(ValueError, match="2 of 2 images cannot be read"):
         load_faces(train_data_dir=str(folder), image_column="mask", cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"row [01]: cannot identify"):
         next(open_stream(train_data_dir=str(folder), image_column="mask", batch_size=1).batches())
@@ -132,7 +132,7 @@ def test_what_save_to_disk_writes(folder, tmp_path):
     assert read(folder / "two", tmp_path, split="test") == [50, 51, 52, 53]
     assert read(folder / "two", tmp_path, dataset_name=str(folder / "two"), split="train[1:3]") == [1, 2]
     assert read(folder / "two", tmp_path, split="train[75%:]+test[:1]") == [3, 50]
-    with pytest.raises(ValueError, match="`split` 'validation' is not in .*two'. Splits: train, test"):
+    with pytest.raises(ValueError, match="`split` 'validation' does not exist in .*two'. Splits: train, test"):
         load_faces(str(folder / "two"), split="validation")
 
 
@@ -184,7 +184,7 @@ def labelled(folder: Path, feature, values: list) -> str:
 def test_labels_of_no_class_are_named_in_a_stream(folder, feature, values, num_class_embeds, message):
     settings = {"label_column": "y", "num_class_embeds": num_class_embeds, "batch_size": 1}
     source = labelled(folder, feature, values)
-    with pytest.raises(ValueError, match=f"A picture cannot be read: .*{message}"):
+    with pytest.raises(ValueError, match=f"An image cannot be read: .*{message}"):
         list(islice(open_stream(source, **settings).batches(), 3))
     batches = list(islice(open_stream(source, **settings, skip_unreadable=True).batches(), 4))
     assert sorted(batch["labels"].item() for batch in batches) == [0, 0, 1, 1]
@@ -192,7 +192,7 @@ def test_labels_of_no_class_are_named_in_a_stream(folder, feature, values, num_c
 
 def test_more_class_names_than_classes_are_refused_before_a_stream_is_read(folder):
     source = labelled(folder, ClassLabel(names=["a", "b", "c"]), [0, 1, 2])
-    with pytest.raises(ValueError, match="`num_class_embeds` is 2, but there are 3 classes"):
+    with pytest.raises(ValueError, match=r"`num_class_embeds` must be at least the number of classes \(3\), got 2"):
         open_stream(source, label_column="y", num_class_embeds=2)
     (batch,) = islice(open_stream(source, label_column="y", num_class_embeds=5, batch_size=3).batches(), 1)
     assert sorted(batch["labels"].tolist()) == [0, 1, 2]

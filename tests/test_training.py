@@ -309,12 +309,12 @@ def test_guide_without_averages_and_of_a_run_that_no_longer_wants_one(tmp_path):
     run = tmp_path / "run"
     fail(run, 1, {"in_step": {"at": 72}}, guidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
     output = succeed(run, guidance_scale=1, use_ema="false", checkpoints_total_limit=9)
-    assert "`guidance_scale` was 1.5 and is 1.0: nothing that is learned changes" in output
+    assert "`guidance_scale` was 1.5 and is 1.0: the learned weights are not affected" in output
     assert DDPMFacesPipeline.from_pretrained(run).guide is None
     # The last checkpoint has none, so none comes back; the one after 64 images has that of a quarter of the run.
     output = succeed(run, guidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
-    assert "Note: No guide was kept after 24 images, and the run is past that point." in output
-    assert "Note: the pipeline has no guide: none was kept after 24 images" in output
+    assert "Note: The run kept no guide after 24 images, and it is past that point." in output
+    assert "Note: the pipeline has no guide, because the run kept none after 24 images" in output
     assert json.loads((run / "training_summary.json").read_text())["guidance_scale"] == 1
     shutil.rmtree(run / "checkpoint-0000000096")
     succeed(run, guidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
@@ -374,16 +374,16 @@ def test_killed_run_goes_on_bit_for_bit(tmp_path, parquet, num_processes, source
 # Each fault, what the run says, and the newest checkpoint that it leaves. The steps are of 8 images, checkpoints are
 # due after 48 and 96, and after 32 and 64, where the held-out loss is the best so far.
 LINEAGE = [
-    ({"in_step": {"at": 0, "signal": "SIGTERM"}}, "Stopped after 8 of 96 images, for it received SIGTERM", 8),
-    ({"in_step": {"at": 8, "signal": "SIGINT"}}, "Stopped after 16 of 96 images, for it received SIGINT", 16),
-    ({"in_step": {"at": 16, "signal": "SIGUSR1"}}, "Stopped after 24 of 96 images, for it received SIGUSR1", 24),
-    ({"in_step": {"at": 24, "signal": "SIGUSR1"}}, "Stopped after 32 of 96 images, for it received SIGUSR1", 32),
+    ({"in_step": {"at": 0, "signal": "SIGTERM"}}, "Preempted after 8 of 96 images: received SIGTERM", 8),
+    ({"in_step": {"at": 8, "signal": "SIGINT"}}, "Preempted after 16 of 96 images: received SIGINT", 16),
+    ({"in_step": {"at": 16, "signal": "SIGUSR1"}}, "Preempted after 24 of 96 images: received SIGUSR1", 24),
+    ({"in_step": {"at": 24, "signal": "SIGUSR1"}}, "Preempted after 32 of 96 images: received SIGUSR1", 32),
     ({"in_save": {"stage": "before_prune", "at": 48, "step": 8}}, "after 32 images", 48),
     ({"in_step": {"at": 56}, "cut_log": True}, "after 48 images", 48),
     ({"in_save": {"stage": "before_commit", "at": 64, "step": 8}}, "after 48 images", 48),
     ({"in_save": {"stage": "before_state", "at": 64, "step": 8}}, "after 48 images", 48),
     ({"disk_full": {"from": 64, "to": 97, "bytes": 20_000}}, "could not be saved", 48),
-    ({"age_minutes": 60}, "Stopped after 56 of 96 images, for its time limit is near", 56),
+    ({"age_minutes": 60}, "Preempted after 56 of 96 images: the time limit is near", 56),
     ({"in_step": {"at": 64, "signal": "SIGKILL", "target": "launcher"}}, "after 56 images", 72),
 ]
 
@@ -396,7 +396,7 @@ def test_run_that_meets_each_fault_equals_the_one_that_met_none(finished, tmp_pa
         limit = {"time_limit_minutes": 60} if "age_minutes" in fault else {}
         output = fail(run, 1, fault, launch="target" in fault.get("in_step", {}), **limit)
         assert message in output, (fault, output)
-        if "Stopped" in message:
+        if "Preempted" in message:
             assert f"exit status {EXIT_PREEMPTED}" in output
         # What lost its launcher hears of it within the step, or the next.
         slack = 8 if fault.get("in_step", {}).get("target") == "launcher" else 0
@@ -417,7 +417,7 @@ def test_full_disk_for_a_while_loses_nothing(finished, tmp_path):
     result = train(run, 1, {"disk_full": {"from": 48, "to": 96, "bytes": 20_000}})
     assert result.returncode == 0, result.stderr
     assert "could not be saved" in result.stderr
-    assert "The run goes on" in result.stderr
+    assert "The run continues" in result.stderr
     assert checkpoint_names(run) == [32, 96]
     assert_same_run(run, finished)
 
@@ -436,7 +436,7 @@ def test_damaged_checkpoint_is_set_aside_and_the_one_before_taken(finished, tmp_
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
     output = succeed(run)
     assert f"Warning: {run / 'checkpoint-0000000096'} is damaged: optimizer.bin has " in output
-    assert "Going on from" in output
+    assert "Resuming from" in output
     assert "after 64 images" in output
     assert_same_run(run, finished)
     assert (run / "damaged-checkpoint-0000000096").is_dir()
@@ -500,7 +500,7 @@ def test_damaged_best_checkpoint_leaves_the_last_weights(tmp_path):
     best = run / f"checkpoint-{min(losses, key=losses.get):010d}" / "model.safetensors"
     best.write_bytes(best.read_bytes()[:-1])
     assert "model.safetensors has " in (output := succeed(run, **settings))
-    assert "these weights stay." in output
+    assert "the pipeline has the latest weights." in output
 
 
 # Preemption
@@ -563,7 +563,7 @@ def test_two_runs_in_one_folder(finished, tmp_path):
     try:
         assert holder.stdout.readline() == b"held\n"
         faults = {"lock_timeout": 0.1}
-        assert "belongs to a run that is still going on" in fail(run, 1, faults)
+        assert "is in use by another run" in fail(run, 1, faults)
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
@@ -643,7 +643,7 @@ def test_resume_with_another_layout_says_so(finished, tmp_path):
     assert "processes 1 -> 2" in output
     assert "`learning_rate` was 0.001 and is 0.0005: the new value applies from here on" in output
     assert "`num_drawn_images` was 40 and is 44" in output
-    assert "The images are not those" in output
+    assert "The training images have changed" in output
     assert read_log(run)[-2]["learning_rate"] == pytest.approx(read_log(finished)[-2]["learning_rate"] / 2)
 
 
@@ -652,7 +652,7 @@ def test_stream_resumed_with_another_number_of_processes(tmp_path, parquet):
     run = tmp_path / "run"
     settings = {**SOURCES["stream"], "dataset_name": parquet}
     fail(run, 2, {"in_step": {"at": 72}}, **settings)
-    assert re.search(r"begins epoch 1 anew, for `num_processes` was 2 and is 1", succeed(run, 1, **settings))
+    assert re.search(r"begins epoch 1 anew, because `num_processes` was 2 and is 1", succeed(run, 1, **settings))
 
 
 # What is not finite
@@ -662,7 +662,7 @@ def test_nonfinite_steps_are_skipped_counted_and_named(tmp_path):
     """Two of them, on one of two processes; after the second, the run has to make room and goes on."""
     run = tmp_path / "run"
     faults = {"nan": {"from": 32, "to": 48, "rank": 1, "picture": 2}, "in_step": {"at": 40, "signal": "SIGTERM"}}
-    assert "Stopped after 48 of 96 images" in fail(run, 2, faults)
+    assert "Preempted after 48 of 96 images" in fail(run, 2, faults)
     succeed(run, 2)
     log = read_log(run)
     assert [entry["skipped_steps"] for entry in log] == [0, 0, 2, 2, 2, 2]
@@ -681,8 +681,8 @@ def test_run_that_learns_nothing_stops(finished, tmp_path):
     run = tmp_path / "run"
     output = fail(run, 1, {"nan": {"from": 48, "to": 1000}}, max_nonfinite_steps=3, validate_every_images=0, **ARTICLE)
     assert f"exit status {EXIT_NONFINITE}" in output
-    assert re.search(r"3 steps in a row .* last good checkpoint stands: .*checkpoint-0000000048", output)
-    assert re.search(r"skipped: its gradient norm is nan.*drawn face \d+ at timestep \d+", output)
+    assert re.search(r"3 steps in a row .* Last good checkpoint: .*checkpoint-0000000048", output)
+    assert re.search(r"Skipped the step .* its gradient norm is nan.*drawn face \d+ at timestep \d+", output)
     assert checkpoint_names(run) == [48]
     assert not (run / "model_index.json").exists()
     assert all(value.isfinite().all() for value in load_file(list_checkpoints(run)[0] / "model.safetensors").values())
@@ -693,7 +693,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_published(tmp_path):
     run = tmp_path / "run"
     output = fail(run, 1, learning_rate=1e39, lr_warmup_images=0, max_nonfinite_steps=100)
     assert f"exit status {EXIT_NONFINITE}" in output
-    assert "Weights are not finite after 48 images. They are not saved" in output
+    assert "The weights are not finite after 48 images and were not saved" in output
     assert checkpoint_names(run) == []
     assert not (run / "model_index.json").exists()
 
@@ -716,7 +716,7 @@ def test_unreadable_pictures(pictures, tmp_path):
     (pictures / "cats" / "broken.png").write_bytes(b"no picture")
     settings = {"train_data_dir": pictures, "max_train_images": 16, "num_validation_images": 0, "report_to": "none"}
     output = fail(tmp_path / "run", **settings)
-    assert "1 of 17 pictures cannot be read" in output
+    assert "1 of 17 images cannot be read" in output
     assert "broken.png" in output
     assert not (tmp_path / "run").exists()
     result = train(tmp_path / "run", skip_unreadable="true", **settings)
@@ -748,7 +748,7 @@ def test_article_network_in_bf16_from_a_folder_of_pictures(pictures, tmp_path, m
     )  # fmt: skip
     assert "precision: bf16" in output
     if platform.machine() in ("x86_64", "AMD64"):
-        assert "this CPU (AVX2) does not calculate in bf16" in output
+        assert "this CPU (AVX2) has no bf16 instructions" in output
     assert "BatchNorm sees the 4 images of a micro-batch" in output
     if hasattr(os, "sched_getaffinity"):
         assert f"({len(os.sched_getaffinity(0))} CPU threads each)" in output
@@ -806,7 +806,7 @@ def test_resumed_run_needs_its_pretrained_model_no_more(finished, tmp_path):
     succeed(tmp_path / "run", **run)
     for path in [*list_checkpoints(tmp_path / "run")[1:], base]:
         shutil.rmtree(path)
-    assert "Going on from" in succeed(tmp_path / "run", **run)
+    assert "Resuming from" in succeed(tmp_path / "run", **run)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
@@ -816,8 +816,8 @@ def test_trained_model_of_another_kind_is_refused(finished, tmp_path):
         prediction_type="epsilon", beta_schedule="linear",
     )  # fmt: skip
     assert (
-        "is another model: `block_out_channels` is [8, 16] there and [8, 12] here; `prediction_type` is v_prediction "
-        "there and epsilon here; its noise schedule is another one." in output
+        "does not fit the configuration: its `block_out_channels` is [8, 16], not [8, 12]; its `prediction_type` is "
+        "v_prediction, not epsilon; its noise schedule is different." in output
     )
     assert not (tmp_path / "run").exists()
 
@@ -871,14 +871,14 @@ def test_run_stops_on_copies_with_the_weights_from_before(tmp_path):
     )  # fmt: skip
     found = {entry["images_seen"]: entry["copies_found"] for entry in read_log(run, "copies_found")}
     assert found == {16: 0, 32: 0, 48: 1}
-    assert "Stopped early: samples are copies of training pictures. The pipeline has the weights after 32" in output
+    assert "Stopped early: samples are copies of training images. The pipeline has the weights after 32" in output
     averaged = load_file(run / "checkpoint-0000000032" / "ema.safetensors")
     assert_equal_weights(averaged, {name: weights(run)[name] for name in averaged})
     assert json.loads((run / "training_summary.json").read_text())["images_seen"] == 32
     verdict = json.loads((run / "metrics.json").read_text())["memorisation"]["verdict"]
     assert verdict.startswith("No more copies than among unseen real faces: by pixels")
     assert Image.open(run / "audits" / "0000000048.png").width > 400
-    assert "Note: the pipeline has no guide: none was kept after 33 images, or not before the weights" in output
+    assert "Note: the pipeline has no guide, because the run kept none after 33 images, or ends with weights" in output
     assert DDPMFacesPipeline.from_pretrained(run).guide is None
 
 
@@ -911,7 +911,7 @@ def test_too_few_pictures_to_search(pictures, tmp_path):
         tmp_path / "run", train_data_dir=pictures, num_drawn_images=None, audit_every_images=16,
         num_validation_images=100, checkpoint_every_images=16, report_to="none",
     )  # fmt: skip
-    assert "`audit_every_images` needs at least 100 held-out pictures, and there are" in output
+    assert "`audit_every_images` needs at least 100 held-out images, and there are" in output
     assert not (tmp_path / "run").exists()
 
 
@@ -936,7 +936,9 @@ def test_bad_input_leaves_nothing(tmp_path):
 
 @slow
 def test_batch_that_processes_cannot_share(tmp_path):
-    assert "7 is no multiple of the number of processes, 2" in fail(tmp_path / "run", 2, train_batch_size=7)
+    assert "`train_batch_size` must be a multiple of the number of processes (2), got 7" in fail(
+        tmp_path / "run", 2, train_batch_size=7
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -944,7 +946,7 @@ def test_batch_that_processes_cannot_share(tmp_path):
 def test_another_model_in_the_same_folder_is_refused(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     output = fail(tmp_path / "run", block_out_channels=[8, 12], beta_end=0.03)
-    assert "block_out_channels: [8, 16] there, [8, 12] now; beta_end: 0.02 there, 0.03 now" in output
+    assert "block_out_channels was [8, 16] and is [8, 12]; beta_end was 0.02 and is 0.03" in output
     assert_equal_weights(weights(tmp_path / "run"), weights(finished))
 
 
@@ -960,7 +962,7 @@ def test_earlier_run_is_not_overwritten(finished, tmp_path):
 
 def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path):
     output = succeed(tmp_path / "run", dry_run="true", checkpoint_every_images=0, guidance_scale=1.2, guide_images=90)
-    assert "All of it works" in output
+    assert "Everything works" in output
     assert "checkpoints  never" in output
     assert re.search(r"run +96 images in 12 steps of 8", output)
     for line in ("time", "memory", "disk", "checkpoints", "validation", "samples", "data"):
@@ -988,7 +990,7 @@ def test_finished_run_is_published(hub, tmp_path):
     settings = {"push_to_hub": "true", "hub_private_repo": "true", "hub_license": "apache-2.0"}
     hub.fail("POST /api/models/owner/my-faces/commit/", status=403)
     output = fail(run, **settings)
-    assert "owner/my-faces: this token may not do that there" in output
+    assert "owner/my-faces: the token has no permission for this" in output
     assert f"To publish it later: ddpm-faces push {run} owner/my-faces --private --license apache-2.0\n" in output
     assert checkpoint_names(run)[-1] == 96
     hub.heal()
@@ -1018,5 +1020,5 @@ def test_dry_run_asks_the_hub(hub, tmp_path, monkeypatch):
     assert hub.repos == {}
     monkeypatch.setenv("HF_TOKEN", READER_TOKEN)
     output = fail(tmp_path / "run", dry_run="true", push_to_hub="true", hub_model_id="owner/other")
-    assert "owner/other: this token of owner may only read: make one that may write." in output
+    assert "owner/other: the token of owner is read-only: use one with write access." in output
     assert not (tmp_path / "run").exists()

@@ -604,7 +604,7 @@ def test_default_block_type_fits_any_number_of_levels():
     for widths in ((8, 16), (8, 8, 8), (8, 8, 8, 8, 8, 8)):
         unet = DDPMFacesUNet(sample_size=32, block_out_channels=widths)
         assert list(unet.config.block_types) == ["conv"] * (len(widths) - 1)
-    with pytest.raises(ValueError, match="`block_types` must be of 'conv', 'resnet'.*'dense'"):
+    with pytest.raises(ValueError, match="`block_types` must be one of 'conv', 'resnet'.*'dense'"):
         DDPMFacesUNet(block_types="dense")
 
 
@@ -612,10 +612,10 @@ def test_default_block_type_fits_any_number_of_levels():
     ("config", "match"),
     [
         ({"block_types": ("conv",)}, r"5 `block_out_channels` need 4, got \('conv',\)"),
-        ({"block_types": ("conv", "conv", "conv", "dense")}, "`block_types` must be of 'conv', 'resnet'.*'dense'"),
-        ({"mid_block_type": "conv"}, "`mid_block_type` must be of None, 'resnet', 'resnet_attn', got 'conv'"),
-        ({"out_block_type": "norm"}, "`out_block_type` must be of 'conv', 'norm_conv', got 'norm'"),
-        ({"act_fn": "gelu"}, "`act_fn` must be of 'relu', 'silu', got 'gelu'"),
+        ({"block_types": ("conv", "conv", "conv", "dense")}, "`block_types` must be one of 'conv', 'resnet'.*'dense'"),
+        ({"mid_block_type": "conv"}, "`mid_block_type` must be one of None, 'resnet', 'resnet_attn', got 'conv'"),
+        ({"out_block_type": "norm"}, "`out_block_type` must be one of 'conv', 'norm_conv', got 'norm'"),
+        ({"act_fn": "gelu"}, "`act_fn` must be one of 'relu', 'silu', got 'gelu'"),
         ({"block_out_channels": (64,), "block_types": ()}, r"`block_out_channels` must be 2 to 12 widths"),
         ({"block_out_channels": (64, 128, 0, 512, 1024)}, r"`block_out_channels` must be 2 to 12 widths"),
         ({"sample_size": 40}, r"`sample_size` must be .* multiple of 16 .*, got 40"),
@@ -623,12 +623,12 @@ def test_default_block_type_fits_any_number_of_levels():
         ({"sample_size": (64, 64, 64)}, r"`sample_size` must be a side or \(height, width\)"),
         ({"dropout": 1.0}, r"`dropout` must lie in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, r"`dropout` must lie in \[0, 1\), got -0.1"),
-        ({"in_channels": 0}, "`in_channels` must be a whole number from 1 to .*, got 0"),
-        ({"out_channels": 0}, "`out_channels` must be a whole number from 1 to .*, got 0"),
-        ({"layers_per_block": 0}, "`layers_per_block` must be a whole number from 1 to .*, got 0"),
+        ({"in_channels": 0}, "`in_channels` must be an integer from 1 to .*, got 0"),
+        ({"out_channels": 0}, "`out_channels` must be an integer from 1 to .*, got 0"),
+        ({"layers_per_block": 0}, "`layers_per_block` must be an integer from 1 to .*, got 0"),
         ({"time_proj_dim": 31}, "`time_proj_dim` must be even, got 31"),
-        ({"time_proj_dim": 2}, "`time_proj_dim` must be a whole number from 4 to 16384, got 2"),
-        ({"num_class_embeds": 0}, "`num_class_embeds` must be a whole number from 1 to 1000000 or None, got 0"),
+        ({"time_proj_dim": 2}, "`time_proj_dim` must be an integer from 4 to 16384, got 2"),
+        ({"num_class_embeds": 0}, "`num_class_embeds` must be an integer from 1 to 1000000 or None, got 0"),
     ],
 )
 def test_bad_config(config, match):
@@ -824,7 +824,7 @@ def test_bad_augment_labels(augment_unet):
 @pytest.mark.parametrize("augment_dim", [0, -1])
 def test_bad_augment_dim(augment_dim):
     with pytest.raises(
-        ValueError, match=f"`augment_dim` must be a whole number from 1 to 16384 or None, got {augment_dim}"
+        ValueError, match=f"`augment_dim` must be an integer from 1 to 16384 or None, got {augment_dim}"
     ):
         DDPMFacesUNet(augment_dim=augment_dim)
 

@@ -1,11 +1,11 @@
-"""Train DDPM on pictures of faces.
+"""Train DDPM on images of faces.
 
-$ accelerate launch training/train.py                                          # faces that the program draws
+$ accelerate launch training/train.py                                          # on drawn faces
 $ accelerate launch training/train.py --train_data_dir my_faces --resolution 64
 $ accelerate launch training/train.py --config training/configs/article64.yaml --dataset_name user/faces
 
-All fields of `ddpm_faces.training.config.TrainingConfig` are flags (`--help`), or keys of the YAML file of `--config`.
-What happens when a run is interrupted, and by what, is in docs/guides/resume.md.
+Each field of `ddpm_faces.training.config.TrainingConfig` is a flag (see `--help`) and a key of the YAML file that
+`--config` takes. docs/guides/resume.md describes how interrupted runs resume.
 """
 
 import importlib.util
@@ -58,10 +58,10 @@ from ddpm_faces.training.steps import StepRecorder
 from ddpm_faces.training.sync_batch_norm import convert_sync_batch_norm
 
 
-X86 = ("x86_64", "AMD64")  # where PyTorch tells what a CPU can do
+X86 = ("x86_64", "AMD64")  # architectures whose CPU capability PyTorch reports
 
-# Networks of several processes stay here until the process ends. Otherwise DistributedDataParallel would, with the
-# interpreter's lock held, wait for a thread of gloo, which now and then waits for that lock: for ever.
+# Networks of multi-process runs stay alive until the process ends. Deleting one makes DistributedDataParallel wait,
+# holding the interpreter's lock, for a thread of gloo that may itself be waiting for that lock: a deadlock.
 LIVING: list[torch.nn.Module] = []
 
 
@@ -102,18 +102,18 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
         unet = DDPMFacesUNet(**config.unet_config())
     if pretrained is not None:
         copy_weights(pretrained, unet)
-    set_seed(config.seed, device_specific=True)  # equal weights on all processes, but each its own dropout
+    set_seed(config.seed, device_specific=True)  # same weights on all processes, different dropout
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    is_sharded = accelerator.distributed_type == DistributedType.FSDP  # which takes contiguous parameters only
-    # Faster convolutions, on the CPU too
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP  # requires contiguous parameters
+    # channels_last makes convolutions faster, also on the CPU.
     unet.to(accelerator.device, memory_format=torch.contiguous_format if is_sharded else torch.channels_last)
     if accelerator.num_processes > 1:
         convert_sync_batch_norm(unet)
 
     # 3. Optimizer and EMA
     optimizer = torch.optim.AdamW(unet.parameters(), fused=True, **optimizer_settings(config))
-    compilation = TorchDynamoPlugin()  # what `accelerate launch` says
+    compilation = TorchDynamoPlugin()  # the setting of `accelerate launch`
     if compilation.backend != DynamoBackend.NO:
         unet.compile(**compilation.to_kwargs())
     unet, optimizer = accelerator.prepare(unet, optimizer)
@@ -134,7 +134,7 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
         describe(run)
         loop(run, guard, checkpoints)
     finally:
-        preemption.close()  # the end saves what there is, and may be interrupted
+        preemption.close()  # `finish` may be interrupted
     finish(run)
     return run
 
@@ -150,7 +150,7 @@ def loop(run: Run, guard: NonFiniteGuard, checkpoints: CheckpointIO) -> None:
     for batch in batches(run):
         losses = []
         for part in batch.split(run.micro_batch_size):
-            with nullcontext() if part.is_last else accelerator.no_sync(unet):  # exchange gradients once in a step
+            with nullcontext() if part.is_last else accelerator.no_sync(unet):  # exchange gradients once per step
                 samples, augment_labels = augment(config, augmentation, part)
                 part_losses, _ = run.objective(  # noise, predict, compare
                     unet,
@@ -160,11 +160,11 @@ def loop(run: Run, guard: NonFiniteGuard, checkpoints: CheckpointIO) -> None:
                     noise=part.noise,
                     augment_labels=augment_labels,
                 )
-                accelerator.backward(part_losses.sum() / images_per_process)  # the processes take the mean
+                accelerator.backward(part_losses.sum() / images_per_process)  # averaged over processes
             losses.append(part_losses.detach())
         grad_norm = clip_gradient(accelerator, unet, config.max_grad_norm)
         set_learning_rate(optimizer, config.learning_rate_at(run.state.images_seen))
-        is_finite = guard.step(grad_norm)  # no step if the gradient is not finite
+        is_finite = guard.step(grad_norm)  # skips the step if the gradient is not finite
         optimizer.zero_grad()
         if run.ema is not None:
             run.ema.update(config.ema_decay_at(run.state.images_seen + config.train_batch_size), is_finite)
@@ -175,7 +175,7 @@ def loop(run: Run, guard: NonFiniteGuard, checkpoints: CheckpointIO) -> None:
 
 
 def maintain(run: Run, checkpoints: CheckpointIO, assess: Assessment) -> None:
-    """Do what is due after the last step."""
+    """Run the tasks that are due after the last step."""
     state, best = run.state, (run.state.best_loss, run.state.best_images_seen)
     due = due_after(run.config, state.images_seen, run.data.held_out is not None)
     if due.log:
@@ -190,7 +190,7 @@ def maintain(run: Run, checkpoints: CheckpointIO, assess: Assessment) -> None:
     is_wanted = is_best or (is_clean and run.config.stop_on_copies)
     is_due = due.save or (is_wanted and run.config.checkpoint_every_images)
     if is_due and not save(run, checkpoints, required=due.is_last):
-        state.best_loss, state.best_images_seen = best  # what could not be saved is nothing to go back to
+        state.best_loss, state.best_images_seen = best  # the run cannot return to an unsaved checkpoint
         if is_clean:
             state.audits[-1]["is_saved"] = False
 
@@ -203,7 +203,7 @@ def augment(
 
 
 def clip_gradient(accelerator: Accelerator, unet: torch.nn.Module, max_grad_norm: float) -> torch.Tensor:
-    """Clip, unless `max_grad_norm` is 0, and return the norm that it had, of shape `()`."""
+    """Clip the gradient unless `max_grad_norm` is 0, and return its norm before clipping, of shape `()`."""
     grad_norm = accelerator.clip_grad_norm_(unet.parameters(), max_grad_norm or math.inf)
     return grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
 
@@ -215,26 +215,26 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
-        raise ValueError(f"`report_to` {config.report_to!r} needs a package: pip install {config.report_to}.")
+        raise ValueError(f"`report_to` {config.report_to!r} is not installed: pip install {config.report_to}.")
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" or config.dry_run else config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
-        dynamo_backend="no",  # by which it would wrap the network and rename its weights: `train` compiles in place
+        dynamo_backend="no",  # it would rename the weights; `train` compiles in place instead
     )
     if accelerator.device.type == "cpu":
         use_all_cores()
         capability = torch.backends.cpu.get_cpu_capability()
         if accelerator.mixed_precision == "bf16" and platform.machine() in X86 and "AVX512" not in capability:
             accelerator.print(
-                f"Warning: this CPU ({capability}) does not calculate in bf16, which makes it ten times as slow as "
-                "float32: --mixed_precision no."
+                f"Warning: this CPU ({capability}) has no bf16 instructions, so bf16 is ten times as slow as float32. "
+                "Use --mixed_precision no."
             )
     return accelerator
 
 
 def describe(run: Run) -> None:
-    """Say in a few lines what is going to be trained."""
+    """Print what is going to be trained."""
     config, accelerator = run.config, run.accelerator
     num_parameters = sum(parameter.numel() for parameter in run.unet.parameters())
     num_parts = math.ceil(config.train_batch_size / accelerator.num_processes / run.micro_batch_size)
@@ -247,15 +247,15 @@ def describe(run: Run) -> None:
     if num_parts > 1 and any("BatchNorm" in type(module).__name__ for module in run.unet.modules()):
         accelerator.print(
             f"Note: BatchNorm sees the {run.micro_batch_size} images of a micro-batch (on all processes), not those "
-            "of a step: with another `device_batch_size` the same run learns something else."
+            "of a whole step, so the result depends on `device_batch_size`."
         )
 
 
 def exit_code_of(config: TrainingConfig) -> int:
-    """Run `main`, and return what the process is to end with."""
+    """Run `main`, and return the exit code of the process."""
     try:
         main(config)
-    except SystemExit as leaving:  # with a code of docs/guides/resume.md
+    except SystemExit as leaving:  # with an exit code of docs/guides/resume.md
         return int(leaving.code or 0)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -267,12 +267,12 @@ def exit_code_of(config: TrainingConfig) -> int:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end a run
+    for stream in (sys.stdout, sys.stderr):  # a file name that the terminal cannot show must not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     code = exit_code_of(parse_training_config())
     sys.stdout.flush()
     sys.stderr.flush()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(code)  # all is saved and closed; see LIVING
+        os._exit(code)  # everything is saved and closed; see LIVING
     sys.exit(code)

@@ -32,7 +32,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "DDPMFacesPipeline":
-        # Its `from_pretrained` takes components from modules that are already imported, and from no others.
+        # Its `from_pretrained` finds components only in modules that are already imported.
         importlib.import_module(".scheduling_ddpm_faces", __name__)
         importlib.import_module(".unet_ddpm_faces", __name__)
     return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -13,7 +13,7 @@ UNFINISHED = ".unfinished-"
 
 
 def unfinished_path(path: str | os.PathLike) -> Path:
-    """Return the hidden name beside `path` under which it is written until it is complete, and deleted."""
+    """Return the hidden name beside `path` that it has while it is being written or deleted."""
     path = Path(path)
     return path.with_name(UNFINISHED + path.name)
 
@@ -26,15 +26,15 @@ def commit(path: str | os.PathLike, unfinished: str | os.PathLike | None = None)
 
     Args:
         path (`str` or `os.PathLike`): Final name of the folder.
-        unfinished (`str` or `os.PathLike`, *optional*): Where it was written. Defaults to [`unfinished_path`].
+        unfinished (`str` or `os.PathLike`, *optional*): Present name of the folder; defaults to [`unfinished_path`].
     """
     path = Path(path)
     unfinished = Path(unfinished or unfinished_path(path))
     for root, _, names in os.walk(unfinished):
-        for name in names:  # safetensors writes for its owner alone, whatever the umask is
+        for name in names:  # safetensors ignores the umask and writes for the owner alone
             file, mode = os.path.join(root, name), os.stat(root).st_mode & 0o666
             if os.stat(file).st_mode & 0o666 != mode:
-                with suppress(OSError):  # of a file system that knows no modes
+                with suppress(OSError):  # on file systems without modes
                     os.chmod(file, mode)
         for name in (*names, "."):
             sync(os.path.join(root, name))
@@ -78,10 +78,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_new(path: str | os.PathLike) -> None:
-    """Raise a `ValueError` where something lies at `path` already, unless it is an empty folder."""
+    """Raise a `ValueError` if `path` exists and is not an empty folder."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{str(path)!r} must be a new or an empty folder.")
+        raise ValueError(f"{str(path)!r} must be a new or empty folder.")
 
 
 @contextmanager
@@ -121,12 +121,12 @@ def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
     """Read a JSON object from a file, which may come from a stranger.
 
     Raises:
-        ValueError: The file does not hold JSON, or holds something other than an object.
+        ValueError: The file does not contain a JSON object.
     """
     try:
         content = json.loads(Path(path).read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+        raise ValueError(f"{path} must contain a JSON object, got {type(content).__name__}.")
     return content

@@ -13,7 +13,7 @@ from .pipeline_ddpm_faces import DDPMFacesPipeline
 def save_guide(
     folder: str | os.PathLike, guide: str | os.PathLike | DDPMFacesPipeline | None, guidance_scale: float = 1.0
 ) -> None:
-    """Write a guide into the folder of a pipeline, replacing the one it has, or remove that.
+    """Write a guide into the folder of a pipeline, replacing an existing guide, or remove the guide.
 
     The weights of the pipeline itself are not touched. An interruption leaves the old guide, the new one, or a folder
     whose loading reports that the guide is missing.
@@ -25,14 +25,14 @@ def save_guide(
         guidance_scale (`float`, defaults to 1.0): As in [`DDPMFacesPipeline.set_guide`].
 
     Raises:
-        ValueError: The folder holds no pipeline, its training_summary.json cannot be read, or
+        ValueError: The folder contains no pipeline, its training_summary.json cannot be read, or
             [`DDPMFacesPipeline.set_guide`] refuses the guide.
         OSError: The guide cannot be loaded.
     """
     folder = Path(folder)
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ValueError(f"`folder` must be a folder that holds a pipeline: {str(folder)!r} has no model_index.json.")
+        raise ValueError(f"`folder` must be the folder of a pipeline: {str(folder)!r} has no model_index.json.")
     pipeline = load_pipeline(folder, device="cpu")
     if guide is not None and not isinstance(guide, DDPMFacesPipeline):
         guide = load_pipeline(guide, device="cpu")
@@ -50,7 +50,7 @@ def save_guide(
             commit(folder / "guide")
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    if told is not None:  # the summary describes a guide and samples that are no longer those of the folder
+    if told is not None:  # the summary describes the previous guide and samples
         told |= {"guide_images_seen": None, "guidance_scale": None}
         with replacing(summary) as path:
             path.write_text(json.dumps(told, indent=2) + "\n", "utf-8")

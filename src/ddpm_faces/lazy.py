@@ -1,4 +1,4 @@
-"""Lazy public names: a package imports them on first use, which keeps it cheap and its extras optional."""
+"""Lazy public names: a package imports them on first use, so that it loads fast and its extras stay optional."""
 
 import importlib
 from collections.abc import Callable

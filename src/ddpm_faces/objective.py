@@ -1,4 +1,4 @@
-"""What the network learns: the simple objective of DDPM, eq. 14 (https://huggingface.co/papers/2006.11239)."""
+"""The training objective: the simple loss of DDPM, eq. 14 (https://huggingface.co/papers/2006.11239)."""
 
 import math
 from collections.abc import Callable
@@ -14,11 +14,11 @@ LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 
 
 class ObjectiveOutput(NamedTuple):
-    """What `DDPMFacesObjective` returns.
+    """Output of `DDPMFacesObjective`.
 
     Args:
         losses (`torch.Tensor` of shape `(batch,)`, `torch.float32`): Mean loss over each image.
-        timesteps (`torch.Tensor` of shape `(batch,)`, `torch.int64`): The timestep that each was drawn at.
+        timesteps (`torch.Tensor` of shape `(batch,)`, `torch.int64`): The timestep of each image.
     """
 
     losses: torch.Tensor
@@ -71,7 +71,7 @@ class DDPMFacesObjective:
         if snr_gamma is not None and not snr_gamma > 0:
             raise ValueError(f"`snr_gamma` must be positive or None, got {snr_gamma}.")
         if snr_gamma is not None and loss_type != "l2":
-            raise ValueError(f"`snr_gamma` is a weight of `loss_type` 'l2', got {loss_type!r}.")
+            raise ValueError(f"`snr_gamma` needs the `loss_type` 'l2', got {loss_type!r}.")
         self.scheduler = scheduler
         self.bound_weight = bound_weight
         self.loss_fn = LOSSES[loss_type]
@@ -87,7 +87,7 @@ class DDPMFacesObjective:
         noise: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
     ) -> ObjectiveOutput:
-        """Evaluate the objective on one batch; the article's `get_loss`.
+        """Evaluate the objective on one batch, like the article's `get_loss`.
 
         Args:
             unet (`Callable`): The network, `unet(sample, timesteps, ...)`, which returns an output with `.sample`.
@@ -129,7 +129,7 @@ class DDPMFacesObjective:
             self.weights = self.weights.to(device)
             losses = losses * self.weights[timesteps]
         if predicted_variance is not None and self.bound_weight:
-            # The bound is T times its mean term. The prediction learns nothing of it.
+            # The bound is T times its mean term. It does not train the prediction.
             output = torch.cat([prediction.detach(), predicted_variance], dim=1)
             terms = bound_terms(self.scheduler, output, original_samples, noisy_samples, timesteps)
             losses = losses + self.bound_weight * self.scheduler.config.num_train_timesteps * terms
@@ -144,9 +144,9 @@ class DDPMFacesObjective:
         return self.scheduler.get_velocity(original_samples, noise, timesteps)
 
     def _min_snr_weights(self, snr_gamma: float) -> torch.Tensor:
-        """min(SNR, gamma) / w, `(T,)`, where a plain loss on what is predicted already weighs x_0 by w."""
+        """Return min(SNR, gamma) / w, of shape `(T,)`, where the unweighted loss already weights x_0 by w."""
         alphas_cumprod = self.scheduler.alphas_cumprod.double()
-        # min(SNR, gamma) (1 - alpha_bar), with no division by what may be 0; of `inf * 0`, fmin takes the other.
+        # min(SNR, gamma) (1 - alpha_bar), without a division by 0. fmin ignores the NaN of `inf * 0`.
         capped = torch.fmin(alphas_cumprod, snr_gamma * (1 - alphas_cumprod))
         weights = {
             "epsilon": torch.where(alphas_cumprod > 0, capped / alphas_cumprod, 1.0),  # w = SNR

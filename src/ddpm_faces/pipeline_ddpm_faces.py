@@ -27,10 +27,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 
-# Schedulers that use the variance that a network predicts. All others are given the prediction alone.
+# Schedulers that use a predicted variance. All others receive only the prediction.
 VARIANCE_SCHEDULERS = {"DDPMFacesScheduler", "DDPMScheduler", "DDPMParallelScheduler"}
-# Schedulers that cannot sample zero-SNR betas, as measured with diffusers 0.42: they fail in the middle, or worse,
-# finish with wrong images.
+# Schedulers that cannot sample with zero-SNR betas, as measured with diffusers 0.42: they fail in the middle or finish
+# with wrong images.
 NOT_FOR_ZERO_SNR = (
     "PNDMScheduler",
     "HeunDiscreteScheduler",
@@ -47,8 +47,8 @@ CODE_FILES = {
     "DDPMFacesUNet": "unet_ddpm_faces",
     "DDPMFacesScheduler": "scheduling_ddpm_faces",
 }
-# Upper bounds for the configurations of diffusers' own components, which do not check them: a stranger's must not
-# exhaust the memory. Our own components check themselves.
+# Upper bounds for configurations of diffusers' components, which do not check them: untrusted ones must not exhaust
+# the memory. The components of this package check themselves.
 MAX_NUMBER = {"unet": 16_384, "guide": 16_384, "scheduler": 1_000_000}
 MAX_LAYERS_PER_BLOCK, MAX_BLOCKS = 64, 12
 MODEL_COMPONENTS = ("unet", "guide")
@@ -57,7 +57,7 @@ FORMAT_VERSION = 2
 
 
 class _Call(NamedTuple):
-    """What a callback may ask the pipeline about the call that it is part of."""
+    """The values of a call that a callback can read from the pipeline."""
 
     num_timesteps: int
     guidance_scale: float
@@ -153,7 +153,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 Components and settings to use instead, or `dtype`. By default the networks keep their dtype, whereas
                 [`~diffusers.DiffusionPipeline.from_pipe`] would cast them to float32, in the given pipeline as well.
         """
-        # diffusers switches a network over only where its class is the very one of the type hint.
+        # diffusers passes a network on only if its class is exactly that of the type hint.
         networks = {
             name: pipeline.components[name] for name in MODEL_COMPONENTS if pipeline.components.get(name) is not None
         }
@@ -163,16 +163,16 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """Number of denoising steps: of the call in progress, or by default.
+        """Number of denoising steps of the call in progress, or the default.
 
-        A `callback_on_step_end` reads that of its own call, whatever another thread asks of the same pipeline.
+        A `callback_on_step_end` reads the value of its own call, even if another thread uses the same pipeline.
         """
         call = self._call
         return self.scheduler.config.num_train_timesteps if call is None else call.num_timesteps
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance scale: of the call in progress, as for [`num_timesteps`], or the configured one."""
+        """Guidance scale of the call in progress, as for [`num_timesteps`], or the configured one."""
         call = self._call
         return self.config.guidance_scale if call is None else call.guidance_scale
 
@@ -191,11 +191,11 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or `"user/name"` on the Hub.
-            kwargs: As those of [`~diffusers.DiffusionPipeline.from_pretrained`].
+            kwargs: As in [`~diffusers.DiffusionPipeline.from_pretrained`].
 
         Raises:
-            ValueError: `use_safetensors=False` (pickles can run code, and are not loaded), or a folder that holds
-                something other than a pipeline of this class, or one that a later version saved.
+            ValueError: `use_safetensors` is `False` (pickles can run code and are not loaded), or the folder does not
+                contain a pipeline of this class, or a later version saved it.
             OSError: The folder or repository is not found, not accessible or not reachable, or has no safetensors.
         """
         if kwargs.setdefault("use_safetensors", True) is not True:
@@ -227,7 +227,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         """Save so that the folder loads with this package, and without it by `trust_remote_code=True`.
 
         Args:
-            save_directory (`str` or `os.PathLike`): Folder to save to. A pipeline that it holds is overwritten.
+            save_directory (`str` or `os.PathLike`): Folder to save to. A pipeline in it is overwritten.
             safe_serialization (`bool`, defaults to `True`): Must be `True`: only safetensors are written.
             variant (`str`, *optional*): As in [`~diffusers.DiffusionPipeline.save_pretrained`].
             max_shard_size (`int` or `str`, *optional*): As in [`~diffusers.DiffusionPipeline.save_pretrained`].
@@ -251,7 +251,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
                     "use a class of this package, diffusers' UNet2DModel, or a scheduler of diffusers."
                 )
         hub = _publisher() if push_to_hub else None
-        if hub is not None:  # whatever is wrong with publishing is said before saving
+        if hub is not None:  # report problems with publishing before saving
             name = repo_id or Path(save_directory).resolve().name
             inspect.signature(hub.push).bind(self, name, **kwargs)
             repo_id = hub.check_permission(name, kwargs.get("private"), kwargs.get("token"))
@@ -259,7 +259,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             unexpected = [*kwargs, *(["repo_id"] if repo_id is not None else [])]
             raise TypeError(f"save_pretrained() got arguments of `push_to_hub=True`: {', '.join(unexpected)}.")
         super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
-        shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))  # as each component does with its own
+        shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))  # each component does the same
         if hub is not None:
             hub.push(self, repo_id, **kwargs)
 
@@ -282,7 +282,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
     def to_json_string(self) -> str:
         """Return the content of `model_index.json`."""
         index = json.loads(super().to_json_string())
-        if self.guide is None:  # versions that knew no guides load this
+        if self.guide is None:  # versions before guides can load this
             del index["guide"], index["guidance_scale"]
         for name, part in self.components.items():
             if type(part).__name__ in CODE_FILES:
@@ -303,7 +303,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         try:
             index = super()._dict_from_json_file(json_file)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{json_file} is no JSON that can be read: {error}.") from error
+            raise ValueError(f"{json_file} is not valid JSON: {error}.") from error
         _check_index(index, cls, json_file)
         index["_class_name"] = "DDPMFacesPipeline"
         if _is_installed():
@@ -660,7 +660,7 @@ def _parts(index: dict[str, Any]) -> dict[str, list]:
 def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
     """Refuse what is no `model_index.json` of this class, before anything that it names is looked for."""
     if not isinstance(index, dict):
-        raise ValueError(f"{json_file} must hold a JSON object, got {type(index).__name__}.")
+        raise ValueError(f"{json_file} must contain a JSON object, got {type(index).__name__}.")
     version = index.get("_format_version", 1)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
@@ -713,9 +713,9 @@ def _check_components(index: dict[str, Any], folder: Path) -> None:
         try:
             config = json.loads(path.read_text("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no JSON that can be read: {error}.") from error
+            raise ValueError(f"{path} is not valid JSON: {error}.") from error
         if not isinstance(config, dict):
-            raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}.")
+            raise ValueError(f"{path} must contain a JSON object, got {type(config).__name__}.")
         for key, value in config.items():
             values = value if isinstance(value, list) else [value]
             limit = MAX_LAYERS_PER_BLOCK if key == "layers_per_block" else MAX_NUMBER[name]

@@ -1,4 +1,4 @@
-"""Plots of results: grids, the strip from noise to face, the loss curve."""
+"""Pictures of results: grids, strips from noise to face, loss curves."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,11 @@ from PIL import Image, ImageDraw
 
 
 def image_grid(images: Sequence[Image.Image], columns: int | None = None, scale: int = 1, gap: int = 2) -> Image.Image:
-    """Arrange images of one size in a grid.
+    """Arrange images of the same size in a grid.
 
     Args:
-        images (`list[PIL.Image.Image]`): At least one image, all of one size.
-        columns (`int`, *optional*): Images in a row. By default the smallest number that rows do not exceed.
+        images (`list[PIL.Image.Image]`): At least one image, all of the same size.
+        columns (`int`, *optional*): Images in a row; by default, as many as rows or one more.
         scale (`int`, defaults to 1): Factor by which each pixel is enlarged.
         gap (`int`, defaults to 2): White pixels between the images.
 
@@ -20,9 +20,9 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None, scale:
         ValueError: There are no images, or they differ in size.
     """
     if not images:
-        raise ValueError("`images` must hold at least one image.")
+        raise ValueError("`images` must contain at least one image.")
     if len({image.size for image in images}) > 1:
-        raise ValueError(f"`images` must be of one size, got {sorted({image.size for image in images})}.")
+        raise ValueError(f"`images` must have the same size, got {sorted({image.size for image in images})}.")
     columns = columns or next(n for n in range(1, len(images) + 1) if n * n >= len(images))
     rows = -(-len(images) // columns)
     width, height = (side * scale for side in images[0].size)
@@ -103,7 +103,7 @@ def loss_curve(
     axis.plot(images_seen, smooth, color="C0", linewidth=1.8, label=f"mean of the last {window} entries")
     if held_out is not None and len(held_out[0]):
         axis.plot(*held_out, color="C1", linewidth=1.4, marker="o", markersize=4, label="held-out images")
-    # The fall from 1 at the start would hide the rest.
+    # Without a limit, the steep start would hide the rest.
     axis.set_ylim(0, min(1.05 * max(losses), 4 * losses[-1]))
     axis.set_xlabel("images seen")
     axis.set_ylabel("loss")
@@ -115,8 +115,8 @@ def loss_curve(
 
 
 def _pyplot():
-    # Files only, also where there is no screen. A notebook's MPLBACKEND may name a backend that is not installed here,
-    # and then matplotlib cannot even be imported.
+    # The Agg backend writes files without a screen. A notebook's MPLBACKEND may name a backend that is not installed,
+    # and matplotlib could not even be imported.
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib

@@ -33,12 +33,12 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
-MAX_TIMESTEPS = 1_000_000  # far beyond use; a configuration from a stranger must not take memory
+MAX_TIMESTEPS = 1_000_000  # far above real values; untrusted configurations must not exhaust the memory
 
 
 @dataclass
 class DDPMFacesSchedulerOutput(BaseOutput):
-    """What `DDPMFacesScheduler.step` returns.
+    """Output of `DDPMFacesScheduler.step`.
 
     Args:
         prev_sample (`torch.Tensor` of shape `(batch, channels, height, width)`):
@@ -172,7 +172,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"`trained_betas` must be a list of numbers: {error}.") from error
             if betas.shape != (num_train_timesteps,):
                 raise ValueError(
-                    f"`trained_betas` must hold `num_train_timesteps` ({num_train_timesteps}) values, got a shape of "
+                    f"`trained_betas` must have `num_train_timesteps` ({num_train_timesteps}) values, got a shape of "
                     f"{tuple(betas.shape)}."
                 )
             # Zero terminal SNR, written out as betas, ends with exactly 1.
@@ -250,7 +250,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         except RecursionError as error:
             raise ValueError(f"{json_file} is nested too deeply.") from error
         if not isinstance(config, dict):
-            raise ValueError(f"{json_file} must hold a JSON object, got {type(config).__name__}.")
+            raise ValueError(f"{json_file} must contain a JSON object, got {type(config).__name__}.")
         return config
 
     def __len__(self) -> int:
@@ -279,7 +279,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         if timesteps is not None:
             timesteps = [int(t) for t in timesteps]
             if not timesteps or any(a <= b for a, b in zip(timesteps[:-1], timesteps[1:], strict=True)):
-                raise ValueError(f"`timesteps` must be at least one and descend, got {timesteps}.")
+                raise ValueError(f"`timesteps` must be a descending list of at least one, got {timesteps}.")
         else:
             n = num_inference_steps
             if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= num_train_timesteps:
@@ -312,7 +312,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         self._previous_timestep = dict(zip(timesteps, [*timesteps[1:], -1], strict=True))
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
-        """The timestep that follows `timestep` in sampling, or -1 after the last.
+        """Return the timestep that follows `timestep` in sampling, or -1 after the last.
 
         Args:
             timestep (`int` or `torch.Tensor` with one element): One of `self.timesteps`.
@@ -325,7 +325,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         """
         t = int(timestep)
         if t not in self._previous_timestep:
-            raise ValueError(f"`timestep` {t} is none of the {len(self.timesteps)} that `set_timesteps` chose.")
+            raise ValueError(f"`timestep` {t} is not among the {len(self.timesteps)} that `set_timesteps` chose.")
         previous = self._previous_timestep[t]
         return torch.full_like(timestep, previous) if isinstance(timestep, torch.Tensor) else previous
 
@@ -341,7 +341,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> DDPMFacesSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """Draw x_t-1 from p(x_t-1 | x_t), Algorithm 2 of DDPM; the article's `sample_timestep`.
+        """Draw x_t-1 from p(x_t-1 | x_t), Algorithm 2 of DDPM, like the article's `sample_timestep`.
 
         Args:
             model_output (`torch.Tensor` of shape `(batch, channels, height, width)`):
@@ -470,7 +470,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         return torch.clamp(sample, -s, s) / s
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Draw x_t from q(x_t | x_0), eq. 4; the article's `forward_diffuse_process`.
+        """Draw x_t from q(x_t | x_0), eq. 4, like the article's `forward_diffuse_process`.
 
         Args:
             original_samples (`torch.Tensor` of shape `(batch, channels, height, width)`): x_0 in [-1, 1].
@@ -484,7 +484,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         return sqrt_alpha_prod * original_samples + sqrt_one_minus_alpha_prod * noise
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0, what a `v_prediction` network learns.
+        """Return v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0, the target of a `v_prediction` network.
 
         Args:
             sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_0 in [-1, 1].
@@ -497,7 +497,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
     def _signal_and_noise_rates(
         self, sample: torch.Tensor, timesteps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply `sample`."""
+        """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply `sample`."""
         # Looked up in float32 and rounded last: 1 - alpha_bar_t in half precision is zero at the first timesteps.
         self.sqrt_alphas_cumprod = self.sqrt_alphas_cumprod.to(sample.device)
         self.sqrt_one_minus_alphas_cumprod = self.sqrt_one_minus_alphas_cumprod.to(sample.device)
@@ -520,7 +520,7 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _betas_argument(trained_betas: Sequence[float] | None) -> str:
-    """The beginning of a sentence about the betas, by the arguments that they come from."""
+    """Return the beginning of a sentence about the betas that names their arguments."""
     return "`beta_start` and `beta_end` are" if trained_betas is None else "`trained_betas` are"
 
 

@@ -10,9 +10,9 @@ from .scheduling_ddpm_faces import DDPMFacesScheduler
 class FastSolver(DPMSolverMultistepScheduler):
     """DPM-Solver++ (2M) with timesteps that suit sampling in few steps.
 
-    Brightness, colour and pose of a face are decided at noise levels tens of times above the signal. A cosine schedule
-    covers these levels in its last tenth, of which evenly spaced timesteps visit too few: in 10 steps they produce
-    greyish faces. This solver instead divides the noise level by the same factor in each step (uniform steps in the
+    Brightness, color and pose of a face are decided at noise levels tens of times above the signal. A cosine schedule
+    covers these levels in its last tenth, where evenly spaced timesteps take too few steps: in 10 steps they produce
+    grayish faces. This solver instead divides the noise level by the same factor in each step (uniform steps in the
     log-SNR, https://huggingface.co/papers/2206.00927). With the noise-to-signal ratio sigma = sqrt((1 - alpha_bar) /
     alpha_bar), step i of n is at the timestep whose sigma is closest to
 
@@ -21,14 +21,14 @@ class FastSolver(DPMSolverMultistepScheduler):
     All timesteps are distinct, and the network was trained at each of them. The image is predicted at the last one.
 
     Epsilon Scaling (https://huggingface.co/papers/2308.15321) divides the predicted noise by `epsilon_scaling` in each
-    step but the first. It corrects exposure bias: in sampling, the input of the network contains the errors of earlier
-    steps, unlike in training, so a well-trained, guided network predicts slightly too much noise, and faces become too
+    step except the first. It corrects exposure bias: in sampling, unlike in training, the network's input contains the
+    errors of earlier steps, so a well-trained, guided network predicts slightly too much noise, and faces become too
     smooth.
 
     Attributes:
         sigma_max (`float`): Sigma of the first step: 120, or the largest of the schedule if that is smaller.
         sigma_min (`float`): Sigma of the last step, or the smallest of the schedule if that is larger.
-        epsilon_scaling (`float`): Divisor of the predicted noise; 1 leaves it as it is.
+        epsilon_scaling (`float`): Divisor of the predicted noise; 1 leaves it unchanged.
     """
 
     sigma_max = 120.0
@@ -75,7 +75,9 @@ class FastSolver(DPMSolverMultistepScheduler):
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """Raise a `ValueError`: a saved `FastSolver` would not load without this package."""
-        raise ValueError("A FastSolver is not saved: save the scheduler of the training and call `fast_solver` again.")
+        raise ValueError(
+            "A FastSolver cannot be saved: save the scheduler of the training, and call `fast_solver` after loading."
+        )
 
     def _spaced(self, num_steps: int) -> list[int]:
         alphas_cumprod = self.alphas_cumprod.double().numpy()
@@ -84,7 +86,7 @@ class FastSolver(DPMSolverMultistepScheduler):
         wanted = np.abs(log_sigmas - np.linspace(first, last, num_steps)[:, None]).argmin(axis=1)
         timesteps: list[int] = []
         for i, timestep in enumerate(wanted.tolist()):
-            left = num_steps - 1 - i  # which need timesteps of their own below
+            left = num_steps - 1 - i  # steps that still need lower timesteps
             highest = timesteps[-1] - 1 if timesteps else len(log_sigmas) - 1
             timesteps.append(min(max(timestep, left), highest))
         return timesteps
@@ -99,7 +101,7 @@ def fast_solver(
         scheduler ([`DDPMFacesScheduler`]): Scheduler that the network was trained with.
         sigma_min (`float`, *optional*, defaults to 0.02):
             Noise-to-signal ratio at the last step, in (0, 1). A network with little training cannot tell fine detail
-            from noise and leaves noise behind there; it makes cleaner images with 0.1.
+            from noise, and leaves noise in the image; it gives cleaner images with 0.1.
         epsilon_scaling (`float`, *optional*, defaults to 1.0):
             Divisor of the predicted noise, 0.9 to 1.1. Larger values give richer detail. 1.003 suits `models/faces64`
             with its guide; 1 suits it without, and networks with little training.
@@ -113,8 +115,8 @@ def fast_solver(
         raise ValueError(f"`epsilon_scaling` must lie in [0.9, 1.1], got {epsilon_scaling}.")
     solver = FastSolver.from_config(
         scheduler.config,
-        trained_betas=scheduler.betas.tolist(),  # the solver does not know each `beta_schedule` by its name
-        variance_type=None,  # with a learned one, diffusers cuts the output to three channels, whatever the image has
+        trained_betas=scheduler.betas.tolist(),  # the solver does not know all names of `beta_schedule`
+        variance_type=None,  # with a learned variance, diffusers cuts the output to three channels
     )
     if sigma_min is not None:
         solver.sigma_min = sigma_min

@@ -5,14 +5,14 @@
 """The network that predicts the noise on an image: a U-Net whose blocks are chosen by name.
 
 A *level* is a width and a resolution: level i has `block_out_channels[i]` channels at 1 / 2**i of the sample's size.
-Between two levels stands a pair of blocks of one type, `block_types[i]`: its down block goes from level i to level
-i + 1 and leaves skips, its mirrored up block goes back and takes them. The mid block works at the last level.
+Between two levels is a pair of blocks of one type, `block_types[i]`: the down block goes from level i to level i + 1
+and outputs skips, and the mirrored up block goes back and takes them. The mid block works at the last level.
 
     sample -> conv_in -> down 0 -> down 1 -> ... -> mid -> ... -> up 1 -> up 0 -> conv_out
                             |         `------------ skips -----------'      |
                             `---------------------- skips ------------------'
 
-A new type of block is a pair of classes and a line in `_BLOCKS`.
+To add a type of block, write a pair of classes and add a line to `_BLOCKS`.
 """
 
 import inspect
@@ -37,8 +37,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-# What a configuration may ask for: whole numbers, from and to. No network of this kind comes near the ends; a file
-# from a stranger that does is refused before it takes memory or time.
+# Smallest and largest integers in a configuration. Real networks are far from these limits. Untrusted files that
+# exceed them are refused before they take memory or time.
 BOUNDS = {
     "in_channels": (1, 1024),
     "out_channels": (1, 1024),
@@ -57,7 +57,7 @@ MAX_LEVELS, MAX_WIDTH, MAX_SIDE = 12, 16384, 8192
 
 @dataclass
 class DDPMFacesUNetOutput(BaseOutput):
-    """What `DDPMFacesUNet.forward` returns, in the form of diffusers' `UNet2DOutput`.
+    """Output of `DDPMFacesUNet.forward`, in the form of diffusers' `UNet2DOutput`.
 
     Args:
         sample (`torch.Tensor` of shape `(batch, out_channels, height, width)`): The prediction.
@@ -79,15 +79,15 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         block_types (`str` or `tuple[str]`, defaults to `"conv"`):
             The type of the blocks between two levels: `"conv"` (the article's convolution, ReLU, BatchNorm),
             `"resnet"` (residual, GroupNorm, SiLU, scale and shift by time) or `"resnet_attn"` (the same with
-            self-attention). One name applies to all levels; a tuple names one type for each pair of neighbours. The
+            self-attention). One name applies to all levels; a tuple has one name for each pair of adjacent levels. The
             configuration always holds one name per pair.
-        mid_block_type (`str`, *optional*): `"resnet"`, `"resnet_attn"`, or `None` for nothing at the last level.
+        mid_block_type (`str`, *optional*): `"resnet"`, `"resnet_attn"`, or `None` for no block at the last level.
         out_block_type (`str`, defaults to `"conv"`):
-            `"conv"`, the article's 1x1 convolution, or `"norm_conv"`: GroupNorm, SiLU, 3x3 convolution from zero.
+            `"conv"`, the article's 1x1 convolution, or `"norm_conv"`: GroupNorm, SiLU, 3x3 convolution starting at 0.
         layers_per_block (`int`, defaults to 1): Residual layers in each resnet block; a conv block has its own two.
         time_proj_dim (`int`, defaults to 32): Length of the sinusoidal embedding of the timestep, even.
-        time_embedding_dim (`int`, defaults to 32): Width of the embedding that the blocks are given.
-        time_embedding_layers (`int`, defaults to 1): Linear layers, each with its activation, between the two.
+        time_embedding_dim (`int`, defaults to 32): Size of the time embedding that each block receives.
+        time_embedding_layers (`int`, defaults to 1): Linear layers with activation between the two.
         act_fn (`str`, defaults to `"relu"`): Activation of the time embedding, `"relu"` or `"silu"`.
         norm_num_groups (`int`, defaults to 32): Groups of each GroupNorm; divides the widths it works on.
         attention_head_dim (`int`, defaults to 64): Channels of an attention head; divides the widths it works on.
@@ -97,13 +97,13 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
             Length of the labels of augmentation, for training on augmented images. Sampling needs no labels.
 
     Raises:
-        ValueError: A value outside what is said above, with the argument and what is allowed.
+        ValueError: An argument has a value that is not allowed. The message names the argument and what is allowed.
     """
 
-    _auto_class = "AutoModel"  # which loads it with `trust_remote_code=True` where this package is not installed
+    _auto_class = "AutoModel"  # loads it with `trust_remote_code=True` if this package is not installed
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm"]
-    _repeated_blocks = ["ConvBlock", "ResnetLayer", "AttentionLayer"]  # what `compile_repeated_blocks` compiles
+    _repeated_blocks = ["ConvBlock", "ResnetLayer", "AttentionLayer"]  # for `compile_repeated_blocks`
 
     @register_to_config
     def __init__(
@@ -149,7 +149,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         if num_class_embeds is not None:
             self.class_embedding = nn.Embedding(num_class_embeds, time_embedding_dim)
         self.augment_embedding = None
-        if augment_dim is not None:  # without bias, so that labels of 0 say nothing
+        if augment_dim is not None:  # without bias, so that labels of 0 have no effect
             self.augment_embedding = nn.Linear(augment_dim, time_embedding_dim, bias=False)
 
         # in, down, mid, up, out
@@ -191,12 +191,14 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         # diffusers reads a shard by its suffix, and leaves a weight that is missing without a value.
         pickles = [str(file) for file in files if not str(file).endswith(".safetensors")]
         if pickles:
-            raise ValueError(f"{name} names weights that are no safetensors, and are not read: {', '.join(pickles)}.")
+            raise ValueError(
+                f"{name} lists weights that are not safetensors and cannot be loaded: {', '.join(pickles)}."
+            )
         expected, found = set(model.state_dict()), set(loaded_keys)
         missing, unknown = sorted(expected - found), sorted(found - expected)
         if missing or unknown:
             raise ValueError(
-                f"{name} does not hold the weights of its configuration: {len(missing)} are missing "
+                f"The weights of {name} do not match its configuration: {len(missing)} are missing "
                 f"({', '.join(missing[:3])}), {len(unknown)} are unknown ({', '.join(unknown[:3])})."
             )
         return super()._load_pretrained_model(model, state_dict, files, name, loaded_keys, *args, **kwargs)
@@ -224,7 +226,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         if safe_serialization is not True:
             raise ValueError("`safe_serialization` must be True: other weights are pickles, which can run code.")
         if not is_main_process:
-            return  # all processes hold the same weights, and one writes them
+            return  # all processes have the same weights, and one writes them
         if Path(save_directory).is_file():
             raise ValueError(f"`save_directory` must be a folder, got the file {str(save_directory)!r}.")
         Path(save_directory).mkdir(parents=True, exist_ok=True)
@@ -233,8 +235,8 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
                 staging, save_function=save_function, variant=variant, max_shard_size=max_shard_size
             )
             shutil.copyfile(__file__, Path(staging, Path(__file__).name))
-            # Weights that lay here before are deleted first: loading prefers an index, and shards of another save mix
-            # with these. An interruption leaves a folder without whole weights, never one with the old ones.
+            # Existing weights are deleted first: loading prefers an index, and old shards would mix with new ones. An
+            # interruption leaves a folder without complete weights, never a mixture.
             is_weights = _weights_pattern(variant)
             for path in [path for path in Path(save_directory).iterdir() if is_weights.fullmatch(path.name)]:
                 path.unlink(missing_ok=True)
@@ -254,19 +256,19 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         except RecursionError as error:
             raise ValueError(f"{json_file} is nested too deeply.") from error
         if not isinstance(config, dict):
-            raise ValueError(f"{json_file} must hold a JSON object, got {type(config).__name__}.")
+            raise ValueError(f"{json_file} must contain a JSON object, got {type(config).__name__}.")
         allowed = {*inspect.signature(cls.__init__).parameters, "auto_map"} - {"self"}
         unknown = sorted(key for key in config if key not in allowed and not key.startswith("_"))
         if unknown and Path(json_file).name == cls.config_name:
             raise ValueError(
-                f"{json_file} has keys that this version of DDPMFacesUNet does not know: {', '.join(unknown)}. It is "
-                "of another network, or of a later version: then update the ddpm-faces package."
+                f"{json_file} has keys that this version of DDPMFacesUNet does not know: {', '.join(unknown)}. It "
+                "belongs to another network, or to a later version of ddpm-faces: then update the package."
             )
         return config
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
-        # `auto_map` is for `AutoModel`, and no argument of ours.
+        # `auto_map` is for `AutoModel` and not an argument of this class.
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     def _check_config(self) -> None:
@@ -275,7 +277,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
             if not _is_integer(config[name], minimum, maximum) and not (name in OPTIONAL and config[name] is None):
                 or_none = " or None" if name in OPTIONAL else ""
                 raise ValueError(
-                    f"`{name}` must be a whole number from {minimum} to {maximum}{or_none}, got {config[name]!r}."
+                    f"`{name}` must be an integer from {minimum} to {maximum}{or_none}, got {config[name]!r}."
                 )
         if config.time_proj_dim % 2:
             raise ValueError(f"`time_proj_dim` must be even, got {config.time_proj_dim}.")
@@ -284,8 +286,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         widths, block_types = config.block_out_channels, config.block_types
         if not _is_list(widths, 2, MAX_LEVELS) or not all(_is_integer(width, 1, MAX_WIDTH) for width in widths):
             raise ValueError(
-                f"`block_out_channels` must be 2 to {MAX_LEVELS} widths, whole numbers from 1 to {MAX_WIDTH}, got "
-                f"{widths!r}."
+                f"`block_out_channels` must be 2 to {MAX_LEVELS} widths from 1 to {MAX_WIDTH}, got {widths!r}."
             )
         if not _is_list(block_types, len(widths) - 1, len(widths) - 1):
             raise ValueError(
@@ -299,7 +300,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         choices += [("act_fn", config.act_fn, tuple(_ACTIVATIONS))]
         for name, value, allowed in choices:
             if value not in allowed:
-                raise ValueError(f"`{name}` must be of {', '.join(map(repr, allowed))}, got {value!r}.")
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
         size, multiple = config.sample_size, self.size_multiple
         sides = size if _is_list(size, 2, 2) else [size]
         if not all(_is_integer(side, 1, MAX_SIDE) and side % multiple == 0 for side in sides):
@@ -321,31 +322,31 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         augment_labels: torch.Tensor | None = None,
     ) -> DDPMFacesUNetOutput | tuple[torch.Tensor]:
-        """Predict the noise on `sample` (or what the scheduler's `prediction_type` says).
+        """Predict the noise on `sample`, or the quantity of the scheduler's `prediction_type`.
 
         Args:
             sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): x_t.
             timestep (`int`, `float` or `torch.Tensor` of shape `()`, `(1,)` or `(batch,)`): t of each image.
             class_labels (`torch.Tensor` of shape `(batch,)`, integer, *optional*):
-                The class of each image, 0 to `num_class_embeds - 1`; required where the network has classes.
+                The class of each image, 0 to `num_class_embeds - 1`; required if the network has classes.
             return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
             augment_labels (`torch.Tensor` of shape `(batch, augment_dim)`, *optional*):
                 How each image was augmented. No labels mean the same as labels of 0: not augmented. Training must
                 always give them, because a distributed run needs each parameter in each forward pass.
 
         Raises:
-            ValueError: A shape or an argument that the network does not take, and what it takes.
+            ValueError: The network does not accept a shape or an argument. The message says what it accepts.
         """
         self._check_inputs(sample, class_labels, augment_labels)
 
         # 1. time
         if isinstance(timestep, torch.Tensor):
             timesteps = timestep.to(sample.device).expand(sample.shape[0])
-        else:  # as a value of the graph and not a constant of it, so that `torch.compile` does so once
+        else:  # a tensor is not a constant of the graph, so `torch.compile` compiles only once
             timesteps = torch.full((sample.shape[0],), timestep, device=sample.device)
         # The article's embedding: sine then cosine, frequencies from 1 to 1 / 10000, in float32 whatever the weights.
         t_emb = get_timestep_embedding(timesteps, self.config.time_proj_dim)  # (batch, time_proj_dim)
-        dtype = self.dtype  # that of the computation, where layerwise casting stores weights in another
+        dtype = self.dtype  # layerwise casting may store weights in another dtype
         temb = self.time_embedding(t_emb.to(dtype))  # (batch, time_embedding_dim)
         if self.class_embedding is not None:
             temb = temb + self.class_embedding(class_labels)
@@ -388,7 +389,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         PyTorch chooses its kernel; `torch.nn.attention.sdpa_kernel` restricts the choice.
 
         Raises:
-            ValueError: Another backend, which this network would not use.
+            ValueError: `backend` is not `"native"`, and this network would not use it.
         """
         if backend != "native":
             raise ValueError(
@@ -422,7 +423,9 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
                 else "`class_labels` must be None: this network has no classes (`num_class_embeds` is None)."
             )
         if augment_labels is not None and self.augment_embedding is None:
-            raise ValueError("`augment_labels` must be None: this network takes none (`augment_dim` is None).")
+            raise ValueError(
+                "`augment_labels` must be None: this network has no augmentation labels (`augment_dim` is None)."
+            )
         augment_shape = (sample.shape[0], self.config.augment_dim)
         if augment_labels is not None and augment_labels.shape != augment_shape:
             raise ValueError(
@@ -454,7 +457,7 @@ class ConvBlock(nn.Module):
 
 
 class ConvDownBlock(nn.Module):
-    """The article's way down; its skip is what it hands on, already halved."""
+    """The article's down block. Its skip is its output, at half the size."""
 
     def __init__(self, in_channels: int, out_channels: int, temb_dim: int, **kwargs) -> None:
         super().__init__()
@@ -467,7 +470,7 @@ class ConvDownBlock(nn.Module):
 
 
 class ConvUpBlock(nn.Module):
-    """The article's way up, on its input and the skip side by side."""
+    """The article's up block, applied to its input concatenated with the skip."""
 
     def __init__(self, in_channels: int, out_channels: int, temb_dim: int, **kwargs) -> None:
         super().__init__()
@@ -553,7 +556,7 @@ class ResnetMidBlock(nn.Module):
 
 
 class ResnetDownBlock(nn.Module):
-    """Residual layers at their level, each of which leaves a skip, then a strided convolution to the next level."""
+    """Residual layers at one level, each with a skip, then a strided convolution to the next level."""
 
     def __init__(
         self,
@@ -585,7 +588,7 @@ class ResnetDownBlock(nn.Module):
 
 
 class ResnetUpBlock(nn.Module):
-    """Enlargement to the level above, then residual layers, each on its input and one skip side by side."""
+    """Upsampling to the level above, then residual layers, each applied to its input concatenated with a skip."""
 
     def __init__(
         self,
@@ -616,16 +619,18 @@ class ResnetUpBlock(nn.Module):
 
 
 def _checkpoint(block: nn.Module, *inputs):
-    if torch.compiler.is_compiling():  # takes no contexts, and needs none: a compiled graph updates buffers once
+    if (
+        torch.compiler.is_compiling()
+    ):  # contexts are not supported and not needed: a compiled graph updates buffers once
         return checkpoint(block, *inputs, use_reentrant=False)
     contexts = nullcontext(), _RunningStatisticsKept(block)
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: contexts)
 
 
 class _RunningStatisticsKept:
-    """BatchNorm counts a batch each time it sees it; the second pass of gradient checkpointing is no new batch.
+    """Keeps BatchNorm from counting a batch twice when gradient checkpointing repeats its forward pass.
 
-    A class, because `contextlib.contextmanager` can be entered once, and each backward pass over a graph enters it.
+    This is a class because each backward pass over a graph enters it again, which `contextlib.contextmanager` forbids.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -642,7 +647,7 @@ class _RunningStatisticsKept:
 
 
 def _weights_pattern(variant: str | None) -> re.Pattern:
-    """Matches the names that diffusers gives to the weights of a variant: whole, in shards, and the shards' index."""
+    """Return a pattern for diffusers' names of a variant's weights: a single file, shards, and the index of shards."""
     infix = "" if variant is None else re.escape(f".{variant}")
     return re.compile(
         rf"diffusion_pytorch_model(\.safetensors\.index{infix}\.json|{infix}(-\d+-of-\d+)?\.safetensors)"
@@ -664,7 +669,7 @@ def _group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
 
 
 def _zero_init(layer: nn.Module) -> nn.Module:
-    """Start a branch as nothing, so that a deep network starts as a shallow one."""
+    """Make a branch start at zero, so that a deep network starts like a shallow one."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

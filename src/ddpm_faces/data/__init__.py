@@ -1,4 +1,4 @@
-"""Images of faces: where they come from, how they are decoded, in which order they are trained on."""
+"""Images of faces: sources, decoding, and the order in which training sees them."""
 
 from typing import TYPE_CHECKING
 

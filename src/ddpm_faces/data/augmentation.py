@@ -1,7 +1,8 @@
-"""Augmentation that does not leak: pictures are transformed at random, and the network is told how.
+"""Augmentation that does not leak: images are transformed at random, and the network is told how.
 
-The network learns what each transformation does to a picture, and so learns from all of them. Sampling tells it of
-none, and it makes pictures as they are (section 5 and appendix F.2 of https://huggingface.co/papers/2206.00364).
+The network learns the effect of each transformation, and so learns from all transformed images. In sampling, it is
+told that there was no transformation, and generates images like the originals (section 5 and appendix F.2 of
+https://huggingface.co/papers/2206.00364).
 """
 
 import math
@@ -14,11 +15,11 @@ AUGMENT_DIM = 9
 
 
 class NonLeakingAugmentation:
-    """Transform pictures at random, and return the labels of what was done.
+    """Transform images at random, and return labels that describe the transformations.
 
-    The transformations are those of EDM for faces, in this order; n is N(0, 1), drawn anew for each:
+    The transformations are those that EDM uses for faces, in this order; n is N(0, 1), drawn separately for each:
 
-    | transformation                                                       | of the pictures   | labels             |
+    | transformation                                                       | probability       | labels             |
     |----------------------------------------------------------------------|-------------------|--------------------|
     | x-flip (mirror left and right)                                       | 1/2               | 1                  |
     | y-flip (mirror top and bottom)                                       | `probability` / 2 | 1                  |
@@ -29,21 +30,22 @@ class NonLeakingAugmentation:
     | translate by n / 8 of the width to the right, n' / 8 of the height   | `probability`     | n, n'              |
     | down                                                                 |                   |                    |
 
-    Each is drawn for each picture on its own; labels of what is not drawn are 0. The x-flip is as likely at any
-    `probability` but 0, as in EDM: a mirrored face is still a face, so that there is no reason to do it rarely. It is
-    among the labels all the same, because faces are not symmetric (partings, badges, writing). Mirroring pictures
-    without a label as well, as `random_flip` does, would leak.
+    Each transformation is drawn for each image separately. Labels of transformations that are not drawn are 0. The
+    x-flip has the same probability for every `probability` above 0, as in EDM: a mirrored face is still a face, so
+    there is no reason to make it rare. It has a label nevertheless, because faces are not symmetric (partings, badges,
+    writing). Mirroring images without a label as well, as `random_flip` does, would leak.
 
-    Equal labels mean equal transformations. Those of EDM for the stretch, n cos b and n sin b, do not: (n, b) and
-    (-n, b + pi) have the same, but one is the inverse of the other. The double angle tells them apart.
+    Equal labels mean equal transformations. This is not true of EDM's labels for the stretch, n cos b and n sin b:
+    (n, b) and (-n, b + pi) have the same labels, although one is the inverse of the other. Doubling the angle tells
+    them apart.
 
-    What a picture does not cover after its transformation is filled with its own reflection.
+    Areas that an image does not cover after its transformation are filled with its reflection.
 
     Args:
-        probability (`float`): Of each transformation, 0 (none at all) to 1. EDM takes 0.15 for faces (FFHQ).
+        probability (`float`): Probability of each transformation, 0 (none) to 1. EDM uses 0.15 for faces (FFHQ).
 
     Raises:
-        ValueError: A `probability` outside [0, 1].
+        ValueError: `probability` is outside [0, 1].
     """
 
     num_random = 13
@@ -60,39 +62,39 @@ class NonLeakingAugmentation:
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> torch.Tensor:
-        """Draw all random numbers that a batch takes, whatever the `probability`.
+        """Draw all random numbers for a batch. They do not depend on `probability`.
 
-        A row belongs to a picture, so rows for the batches of several processes can be drawn at once and shared out.
+        Each row belongs to one image, so several processes can draw the same rows and each use its share.
 
         Args:
-            batch_size (`int`): Number of pictures.
-            generator (`torch.Generator`, *optional*): Of the numbers; on `device`.
-            device (`torch.device` or `str`, *optional*): Where to draw.
+            batch_size (`int`): Number of images.
+            generator (`torch.Generator`, *optional*): Random number generator on `device`.
+            device (`torch.device` or `str`, *optional*): Device of the numbers.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, num_random)`, `torch.float32`: Columns 0 to 8 are uniform in [0, 1):
-            whether to flip x, flip y, scale, rotate, stretch and translate, whether the stretch has an axis other than
-            0, the angle of the rotation and that of the axis. Columns 9 to 12 are N(0, 1): n of scale, stretch,
-            translation to the right and translation down.
+            `torch.Tensor` of shape `(batch_size, num_random)`, `torch.float32`: Columns 0 to 8 are uniform in [0, 1).
+            They decide whether to flip x, flip y, scale, rotate, stretch and translate, whether the axis of the
+            stretch is other than 0, the angle of the rotation, and the angle of the axis. Columns 9 to 12 are N(0, 1),
+            the n of scaling, stretching, translation to the right and translation down.
         """
         uniform = torch.rand(batch_size, 9, generator=generator, device=device, dtype=torch.float32)
         normal = torch.randn(batch_size, 4, generator=generator, device=device, dtype=torch.float32)
         return torch.cat([uniform, normal], dim=1)
 
     def __call__(self, samples: torch.Tensor, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Transform a batch of pictures.
+        """Transform a batch of images.
 
         Args:
             samples (`torch.Tensor` of shape `(batch, channels, height, width)`, `torch.float32`): x_0 in [-1, 1].
-            draws (`torch.Tensor` of shape `(batch, num_random)`): What [`~NonLeakingAugmentation.draw`] returned; on
-                the device of the pictures.
+            draws (`torch.Tensor` of shape `(batch, num_random)`): The result of [`~NonLeakingAugmentation.draw`], on
+                the device of `samples`.
 
         Returns:
-            `(torch.Tensor, torch.Tensor)`: The pictures, of the same shape, in [-1, 1], and their labels, of shape
-            `(batch, AUGMENT_DIM)`. A picture whose labels are 0 is unchanged.
+            `(torch.Tensor, torch.Tensor)`: The transformed images, of the same shape and in [-1, 1], and their labels
+            of shape `(batch, AUGMENT_DIM)`. An image with labels of 0 is unchanged.
 
         Raises:
-            ValueError: `samples` that are not a batch of pictures, or `draws` that do not fit them.
+            ValueError: `samples` is not a batch of images, or `draws` does not fit it.
         """
         if samples.ndim != 4:
             raise ValueError(
@@ -102,7 +104,7 @@ class NonLeakingAugmentation:
             raise ValueError(f"`draws` must be of shape {(len(samples), self.num_random)}, got {tuple(draws.shape)}.")
         uniform, normal = draws.split([9, 4], dim=1)
 
-        # 1. Parameters, (batch,) each: 0 where nothing is drawn
+        # 1. Parameters, each of shape (batch,): 0 without the transformation
         drawn = uniform < self.probability  # (batch, 9)
         x_flip = (uniform[:, 0] < 0.5) & (self.probability > 0)
         y_flip = uniform[:, 1] < 0.5 * self.probability
@@ -118,11 +120,11 @@ class NonLeakingAugmentation:
         stretching = [stretch * (2 * axis).cos(), stretch * (2 * axis).sin()]
         labels = torch.stack([x_flip, y_flip, scale, *rotation, *stretching, right, down], dim=1)
 
-        # 3. Flips, exact to the bit
+        # 3. Flips, which are exact
         samples = torch.where(_per_picture(x_flip), samples.flip(3), samples)
         samples = torch.where(_per_picture(y_flip), samples.flip(2), samples)
 
-        # 4. All others in one resampling, so that a picture is blurred once
+        # 4. All other transformations in one resampling, so that an image is blurred only once
         resampled = _resample(samples, *(value[:, None, None] for value in (scale, angle, stretch, axis, right, down)))
         return torch.where(_per_picture(labels[:, 2:].any(dim=1)), resampled, samples), labels
 
@@ -140,14 +142,14 @@ def _resample(
     right: torch.Tensor,
     down: torch.Tensor,
 ) -> torch.Tensor:
-    """Scale, rotate, stretch and translate, by parameters of shape `(batch, 1, 1)`."""
+    """Scale, rotate, stretch and translate with parameters of shape `(batch, 1, 1)`."""
     height, width = samples.shape[2:]
-    # Pixels from the centre, x to the right and y down: in units of width and height, a rotation would shear.
+    # Distance from the center in pixels, x to the right and y down. In relative units, rotations would shear.
     x = torch.arange(width, device=samples.device)[None, None, :] - (width - 1) / 2  # (1, 1, width)
     y = torch.arange(height, device=samples.device)[None, :, None] - (height - 1) / 2  # (1, height, 1)
 
-    # Where the pixels come from: undo what is done, the last first. Not by matrix products: autocast and TF32 would
-    # round the positions.
+    # Source positions: undo the transformations in reverse order. There are no matrix products here, because autocast
+    # and TF32 would round the positions.
     x, y = x - right * width / 8, y - down * height / 8
     x, y = _rotate(x, y, -axis)
     x, y = x / (0.2 * stretch).exp2(), y * (0.2 * stretch).exp2()
@@ -161,5 +163,5 @@ def _resample(
 
 
 def _rotate(x: torch.Tensor, y: torch.Tensor, angle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate points counter-clockwise as seen, where y points down."""
+    """Rotate points counter-clockwise as seen in the image, where y points down."""
     return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()

@@ -1,4 +1,4 @@
-"""In which order pictures are trained on, and how their batches are fetched."""
+"""The order in which training sees the images, and the loading of batches."""
 
 import logging
 import signal
@@ -19,27 +19,30 @@ logger = logging.getLogger(__name__)
 
 
 class FaceBatches:
-    """Endless batches of a [`FaceDataset`], of which this process takes its share, that begin anywhere.
+    """Endless batches of a [`FaceDataset`], shared among processes, that can begin anywhere.
 
-    Each epoch is a permutation of its own, cut into whole batches; the pictures that are left over are other ones in
-    each epoch. All of it follows from (seed, images seen): going on decodes nothing and needs no state.
+    Each epoch is a new permutation, cut into full batches. The images that do not fill a batch are different ones in
+    each epoch. The order depends only on (seed, images seen), so resuming needs no state and decodes nothing twice.
 
     Args:
-        dataset ([`FaceDataset`]): The pictures.
-        batch_size (`int`): Pictures of an optimizer step, over all processes.
-        share (`slice`): Those of this process, within the batch.
-        seed (`int`, defaults to 0): Seed of order and crops.
-        num_workers (`int`, defaults to 0): Processes that fetch; at 0 this one does, which suffices in memory.
+        dataset ([`FaceDataset`]): The images.
+        batch_size (`int`): Number of images per optimizer step, over all processes.
+        share (`slice`): The part of the batch that belongs to this process.
+        seed (`int`, defaults to 0): Seed of the order and the crops.
+        num_workers (`int`, defaults to 0): Number of worker processes; 0 loads in this process, which is fast enough
+            for images in memory.
 
     Raises:
-        ValueError: Fewer pictures than a batch holds.
+        ValueError: There are fewer images than `batch_size`.
     """
 
     def __init__(
         self, dataset: FaceDataset, batch_size: int, share: slice, seed: int = 0, num_workers: int = 0
     ) -> None:
         if len(dataset) < batch_size:
-            raise ValueError(f"`train_batch_size` {batch_size} needs as many pictures, and there are {len(dataset)}.")
+            raise ValueError(
+                f"`train_batch_size` must be at most the number of images ({len(dataset)}), got {batch_size}."
+            )
         self.dataset = dataset
         self.batch_size = batch_size
         self.share = share
@@ -56,16 +59,16 @@ class FaceBatches:
         return self.images_seen // self.images_per_epoch
 
     def batches(self, pin_memory: bool = False) -> Iterator[dict[str, Any]]:
-        """Go on from `images_seen`, for ever.
+        """Iterate endlessly from `images_seen` on.
 
         Args:
-            pin_memory (`bool`, defaults to `False`): Copy the batches to memory from which a GPU reads faster.
+            pin_memory (`bool`, defaults to `False`): Whether to copy batches to pinned memory, for transfer to a GPU.
 
         Yields:
             `dict`:
             - **images** (`torch.Tensor` of shape `(share, channels, height, width)`, `torch.uint8`) -- 0 to 255.
-            - **labels** (`torch.Tensor` of shape `(share,)`, `torch.int64`) -- Where the data set has them.
-            - **names** (`list[str]`) -- What each picture is called.
+            - **labels** (`torch.Tensor` of shape `(share,)`, `torch.int64`) -- Class labels, if the dataset has them.
+            - **names** (`list[str]`) -- The file or row of each image.
         """
 
         def make_loader() -> DataLoader:
@@ -76,21 +79,21 @@ class FaceBatches:
             yield {**batch, "names": self.dataset.names(batch.pop("indices").tolist())}
 
     def _requests(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Which pictures, and where to crop them."""
+        """Yield the indices and crops of each batch."""
         images_seen = self.images_seen
         order, order_epoch = np.empty(0, np.int64), -1
         while True:
             epoch, first = divmod(images_seen, self.images_per_epoch)
             if epoch != order_epoch:
                 order, order_epoch = np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset)), epoch
-            first -= first % self.batch_size  # where the batch size has changed within an epoch
+            first -= first % self.batch_size  # in case the batch size has changed within an epoch
             crops = draw_crops(self.seed, images_seen, self.batch_size, self.share)
             yield order[first : first + self.batch_size][self.share], crops
             images_seen += self.batch_size
 
 
 class _Fetch:
-    """For a `DataLoader`, whose workers each fetch a whole share at once."""
+    """Dataset for a `DataLoader` in which each item is this process's share of a batch."""
 
     def __init__(self, dataset: FaceDataset) -> None:
         self.dataset = dataset
@@ -101,7 +104,7 @@ class _Fetch:
 
 
 def make_data_loader(dataset: Any, num_workers: int, pin_memory: bool, sampler: Any = None) -> DataLoader:
-    """A loader of samples that are batches already."""
+    """Make a loader for a dataset whose items are batches."""
     return DataLoader(
         dataset,
         batch_size=None,
@@ -109,20 +112,20 @@ def make_data_loader(dataset: Any, num_workers: int, pin_memory: bool, sampler: 
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_trainer,
-        # It draws a seed that nobody uses; without its own generator it would draw from that of the training.
+        # The loader draws a seed that nothing uses. Without a generator, it would draw from the global random state.
         generator=torch.Generator(),
     )
 
 
 def restarting(make_loader: Callable[[], DataLoader], max_deaths: int = 3) -> Iterator[Any]:
-    """The batches of a loader, and of another one where a worker has died, which has to go on after the last batch.
+    """Iterate over the batches of a loader. If a worker dies, continue with a new loader.
 
     Args:
-        make_loader (`Callable`): Makes a loader that begins where the batches taken so far end.
-        max_deaths (`int`, defaults to 3): Deaths without a batch in between that are an error.
+        make_loader (`Callable`): Makes a loader that continues after the batches taken so far.
+        max_deaths (`int`, defaults to 3): Number of deaths without a batch in between that raises an error.
 
     Raises:
-        RuntimeError: Too many deaths.
+        RuntimeError: Workers died `max_deaths` times without a batch in between.
     """
     deaths = 0
     while True:
@@ -138,7 +141,9 @@ def restarting(make_loader: Callable[[], DataLoader], max_deaths: int = 3) -> It
             deaths += 1
             if not _is_death(error, loader) or deaths == max_deaths:
                 raise
-            logger.warning("A data worker died (%s); it is started anew, and no picture is lost.", error or "unseen")
+            logger.warning(
+                "A data worker died (%s). It was restarted, and no image is lost.", error or "no reason known"
+            )
         del batches
 
 
@@ -146,10 +151,10 @@ def restarting(make_loader: Callable[[], DataLoader], max_deaths: int = 3) -> It
 def _without_death_handler(num_workers: int) -> Iterator[None]:
     """Start workers without torch's handler of SIGCHLD.
 
-    It would raise the death of a worker wherever the trainer is: in the middle of a step, or of a save. Without it,
-    the loader notices when it next waits for a batch.
+    The handler would raise an error anywhere in the training, such as in the middle of a step or a save. Without it,
+    the loader notices the death when it next waits for a batch.
     """
-    is_main = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
+    is_main = threading.current_thread() is threading.main_thread()  # other threads may not set handlers
     if num_workers == 0 or not hasattr(signal, "SIGCHLD") or not is_main:
         yield
         return
@@ -161,15 +166,15 @@ def _without_death_handler(num_workers: int) -> Iterator[None]:
 
 
 def _is_death(error: Exception, loader: DataLoader) -> bool:
-    """Whether it is about a worker that died, and not an error of its own that the loader passes on."""
+    """Whether a worker died, as opposed to raising an error that the loader passes on."""
     if loader.num_workers == 0 or str(error).startswith("Caught "):
         return False
-    # One that dies while it hands a batch over leaves a broken pipe.
+    # A worker that dies while it hands over a batch leaves a broken pipe.
     return "DataLoader worker" in str(error) or isinstance(error, EOFError | ConnectionError)
 
 
 def _leave_signals_to_the_trainer(worker_id: int) -> None:
-    """What is sent to a whole group of processes, as Ctrl-C is, ends the step; its data must still come."""
+    """Ignore signals to the whole process group, such as Ctrl-C, because the last step still needs its data."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

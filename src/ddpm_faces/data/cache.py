@@ -1,4 +1,4 @@
-"""Decoded images on disk: each is decoded and resized once, for all processes and later runs."""
+"""Cache of decoded images: each is decoded and resized once, for all processes and later runs."""
 
 import json
 import os
@@ -23,30 +23,30 @@ from .labels import class_number
 from .sources import Source
 
 
-CHUNK, CHUNK_BYTES = 256, 2**26  # what is decoded at a time, at most
+CHUNK, CHUNK_BYTES = 256, 2**26  # limits on the images that are decoded at a time
 
 
 def cached(source: Source, settings: dict[str, Any], cache_dir: str | None = None) -> FaceDataset:
-    """Open the decoded images of a source, which whoever asks first decodes.
+    """Open the decoded images of a source. The first process to ask decodes them.
 
     Args:
         source ([`Source`]): The images.
-        settings (`dict`): All that decides what is read and how; the cache is found by a hash of it.
-        cache_dir (`str`, *optional*): Where to; by default `ddpm-faces` beside the Hub's cache.
+        settings (`dict`): Everything that affects the result. A hash of it names the cache.
+        cache_dir (`str`, *optional*): Folder of all caches; defaults to `ddpm-faces` beside the Hub's cache.
 
     Raises:
-        ValueError: A `cache_dir` that cannot be written or has no room, or images that cannot be read.
+        ValueError: `cache_dir` cannot be written or is full, or images cannot be read.
     """
     root = Path(cache_dir or Path(HF_HOME, "ddpm-faces")).expanduser()
     cache = root / content_hash(json.dumps(settings, sort_keys=True, default=str).encode())
-    dataset = _open_cache(cache)  # without the lock first: a cache may be shared, and read-only
+    dataset = _open_cache(cache)  # try without the lock: a shared cache may be read-only
     if dataset is not None:
         return dataset
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{cache}.lock").acquire()  # whoever comes first decodes, the others wait
+        lock = FileLock(f"{cache}.lock").acquire()  # the first process decodes, the others wait
     except OSError as error:
-        raise ValueError(f"`cache_dir` {str(root)!r} cannot be written ({error}): choose another.") from error
+        raise ValueError(f"`cache_dir` {str(root)!r} cannot be written ({error}): choose another folder.") from error
     with lock:
         dataset = _open_cache(cache)
         if dataset is None:
@@ -56,14 +56,14 @@ def cached(source: Source, settings: dict[str, Any], cache_dir: str | None = Non
 
 
 def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
-    """Decode and resize in threads (PIL lets go of the interpreter), and write what comes of it, or nothing."""
+    """Decode and resize in threads (PIL releases the interpreter lock), and write all of the cache or nothing."""
     size, mode, num_images = settings["size"], MODES[settings["channels"]], settings["num_images"]
-    image_bytes = len(mode) * size[0] * size[1]  # at least: what is yet to be cropped takes more
+    image_bytes = len(mode) * size[0] * size[1]  # a lower bound: uncropped images take more
     needed, free = num_images * image_bytes, shutil.disk_usage(cache.parent).free
     if needed > free:
         raise ValueError(
-            f"`cache_dir` {str(cache.parent)!r} has {free:,} bytes free, and the decoded pictures take {needed:,}: "
-            "choose another."
+            f"`cache_dir` {str(cache.parent)!r} has {free:,} bytes free, and the decoded images need {needed:,}: "
+            "choose another folder."
         )
     values, class_names, number = _classes(source)
     resize = picture_to_tensor if settings["crop"] == "center" else resize_to_cover
@@ -73,9 +73,9 @@ def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
         try:
             label = None if values is None else number(values[index])
             pixels = resize(open_image(value, settings["max_image_pixels"]), size, mode).contiguous()
-        except MemoryError:  # which is not the image's fault
+        except MemoryError:  # not the fault of the image
             raise
-        except Exception as error:  # PIL raises many kinds on an image that is cut off or damaged
+        except Exception as error:  # PIL raises many kinds of errors on damaged images
             return f"{name}: {error or type(error).__name__}", None
         return name, (pixels, describe(pixels), label)
 
@@ -88,7 +88,7 @@ def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
         with (
             ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool,
             (folder / "pixels.bin").open("wb") as file,
-            tqdm(total=num_images, desc="Reading pictures", unit="img") as bar,
+            tqdm(total=num_images, desc="Reading images", unit="img") as bar,
         ):
             for first in range(0, num_images, chunk):
                 indices = range(first, min(first + chunk, num_images))
@@ -104,8 +104,8 @@ def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
                 bar.update(len(indices))
         if unreadable and (not settings["skip_unreadable"] or not names):
             raise ValueError(
-                f"{len(unreadable)} of {num_images} pictures cannot be read:\n{shorten(unreadable)}\n"
-                "`skip_unreadable` leaves such pictures out."
+                f"{len(unreadable)} of {num_images} images cannot be read:\n{shorten(unreadable)}\n"
+                "Set `skip_unreadable` to skip such images."
             )
         np.save(folder / "table.npy", np.stack(table))
         if values is not None:
@@ -124,7 +124,7 @@ def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
 
 
 def _open_cache(cache: Path) -> FaceDataset | None:
-    """What [`_build_cache`] has written, or `None` where there is nothing that is whole."""
+    """Open the cache that [`_build_cache`] has written, or return `None` if it is missing or incomplete."""
     try:
         info = json.loads((cache / "info.json").read_text())
         if any((cache / name).stat().st_size != size for name, size in info["files"].items()):
@@ -145,7 +145,7 @@ def _read_cache(cache: Path) -> FaceDataset:
 
 
 def _classes(source: Source) -> tuple[list[Any] | None, list[str] | None, Callable[[Any], int]]:
-    """The label of each image, the names of the classes, and what turns a label into a class, or raises."""
+    """Return the label of each image, the class names, and a function from labels to class numbers."""
     if source.labels is None:
         return None, None, class_number
     values = source.labels()

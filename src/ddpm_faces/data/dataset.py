@@ -1,4 +1,4 @@
-"""Decoded images as a dataset, in memory or memory-mapped, and the choice of held-out ones."""
+"""Decoded images as a dataset, in memory or memory-mapped, and the choice of held-out images."""
 
 import hashlib
 import json
@@ -15,17 +15,17 @@ from .images import random_crop
 
 
 class FaceDataset(Dataset):
-    """Decoded pictures, in memory or memory-mapped from a cache folder.
+    """Decoded images, in memory or memory-mapped from a cache folder.
 
     Args:
         images (`torch.Tensor` of shape `(num_images, channels, height, width)`, `torch.uint8`, or a sequence):
-            The pictures; a sequence of tensors, where they are yet to be cropped at random.
-        size (`(int, int)`, *optional*): Height and width of what [`~FaceDataset.fetch`] gives; by default, theirs.
-        labels (`torch.Tensor` of shape `(num_images,)`, `torch.int64`, *optional*): Their classes.
+            The images, or a sequence of uncropped ones that will be cropped at random.
+        size (`(int, int)`, *optional*): Height and width of images from [`~FaceDataset.fetch`]; defaults to theirs.
+        labels (`torch.Tensor` of shape `(num_images,)`, `torch.int64`, *optional*): Class of each image.
         class_names (`list[str]`, *optional*): Names of the classes.
-        unreadable (`list[str]`): What was left out, and why.
+        unreadable (`list[str]`): Images that were skipped, each with the reason.
         table (`numpy.ndarray` of shape `(num_images,)`, *optional*):
-            What is known of each picture: shape, sums and hash. By default it is computed.
+            Shape, sums and hash of each image, by [`describe`]. Computed by default.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class FaceDataset(Dataset):
         table: np.ndarray | None = None,
     ) -> None:
         self._images = images
-        self._indices = np.arange(len(images))  # of those that belong to this subset
+        self._indices = np.arange(len(images))  # of the images in this subset
         self._labels = labels
         self._table = np.stack([describe(images[i]) for i in range(len(images))]) if table is None else table
         self._cache: Path | None = None
@@ -55,44 +55,44 @@ class FaceDataset(Dataset):
 
     @property
     def images(self) -> torch.Tensor:
-        """All pictures, `(num_images, channels, height, width)`, `torch.uint8`.
+        """All images, as a `torch.uint8` tensor of shape `(num_images, channels, height, width)`.
 
         Raises:
-            ValueError: They are yet to be cropped, and of different shapes.
+            ValueError: The images are uncropped and differ in shape.
         """
         if not isinstance(self._images, torch.Tensor):
-            raise ValueError("Pictures that are cropped at random have no one shape: use `fetch`.")
+            raise ValueError("`images` needs images of one shape, and these are uncropped: use `fetch`.")
         is_whole = len(self) == len(self._images) and (np.diff(self._indices) == 1).all()
         return self._images if is_whole else self._images[torch.from_numpy(self._indices)]
 
     @property
     def labels(self) -> torch.Tensor | None:
-        """Classes, `(num_images,)`, `torch.int64`, where there are any."""
+        """Class of each image, as a `torch.int64` tensor of shape `(num_images,)`, or `None` without classes."""
         return None if self._labels is None else self._labels[torch.from_numpy(self._indices)]
 
     @property
     def fingerprint(self) -> str:
-        """A hash of pixels and labels, in hexadecimal digits: the same for the same content, wherever it came from."""
+        """Hash of all pixels and labels in hexadecimal digits. It depends on nothing but the content."""
         labels = [] if self._labels is None else [self._labels[self._indices].numpy()]
         return content_hash(self._table["digest"][self._indices], *labels)
 
     @property
     def digests(self) -> list[bytes]:
-        """A hash of shape and pixels of each image, 16 bytes."""
+        """Hash of the shape and pixels of each image, 16 bytes each."""
         return [bytes(digest) for digest in self._table["digest"][self._indices]]
 
     def fetch(self, indices: np.ndarray, crops: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-        """A batch.
+        """Return a batch.
 
         Args:
-            indices (`numpy.ndarray` of shape `(batch,)`): Which pictures.
+            indices (`numpy.ndarray` of shape `(batch,)`): Indices of the images.
             crops (`numpy.ndarray` of shape `(batch, 2)`, *optional*):
-                Where to crop them, in [0, 1), vertically and horizontally; by default about the centre. Without effect
-                on pictures that are cropped already.
+                Vertical and horizontal position of each crop, in [0, 1); defaults to the center. Images that are
+                cropped already ignore it.
 
         Returns:
-            `dict`: "images" (`torch.Tensor` of shape `(batch, channels, height, width)`, `torch.uint8`) and, where
-            there are classes, "labels" (`torch.Tensor` of shape `(batch,)`, `torch.int64`).
+            `dict`: "images" (`torch.Tensor` of shape `(batch, channels, height, width)`, `torch.uint8`) and, if there
+            are classes, "labels" (`torch.Tensor` of shape `(batch,)`, `torch.int64`).
         """
         indices = self._indices[indices]
         if isinstance(self._images, torch.Tensor):
@@ -106,25 +106,25 @@ class FaceDataset(Dataset):
         return batch
 
     def names(self, indices: Sequence[int]) -> list[str]:
-        """The file or row of each picture."""
+        """Return the file or row of each image."""
         indices = self._indices[list(indices)].tolist()
         if self._cache is None:
-            return [f"picture {index}" for index in indices]
+            return [f"image {index}" for index in indices]
         names = read_names(self._cache)
         return [names[index] for index in indices]
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "FaceDataset":
-        """Some of the pictures, in this order."""
+        """Return a dataset of the images with these indices, in this order."""
         subset = object.__new__(FaceDataset)
         subset.__dict__ = dict(self.__dict__)
         subset._indices = self._indices[np.asarray(indices)]
         return subset
 
     def relabelled(self, class_names: list[str]) -> "FaceDataset":
-        """The same pictures, with classes numbered as in another data set.
+        """Return the same images with classes numbered as in another dataset.
 
         Raises:
-            ValueError: A class that is not among `class_names`, or no classes at all.
+            ValueError: A class is not among `class_names`, or there are no classes.
         """
         if self._labels is None or self.class_names is None:
             raise ValueError(f"There are no classes to be numbered as in {class_names}.")
@@ -132,18 +132,18 @@ class FaceDataset(Dataset):
             {self.class_names[label] for label in self._labels[self._indices].unique()} - set(class_names)
         )
         if missing:
-            raise ValueError(f"Classes {', '.join(missing)} are not among those of the training: {class_names}.")
+            raise ValueError(f"Classes {', '.join(missing)} are not among the training classes: {class_names}.")
         numbers = torch.tensor([class_names.index(name) if name in class_names else -1 for name in self.class_names])
         relabelled = self.subset(np.arange(len(self)))
         relabelled._labels, relabelled.class_names = numbers[self._labels], list(class_names)
         return relabelled
 
     def channel_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of each channel over all pixels, as [`to_samples`] scales them.
+        """Return mean and standard deviation of each channel over all pixels, scaled as by [`to_samples`].
 
         Returns:
-            `(torch.Tensor, torch.Tensor)` of shape `(channels,)`, `torch.float32`: From exact sums. Of pictures that
-            are yet to be cropped, all pixels count.
+            `(torch.Tensor, torch.Tensor)` of shape `(channels,)`, `torch.float32`: Computed from exact sums. All
+            pixels of uncropped images count.
         """
         table = self._table[self._indices]
         count = table["shape"][:, 1:].prod(axis=1).sum()
@@ -152,7 +152,7 @@ class FaceDataset(Dataset):
         return torch.from_numpy(mean / 127.5 - 1).float(), torch.from_numpy(deviation / 127.5).float()
 
     def __getstate__(self) -> dict[str, Any]:
-        # To workers, a cache travels as the name of its folder.
+        # A cache is sent to workers as the name of its folder.
         return self.__dict__ if self._cache is None else {**self.__dict__, "_images": None, "_table": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -162,7 +162,7 @@ class FaceDataset(Dataset):
 
 
 class _Ragged:
-    """Pictures of different shapes, one after the other in flat memory."""
+    """Images of different shapes, stored one after the other."""
 
     def __init__(self, pixels: torch.Tensor, shapes: np.ndarray) -> None:
         self.pixels, self.shapes = pixels, shapes
@@ -177,28 +177,28 @@ class _Ragged:
 
 
 def hold_out(dataset: FaceDataset, num_images: int) -> tuple[FaceDataset, FaceDataset]:
-    """Set images aside, chosen by their content alone: neither by their order, nor by the seed of a run.
+    """Set images aside as held-out images. The choice depends only on their content, not on their order or a seed.
 
-    Images are ranked by a hash of their decoded pixels, and the first `num_images` are held out. Where images are
-    added later and as many are held out as before, no image moves from the training to the held-out ones: only new
-    images take the places of others. At another resolution, other images are held out.
+    Images are ranked by a hash of their decoded pixels, and the first `num_images` are held out. When images are added
+    later and `num_images` stays the same, no image moves from the training images to the held-out ones: only new
+    images can take their places. At another resolution, other images are held out.
 
     Args:
         dataset ([`FaceDataset`]): All images.
-        num_images (`int`): How many distinct ones, fewer than there are. Their duplicates are held out with them.
+        num_images (`int`): Number of distinct images to hold out, together with their duplicates.
 
     Returns:
-        `([`FaceDataset`], [`FaceDataset`])`: The others, in their order, and those that are held out, in theirs.
+        `([`FaceDataset`], [`FaceDataset`])`: The training images and the held-out images, each in their old order.
 
     Raises:
-        ValueError: `num_images` leaves none to train on.
+        ValueError: `num_images` leaves no image to train on.
     """
     digests = dataset.digests
-    distinct = sorted(set(digests))  # hashes lie in no order that means anything
+    distinct = sorted(set(digests))  # the order of hashes is arbitrary
     if not 0 <= num_images < len(distinct):
         raise ValueError(
             f"`num_images` must be from 0 to {len(distinct) - 1}, got {num_images}: there are {len(distinct)} "
-            "distinct pictures, and one must be left to train on."
+            "distinct images, and one must be left to train on."
         )
     chosen = set(distinct[:num_images])
     is_held_out = np.array([digest in chosen for digest in digests])
@@ -206,7 +206,7 @@ def hold_out(dataset: FaceDataset, num_images: int) -> tuple[FaceDataset, FaceDa
 
 
 def map_images(cache: Path, size: tuple[int, int]) -> tuple[torch.Tensor | _Ragged, np.ndarray]:
-    """The images of a cache folder, memory-mapped, and the table of what is known of each."""
+    """Open the images of a cache folder, memory-mapped, and the table that describes them."""
     table = np.load(cache / "table.npy", mmap_mode="r")
     # Copy on write: a tensor must be writable, but the file must not change.
     pixels = torch.from_numpy(np.memmap(cache / "pixels.bin", dtype=np.uint8, mode="c"))
@@ -215,14 +215,14 @@ def map_images(cache: Path, size: tuple[int, int]) -> tuple[torch.Tensor | _Ragg
     return _Ragged(pixels, table["shape"]), table
 
 
-@lru_cache(maxsize=2)  # of the pictures that are trained on, and of those that are held out
+@lru_cache(maxsize=2)  # of the training images and the held-out images
 def read_names(cache: Path) -> list[str]:
-    """What each image of a cache folder is called."""
+    """Read the names of the images in a cache folder."""
     return json.loads((cache / "names.json").read_text())
 
 
 def describe(image: torch.Tensor) -> np.ndarray:
-    """What statistics and hashes of any subset follow from: a row of [`FaceDataset`]'s table."""
+    """Return a row of [`FaceDataset`]'s table, from which statistics and hashes of any subset are computed."""
     pixels = image.contiguous().numpy()
     kind = [("shape", "<i8", 3), ("sums", "<i8", len(pixels)), ("squares", "<i8", len(pixels)), ("digest", "V16")]
     sums = pixels.sum(axis=(1, 2), dtype=np.int64)
@@ -232,7 +232,7 @@ def describe(image: torch.Tensor) -> np.ndarray:
 
 
 def content_hash(*parts: bytes | np.ndarray) -> str:
-    """A hash in 32 hexadecimal digits."""
+    """Return a hash of 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(part if isinstance(part, bytes) else part.data)

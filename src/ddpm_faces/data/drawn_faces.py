@@ -1,7 +1,7 @@
-"""Portraits that the program draws itself: training data with known attributes that needs no network.
+"""Drawn faces: training data with known attributes that needs no download.
 
-A face is a pure function of `(seed, index)`. Its attributes choose what is drawn, a second random stream chooses the
-small differences of proportion and shade; `portrait.py` paints what was chosen.
+A face is a pure function of `(seed, index)`. One random stream chooses its attributes, another the small differences
+in proportion and shade. `portrait.py` paints the result.
 """
 
 import random
@@ -28,7 +28,7 @@ from .portrait import (
 
 
 # fmt: off
-# The words of the caption for each value.
+# Caption text for each attribute value.
 MOUTHS = {"smile": "smiling", "grin": "grinning", "neutral": "calm", "open": "surprised", "frown": "frowning"}
 HAIR_STYLES = {
     "bald": "a bald head", "buzz": "buzzed {} hair", "short": "short {} hair", "quiff": "{} hair in a quiff",
@@ -43,32 +43,32 @@ GLASSES = {"round": "round glasses", "square": "square glasses", "sunglasses": "
 
 def _integer(name: str, value: Any, minimum: int) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"`{name}` must be an integer of at least {minimum}, but is {value!r}.")
+        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
     return int(value)
 
 
 def _pick(rng: random.Random, weights: Mapping[str, float]) -> str:
-    # Only `random()` is promised to give the same numbers in every Python version.
+    # Only `random()` is guaranteed to give the same numbers in every Python version.
     sums = list(accumulate(weights.values()))
     return list(weights)[bisect(sums, rng.random() * sums[-1], hi=len(sums) - 1)]
 
 
 def face_attributes(index: int, seed: int = 0) -> dict[str, str]:
-    """Names what is drawn in a face.
+    """Return the attributes of a face.
 
-    The choices are made jointly where that makes a face coherent: rarely blond hair with dark skin, a beard only
-    without lipstick. Each value is a plain string, so the dictionary can be written as JSON.
+    Some attributes depend on each other, to make faces coherent: blond hair is rare with dark skin, and a beard never
+    comes with lipstick. Each value is a plain string, so the dictionary can be written as JSON.
 
     Args:
-        index (`int`): Number of the face, 0 or larger; there is no largest one.
-        seed (`int`, *optional*, defaults to 0): Number of the family of faces, 0 or larger.
+        index (`int`): Number of the face, at least 0; there is no upper limit.
+        seed (`int`, *optional*, defaults to 0): Number of the family of faces, at least 0.
 
     Returns:
         `dict[str, str]`: The values of `skin`, `hair_color`, `hair_style`, `eye_color`, `mouth`, `glasses`, `beard`,
         `lipstick`, `clothes`, `clothes_color` and `background`.
 
     Raises:
-        ValueError: If `index` or `seed` is not an integer or is negative.
+        ValueError: `index` or `seed` is not an integer or is negative.
     """
     rng = random.Random(f"{_integer('seed', seed, 0)}/{_integer('index', index, 0)}/attributes")
     skin = _pick(rng, dict.fromkeys(SKINS, 1))
@@ -128,18 +128,18 @@ def _face(index: int, seed: int) -> Portrait:
 
 
 def draw_face(index: int, resolution: int = 64, seed: int = 0) -> Image.Image:
-    """Draws a face.
+    """Draw a face.
 
     Args:
-        index (`int`): Number of the face, 0 or larger; there is no largest one.
-        resolution (`int`, *optional*, defaults to 64): Height and width of the picture in pixels, at least 8.
-        seed (`int`, *optional*, defaults to 0): Number of the family of faces, 0 or larger.
+        index (`int`): Number of the face, at least 0; there is no upper limit.
+        resolution (`int`, *optional*, defaults to 64): Height and width of the image in pixels, at least 8.
+        seed (`int`, *optional*, defaults to 0): Number of the family of faces, at least 0.
 
     Returns:
-        `PIL.Image.Image`: RGB picture of the face that [`face_attributes`] describes.
+        `PIL.Image.Image`: RGB image of the face that [`face_attributes`] describes.
 
     Raises:
-        ValueError: If an argument is not an integer, `index` or `seed` is negative, or `resolution` is below 8.
+        ValueError: An argument is not an integer, `index` or `seed` is negative, or `resolution` is below 8.
     """
     resolution = _integer("resolution", resolution, 8)
     return paint(_face(index, seed), resolution)
@@ -156,19 +156,18 @@ def _caption(attributes: dict[str, str]) -> str:
 
 
 class DrawnFaces(Sequence[dict[str, Any]]):
-    """Data set of drawn faces with captions; each face is drawn when it is asked for.
+    """Dataset of drawn faces with captions. Each face is drawn when it is accessed.
 
-    An example holds the picture under `"image"`, a sentence about it under `"caption"`, and the attributes of
-    [`face_attributes`] under their names. Face `i` depends on `seed` and `i` alone, so a larger data set only adds
-    faces. A slice gives a list of examples.
+    An example has the keys `"image"`, `"caption"` and those of [`face_attributes`]. Face `i` depends only on `seed`
+    and `i`, so a larger dataset starts with the same faces. A slice returns a list of examples.
 
     Args:
         num_images (`int`, *optional*, defaults to 4096): Number of faces, at least 1.
-        resolution (`int`, *optional*, defaults to 64): Height and width of the pictures in pixels, at least 8.
-        seed (`int`, *optional*, defaults to 0): Number of the family of faces, 0 or larger.
+        resolution (`int`, *optional*, defaults to 64): Height and width of the images in pixels, at least 8.
+        seed (`int`, *optional*, defaults to 0): Number of the family of faces, at least 0.
 
     Raises:
-        ValueError: If an argument is not an integer or is too small.
+        ValueError: An argument is not an integer or is too small.
 
     Examples:
         >>> faces = DrawnFaces(num_images=8, resolution=32)
@@ -191,7 +190,7 @@ class DrawnFaces(Sequence[dict[str, Any]]):
     def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
 
     def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        # A range already knows about slices, negative numbers, NumPy integers and the end.
+        # A range handles slices, negative numbers, NumPy integers and the end.
         number = range(self.num_images)[index]
         if isinstance(number, range):
             return [self[i] for i in number]

@@ -1,7 +1,7 @@
-"""The random numbers of a training step, which depend on (seed, images seen, place in the batch) and on nothing else.
+"""Random numbers of a training step, which depend only on (seed, images seen, position in the batch).
 
-However many processes share a batch, and however many micro-batches it is split into, an image meets the same timestep
-and the same noise; and resuming a run needs no random state for them.
+An image therefore gets the same timestep and the same noise for any number of processes and micro-batches, and
+resuming a run needs no random state.
 """
 
 import math
@@ -13,19 +13,19 @@ import torch
 from .augmentation import NonLeakingAugmentation
 
 
-# Keys of independent streams for the same step.
+# Keys of independent random streams for the same step.
 _CROPS, _DRAWS, _TIMESTEPS = 0, 1, 2
 
-_GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples, modulo 1, leave no wide gap, wherever one begins and stops
+_GOLDEN_RATIO = (5**0.5 - 1) / 2  # any run of its multiples, modulo 1, is spread evenly
 
 
 class StepDraws(NamedTuple):
-    """What is drawn for one process's share of a batch.
+    """The random numbers for one process's share of a batch.
 
     Args:
         timesteps (`torch.Tensor` of shape `(share,)`, `torch.int64`): 0 to T - 1.
-        flips (`torch.Tensor` of shape `(share,)`, `torch.bool`): Whether to mirror each picture.
-        augmentations (`torch.Tensor` of shape `(share, 13)`): Of [`~NonLeakingAugmentation.draw`].
+        flips (`torch.Tensor` of shape `(share,)`, `torch.bool`): Whether to mirror each image.
+        augmentations (`torch.Tensor` of shape `(share, 13)`): Rows of [`~NonLeakingAugmentation.draw`].
         noise (`torch.Tensor` of shape `(share, channels, height, width)`): N(0, 1).
     """
 
@@ -35,7 +35,7 @@ class StepDraws(NamedTuple):
     noise: torch.Tensor
 
     def split(self, size: int) -> list["StepDraws"]:
-        """The draws for micro-batches of at most `size` images."""
+        """Split into micro-batches of at most `size` images."""
         return [StepDraws(*parts) for parts in zip(*(tensor.split(size) for tensor in self), strict=True)]
 
 
@@ -49,20 +49,20 @@ def draw_step(
     device: torch.device | str = "cpu",
     low_discrepancy: bool = False,
 ) -> StepDraws:
-    """Draw for the step that begins after `images_seen` images.
+    """Draw the random numbers of the step that begins after `images_seen` images.
 
     Args:
         seed (`int`): Seed of the run, at least 0.
         images_seen (`int`): Images trained on so far.
-        batch_size (`int`): Pictures of the step, over all processes.
-        share (`slice`): Those of this process.
+        batch_size (`int`): Number of images in the step, over all processes.
+        share (`slice`): The part of the batch that belongs to this process.
         num_train_timesteps (`int`): T.
         sample_shape (`(int, int, int)`): Channels, height and width.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where to. CPU and GPU draw different noise.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Device of the results. CPU and GPU draw different noise.
         low_discrepancy (`bool`, defaults to `False`):
-            Spread the timesteps of pictures that follow one another evenly, in place of drawing each by itself (as
-            https://huggingface.co/papers/2107.00630 does, by another sequence): image k of the run meets
-            t = floor(T frac(u + k (sqrt(5) - 1) / 2)), with one u for the run.
+            Whether to spread the timesteps of consecutive images evenly instead of drawing each independently (like
+            https://huggingface.co/papers/2107.00630, with a different sequence): image k of the run gets the timestep
+            t = floor(T frac(u + k (sqrt(5) - 1) / 2)), with one u for the whole run.
 
     Returns:
         [`StepDraws`]
@@ -78,9 +78,9 @@ def draw_step(
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     augmentations = NonLeakingAugmentation.draw(batch_size, generator)
 
-    # A seed per image: one for all would make each process draw the noise of all others as well.
+    # Each image has its own seed. With one seed for all, each process would have to draw the noise of all images.
     seeds, device = noise_seeds[share], torch.device(device)
-    if device.type == "cuda":  # where a generator would launch a kernel for each image
+    if device.type == "cuda":  # a generator would launch a kernel for each image
         noise = counted_normal(torch.from_numpy(seeds).to(device), sample_shape)
     else:
         generator = torch.Generator(device)
@@ -94,13 +94,13 @@ def draw_step(
 
 
 def counted_normal(seeds: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Normal numbers that depend on a seed and their place, whichever other seeds are in the batch.
+    """Draw normal numbers that depend only on a seed and their position, not on the other seeds in the batch.
 
-    The numbers of a seed are a SplitMix64 sequence (Steele et al., "Fast splittable pseudorandom number generators",
-    2014), of which each 64 bits give two normal numbers by the Box-Muller transform.
+    Each seed starts a SplitMix64 sequence (Steele et al., "Fast splittable pseudorandom number generators", 2014). The
+    Box-Muller transform turns each 64 bits into two normal numbers.
 
     Args:
-        seeds (`torch.Tensor` of shape `(batch,)`, `torch.int64`): A seed for each image.
+        seeds (`torch.Tensor` of shape `(batch,)`, `torch.int64`): The seed of each image.
         shape (`tuple[int, ...]`): The shape of an image.
 
     Returns:
@@ -119,15 +119,15 @@ def counted_normal(seeds: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _signed(bits: int) -> int:
-    """The int64 of these 64 bits."""
+    """Return the int64 with these 64 bits."""
     return bits - 2**64 if bits >= 2**63 else bits
 
 
 def _shifted(bits: torch.Tensor, places: int) -> torch.Tensor:
-    """Shift to the right, with zeros coming in, where torch's shift would copy the sign."""
+    """Shift to the right and fill with zeros. torch's shift would fill with the sign."""
     return (bits >> places) & (2 ** (64 - places) - 1)
 
 
 def draw_crops(seed: int, images_seen: int, batch_size: int, share: slice) -> np.ndarray:
-    """Where to crop the pictures of a step: of shape `(share, 2)`, in [0, 1), vertical and horizontal."""
+    """Draw vertical and horizontal crop positions for the images of a step, of shape `(share, 2)`, in [0, 1)."""
     return np.random.default_rng((seed, images_seen, _CROPS)).random((batch_size, 2))[share]

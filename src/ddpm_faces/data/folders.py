@@ -1,4 +1,4 @@
-"""The images of a folder: which files are read, which are left out, and what is said about those."""
+"""The images of a folder: finding them, and reporting the files that are not read."""
 
 import logging
 import os
@@ -15,10 +15,12 @@ from PIL import Image
 logger = logging.getLogger(__name__)
 
 DATA_SUFFIXES = frozenset((".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tar", ".zip"))
-_TABLES = frozenset((".arrow", ".parquet", ".tar", ".zip"))  # those that can hold images
-_METADATA = frozenset(("metadata.csv", "metadata.jsonl", "metadata.parquet"))  # of the `imagefolder` of `datasets`
+_TABLES = frozenset((".arrow", ".parquet", ".tar", ".zip"))  # may contain images
+_METADATA = frozenset(
+    ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+)  # of the `imagefolder` builder of `datasets`
 
-# Formats that PIL opens and that hold no photos: documents, films, measurements, icons, brushes.
+# Formats that PIL opens but that are not photos: documents, videos, measurements, icons, brushes.
 _NO_PHOTOS = frozenset(
     "BUFR CUR EPS FITS FLI GBR GRIB HDF5 ICNS ICO IPTC MPEG WMF XBM XPM".split()  # noqa: SIM905
 )
@@ -26,17 +28,17 @@ _HEIC = frozenset((".heic", ".heics", ".heif", ".heifs", ".hif"))
 _RAW = frozenset(".3fr .arw .cr2 .cr3 .dng .erf .nef .nrw .orf .pef .raf .raw .rw2 .srw .x3f".split())
 _OTHER_IMAGES = frozenset(".ai .avif .avifs .emf .eps .icns .ico .jxl .psb .svg .svgz .wmf .xcf".split())
 
-# All other endings say nothing ("photo.jpg_large", "IMG.jpeg_1", "J.Smith"): there the first bytes decide.
+# Other extensions ("photo.jpg_large", "IMG.jpeg_1", "J.Smith") tell nothing, so the first bytes decide.
 _NO_IMAGES = _HEIC | _RAW | _OTHER_IMAGES | DATA_SUFFIXES
 
 _RUN_FILES = frozenset(("model_index.json", "training_config.yaml"))
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
-# Where a run that writes into the folder itself puts images.
+# Images of a training run whose `output_dir` is the folder itself.
 _RUN_FOLDERS, _RUN_IMAGES = frozenset(("audits", "samples")), frozenset(("loss_curve.png", "samples.png"))
 
 
 def _register_heif() -> bool:
-    """Let PIL read the photos of iPhones where the package for them is installed."""
+    """Let PIL read HEIC photos (iPhones) if pillow-heif is installed."""
     try:
         import pillow_heif
     except ImportError:
@@ -47,7 +49,7 @@ def _register_heif() -> bool:
 
 @lru_cache(maxsize=1)
 def image_suffixes() -> frozenset[str]:
-    """The endings of the images that PIL reads here, in lower case."""
+    """Return the lower-case file extensions of the images that PIL can read here."""
     _register_heif()
     Image.init()
     registered = Image.registered_extensions().items()
@@ -56,15 +58,15 @@ def image_suffixes() -> frozenset[str]:
 
 @dataclass
 class ImageFolder:
-    """What [`list_images`] found.
+    """The contents of a folder, as found by [`list_images`].
 
     Args:
         root (`pathlib.Path`): The folder.
-        paths (`list[pathlib.Path]`): Its images: the files of a folder first, by name, then its subfolders.
-        has_tables (`bool`): Whether there are files of a dataset as well, which can hold images or describe them.
-        others (`collections.Counter`): The number of files that are no images, by their ending in lower case.
-        unreadable (`list[str]`): Subfolders that may not be read.
-        outputs (`list[str]`): What training runs or pipelines have left here.
+        paths (`list[pathlib.Path]`): Its images, by name: first the files of each folder, then its subfolders.
+        has_tables (`bool`): Whether it also has dataset files, which may contain or describe images.
+        others (`collections.Counter`): The number of other files by lower-case extension.
+        unreadable (`list[str]`): Subfolders that cannot be read.
+        outputs (`list[str]`): Output of training runs or pipelines.
     """
 
     root: Path
@@ -75,16 +77,16 @@ class ImageFolder:
     outputs: list[str] = field(default_factory=list)
 
     def left_out(self) -> str:
-        """What is not read, in words, or an empty string."""
+        """Describe the files that are not read. The string is empty if all are."""
         parts = []
         for suffix, count in sorted(self.others.items()):
             hint = " (install pillow-heif)" if suffix in _HEIC else ""
             hint = " (raw photos: export them as JPEG or TIFF)" if suffix in _RAW else hint
             hint = " (`dataset_name` reads these)" if suffix in _TABLES and self.paths else hint
-            parts.append(f"{count} {suffix or 'without an ending'}{hint}")
+            parts.append(f"{count} {suffix or 'without an extension'}{hint}")
         for names, kind in (
-            (self.unreadable, "that may not be read"),
-            (self.outputs, "with the output of training or of a pipeline"),
+            (self.unreadable, "that cannot be read"),
+            (self.outputs, "with output of training or of a pipeline"),
         ):
             if names:
                 shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -92,23 +94,23 @@ class ImageFolder:
         return ", ".join(parts)
 
     def log_left_out(self) -> None:
-        """Say in a line what is not read: a warning, where there may be images in it."""
+        """Log the files that are not read, as a warning if there may be images among them."""
         may_hold_images = _HEIC | _RAW | _OTHER_IMAGES | _TABLES | {""}
         is_warning = self.unreadable or self.outputs or may_hold_images & self.others.keys()
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            return  # one process of a machine says it
+            return  # one process per machine logs it
         if text := self.left_out():
-            logger.log(logging.WARNING if is_warning else logging.INFO, "Left out of %s: %s", self.root, text)
+            logger.log(logging.WARNING if is_warning else logging.INFO, "Not read from %s: %s", self.root, text)
 
 
 def list_images(root: Path) -> ImageFolder:
-    """Search a folder for images, in depth and along links, but not in hidden files and folders.
+    """Find the images in a folder and its subfolders, following links and ignoring hidden files and folders.
 
-    A file is an image by its ending or, where that is unknown, by its first bytes. What a training run or a pipeline
-    has left in the folder is no image to train on.
+    The extension tells whether a file is an image or, if the extension is unknown, its first bytes. Output of training
+    runs and pipelines does not count.
 
     Raises:
-        ValueError: The folder itself may not be read.
+        ValueError: The folder itself cannot be read.
     """
     folder = ImageFolder(root)
     real_root = os.path.realpath(root)
@@ -116,7 +118,7 @@ def list_images(root: Path) -> ImageFolder:
 
     def fail(error: OSError) -> None:
         if error.filename == str(root):
-            raise ValueError(f"The folder {str(root)!r} may not be read: {error}") from error
+            raise ValueError(f"The folder {str(root)!r} cannot be read: {error}") from error
         folder.unreadable.append(os.path.relpath(error.filename, root))
 
     for place, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
@@ -149,28 +151,28 @@ def list_images(root: Path) -> ImageFolder:
 
 
 def _suffix(name: str) -> str:
-    """The ending of a file in lower case; what begins with a digit, as in "at 10.30.45", is none."""
+    """Return the lower-case extension of a file. One that begins with a digit, as in "at 10.30.45", does not count."""
     suffix = os.path.splitext(name)[1].lower()
     return suffix if suffix[1:2].isalpha() or suffix == ".3fr" else ""
 
 
 def _is_new(path: str, real_root: str, seen: set[str]) -> bool:
-    """Whether a subfolder is to be searched: links may lead anywhere, and to what is searched anyway."""
+    """Whether to search a subfolder. A link may lead to a folder that is searched anyway."""
     real = os.path.realpath(path)
     if real in seen:
         return False
     if os.path.islink(path):
         within = os.path.relpath(real, real_root).split(os.sep)
         if not any(part.startswith(".") for part in within):
-            return False  # it is searched under its own name
+            return False  # the folder is searched under its own name
         if real_root.startswith(os.path.join(real, "")):
-            return False  # it holds the folder itself
+            return False  # the link leads to a parent of the folder
     seen.add(real)
     return True
 
 
 def _is_image(path: Path) -> bool:
-    """Whether the first bytes of a file are those of a usual kind of image."""
+    """Whether a file begins like a common image format."""
     try:
         with path.open("rb") as file:
             start = file.read(12)
@@ -181,10 +183,10 @@ def _is_image(path: Path) -> bool:
 
 
 def is_picture_folder(folder: Path) -> bool:
-    """Whether a folder that may be a dataset holds images alone, and no files of a dataset.
+    """Whether a folder contains images and no dataset files.
 
     Raises:
-        ValueError: It holds neither.
+        ValueError: It contains neither images nor dataset files.
     """
     return _is_plain(list_images(folder))
 
@@ -193,41 +195,42 @@ def _is_plain(folder: ImageFolder) -> bool:
     if not folder.paths and not DATA_SUFFIXES & folder.others.keys():
         left_out = folder.left_out()
         raise ValueError(
-            f"The folder {str(folder.root)!r} holds no pictures ({', '.join(sorted(image_suffixes()))})."
-            f"{f' Left out: {left_out}.' if left_out else ''}"
+            f"The folder {str(folder.root)!r} contains no images ({', '.join(sorted(image_suffixes()))})."
+            f"{f' Not read: {left_out}.' if left_out else ''}"
         )
     return bool(folder.paths) and not folder.has_tables
 
 
 def resolve_source(dataset_name: str | None, train_data_dir: str | None) -> tuple[str, Path | None]:
-    """The name of a dataset and, unless it is one on the Hub, the local folder that is meant.
+    """Return the name of a dataset and, unless it is on the Hub, its local folder.
 
     Raises:
-        ValueError: Both are given, or a folder that does not exist.
+        ValueError: Both arguments are given, or the folder does not exist.
     """
     name = train_data_dir or dataset_name
     if name is None or (dataset_name is not None and train_data_dir is not None):
         raise ValueError("Give either `dataset_name` or `train_data_dir`, not both.")
     path = Path(name).expanduser()
     if path.is_dir():
-        path = path.resolve()  # `datasets` takes "." for a name
+        path = path.resolve()  # `datasets` would read "." as a name
         return str(path), path
     if train_data_dir is not None:
         raise ValueError(f"`train_data_dir` must be an existing folder, got {train_data_dir!r}.")
-    # A Hub name is "name" or "user/name"; all else is a path that somebody mistyped.
+    # A Hub name is "name" or "user/name". Anything else is a mistyped path.
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ValueError(f"`dataset_name` is neither a folder nor a name on the Hub: {name!r}.")
+        raise ValueError(f"`dataset_name` must be an existing folder or a dataset on the Hub, got {name!r}.")
     return name, None
 
 
 def find_source(dataset_name: str | None, train_data_dir: str | None, split: str) -> tuple[str, ImageFolder | None]:
-    """The name of a dataset, and the images of the folder where a folder of images is meant.
+    """Return the name of a dataset and, if it is a folder of images, its contents.
 
-    `train_data_dir` is a folder of images where it holds any, whatever lies beside them. `dataset_name` is one where
-    it holds no files of a dataset.
+    `train_data_dir` is a folder of images if it contains any image. `dataset_name` is one if it contains images and no
+    dataset files.
 
     Raises:
-        ValueError: As [`resolve_source`]; a folder that holds nothing of use; a `split` of a folder of images.
+        ValueError: As for [`resolve_source`], or the folder contains nothing to read, or a folder of images is given
+            with a `split` other than "train".
     """
     name, path = resolve_source(dataset_name, train_data_dir)
     if path is None:
@@ -237,13 +240,13 @@ def find_source(dataset_name: str | None, train_data_dir: str | None, split: str
         return name, None
     if split != "train":
         raise ValueError(
-            f"`split` must be 'train', got {split!r}: {name!r} is a folder of pictures and has no splits."
+            f"`split` must be 'train', got {split!r}: {name!r} is a folder of images, which has no splits."
         )
     folder.log_left_out()
     return name, folder
 
 
 def shorten(problems: Sequence[str]) -> str:
-    """The first ten, a line each, and how many more there are."""
+    """Format the first ten problems, one per line, and the number of further ones."""
     listed = "\n".join(f"  {problem}" for problem in problems[:10])
     return listed + (f"\n  and {len(problems) - 10} more" if len(problems) > 10 else "")

@@ -6,15 +6,15 @@ from .folders import ImageFolder
 
 
 def class_number(value: Any, num_classes: int | None = None, is_class_label: bool = False) -> int:
-    """The class that a label stands for.
+    """Return the class number of a label.
 
     Args:
-        value (`int`, *optional*): What a column holds. A class label of -1 is none, as in all of `datasets`.
-        num_classes (`int`, *optional*): How many classes there are, where that is known.
-        is_class_label (`bool`, defaults to `False`): Whether the column is one of class labels.
+        value (`int`, *optional*): The value in the column. A class label of -1 means no label, as in `datasets`.
+        num_classes (`int`, *optional*): Number of classes, if known.
+        is_class_label (`bool`, defaults to `False`): Whether the column has the type `ClassLabel`.
 
     Raises:
-        ValueError: No label, or one of no class.
+        ValueError: The label is missing or is not a class number.
     """
     if value is None or (is_class_label and value == -1):
         raise ValueError("no label")
@@ -25,18 +25,18 @@ def class_number(value: Any, num_classes: int | None = None, is_class_label: boo
 
 
 def check_folder_label(label_column: str | None) -> None:
-    """Raise a `ValueError` where a folder of images has no such classes."""
+    """Raise a `ValueError` if `label_column` is not allowed for a folder of images."""
     if label_column not in (None, "folder"):
-        raise ValueError(f"`label_column` of a folder of pictures must be 'folder' or None, got {label_column!r}.")
+        raise ValueError(f"`label_column` of a folder of images must be 'folder' or None, got {label_column!r}.")
 
 
 def folder_labels(folder: ImageFolder) -> list[str]:
-    """The name of the subfolder that each image lies in.
+    """Return the name of the subfolder of each image.
 
     Raises:
-        ValueError: An image lies in none.
+        ValueError: An image is not in a subfolder.
     """
     parts = [path.relative_to(folder.root).parts for path in folder.paths]
     if stray := [part[0] for part in parts if len(part) == 1]:
-        raise ValueError(f"`label_column` 'folder' needs each picture in a subfolder, but {stray[0]} is in none.")
+        raise ValueError(f"`label_column` 'folder' needs each image in a subfolder, but {stray[0]} is in none.")
     return [part[0] for part in parts]

@@ -1,4 +1,4 @@
-"""All images of a source as a dataset, decoded and resized."""
+"""Loading of all images of a source as a dataset, decoded and resized."""
 
 import logging
 
@@ -13,7 +13,7 @@ from .sources import dataset_source, drawn_source, folder_source
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 1  # of what a cache holds and how it is decoded
+CACHE_VERSION = 1  # of the cache format and the decoder
 
 
 def load_faces(
@@ -32,44 +32,43 @@ def load_faces(
     skip_unreadable: bool = False,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> FaceDataset:
-    """Open all pictures of a source, decoded and resized; this is done once, by whoever asks first.
+    """Open all images of a source, decoded and resized. The first process to ask decodes them into a cache.
 
     Args:
         dataset_name (`str`, *optional*):
-            A dataset on the Hub, or a local folder of shards or archives, of what `save_to_disk` writes, or of images
-            alone.
+            A dataset on the Hub, or a local folder of shards, archives, the output of `save_to_disk`, or just images.
         train_data_dir (`str`, *optional*):
-            A local folder of images. It is searched in depth and along links for all kinds of images that Pillow
-            reads; whatever else lies there is left out and named in the log. A folder without images may be a dataset.
+            A local folder of images. Its subfolders and links are searched for every kind of image that Pillow reads.
+            Other files are ignored and reported in the log. A folder without images may be a dataset.
         resolution (`int` or `(int, int)`, defaults to 64): Side, or height and width, in pixels.
-        channels (`int`, defaults to 3): 1 (grey), 3 (RGB) or 4 (RGBA).
-        dataset_config_name (`str`, *optional*): Configuration of the data set.
-        split (`str`, defaults to `"train"`): Split of the dataset; a folder of images has no other.
-        image_column (`str`, *optional*): Column of the pictures; by default the first that holds any.
+        channels (`int`, defaults to 3): 1 (grayscale), 3 (RGB) or 4 (RGBA).
+        dataset_config_name (`str`, *optional*): Configuration of the dataset.
+        split (`str`, defaults to `"train"`): Split of the dataset. A folder of images has no other split.
+        image_column (`str`, *optional*): Column of the images; defaults to the first that contains images.
         label_column (`str`, *optional*):
-            Column of the classes: class labels; or integers, strings or truth values, of which all that occur are
-            classes, in their order. For a folder of pictures, `"folder"`: the names of its subfolders. For drawn
-            faces, one of their attributes.
+            Column of the classes: class labels, or integers, strings or booleans, whose sorted distinct values become
+            the classes. Use `"folder"` for the names of the subfolders of a folder of images, and the name of an
+            attribute for drawn faces.
         cache_dir (`str`, *optional*):
-            Where decoded pictures are kept, and what `datasets` downloads; by default `ddpm-faces` beside the Hub's
-            cache. Whatever lies there may be deleted between runs.
-        num_drawn_images (`int`, defaults to 4096): Number of faces to draw where no source is given.
-        max_images (`int`, *optional*): Read the first so many only.
+            Folder for decoded images and for downloads of `datasets`; defaults to `ddpm-faces` beside the Hub's cache.
+            You may delete it between runs.
+        num_drawn_images (`int`, defaults to 4096): Number of faces to draw when no source is given.
+        max_images (`int`, *optional*): Number of images to read, counted from the first; defaults to all.
         crop (`str`, defaults to `"center"`):
-            `"center"`: each picture is cropped about its centre to the shape of `resolution`. `"random"`: it is kept
-            whole, for [`~FaceDataset.fetch`] to crop.
+            `"center"` center-crops each image to the aspect ratio of `resolution`. `"random"` keeps images uncropped
+            for [`~FaceDataset.fetch`] to crop.
         skip_unreadable (`bool`, defaults to `False`):
-            Leave out pictures that cannot be read or have no label, and list them.
+            Whether to skip and list images that cannot be read or have no label, instead of raising an error.
         max_image_pixels (`int`, defaults to 2**29):
-            Width times height of the largest images that are read; larger ones are unreadable. 2**29 pixels take 2 GiB
-            of memory while they are decoded, and images beyond 179 megapixels are decoded one at a time.
+            Upper limit of width times height; larger images count as unreadable. 2**29 pixels take 2 GiB of memory
+            while they are decoded. Images above 179 megapixels are decoded one at a time.
 
     Returns:
         [`FaceDataset`]
 
     Raises:
-        ValueError: Two sources, a folder that is missing or empty, a column that holds no pictures or no classes,
-            pictures that cannot be read, by their names, or a disk without room for the decoded ones.
+        ValueError: There are two sources, the folder is missing or empty, a column contains no images or no classes,
+            images cannot be read (the message names them), or the disk has no room for the decoded images.
     """
     if channels not in MODES:
         raise ValueError(f"`channels` must be one of {', '.join(map(str, MODES))}, got {channels}.")
@@ -93,11 +92,11 @@ def load_faces(
             source = dataset_source(name, dataset_config_name, split, image_column, label_column, cache_dir)
     num_images = min(source.num_images, max_images or source.num_images)
     if num_images == 0:
-        raise ValueError("The data set is empty: it holds no pictures.")
+        raise ValueError("The dataset is empty: it contains no images.")
 
     settings = {
         "version": [CACHE_VERSION, PIL.__version__],
-        "source": [source.identity, source.num_images],  # of which all count for the classes
+        "source": [source.identity, source.num_images],  # classes come from all images
         "num_images": num_images,
         "size": size,
         "channels": channels,
@@ -109,6 +108,6 @@ def load_faces(
     dataset = cached(source, settings, cache_dir)
     if dataset.unreadable:
         logger.warning(
-            "%d pictures cannot be read and are left out:\n%s", len(dataset.unreadable), shorten(dataset.unreadable)
+            "Skipped %d images that cannot be read:\n%s", len(dataset.unreadable), shorten(dataset.unreadable)
         )
     return dataset

@@ -1,6 +1,6 @@
-"""How a drawn face is painted: its colours, its outlines, and the order of its layers.
+"""Painting of a drawn face: its colors, its outlines, and the order of its layers.
 
-Everything is placed in unit coordinates (x to the right, y down): a face is the same image at every resolution.
+All positions are unit coordinates (x to the right, y down), so a face looks the same at every resolution.
 """
 
 import math
@@ -36,7 +36,7 @@ BACKGROUNDS = {
 INK, WHITE, GOLD, TONGUE = (44, 36, 44), (255, 255, 255), (240, 190, 84), (226, 96, 104)
 SHADOW, LIGHT = (50, 20, 60), (255, 246, 226)  # tinted, because shades mixed with black and white look dull
 
-# Outlines of hair, in half head widths from the middle and in heights. Symmetric ones list their right half only.
+# Outlines of hair: x in half head widths from the middle, y in image heights. Symmetric ones list their right half.
 BACK_HAIR = {
     "bob": [(0, .07), (.72, .11), (1.20, .28), (1.32, .50), (1.38, .64), (1.10, .74), (.4, .72)],
     "fringe": [(0, .07), (.72, .11), (1.20, .28), (1.32, .50), (1.40, .76), (1.10, .86), (.4, .84)],
@@ -90,7 +90,7 @@ CURLS = {
 
 
 class _Canvas:
-    """A supersampled picture that is drawn on in unit coordinates."""
+    """A supersampled image with drawing operations in unit coordinates."""
 
     def __init__(self, size: int):
         self.size = size
@@ -110,7 +110,7 @@ class _Canvas:
         self.draw.ellipse(self.box(x, y, rx, ry), fill=color)
 
     def shade(self, points: Points, top: Color, bottom: Color) -> None:
-        """Fills a shape with a vertical gradient."""
+        """Fill a shape with a vertical gradient."""
         xs, ys = zip(*self.pixels(points), strict=True)
         left, upper = max(0, int(min(xs))), max(0, int(min(ys)))
         right, lower = min(self.size, int(max(xs)) + 1), min(self.size, int(max(ys)) + 1)
@@ -121,7 +121,7 @@ class _Canvas:
         self.image.paste(gradient.resize(mask.size, Image.Resampling.BILINEAR), (left, upper), mask)
 
     def glow(self, x: float, y: float, rx: float, ry: float, color: Color, strength: float) -> None:
-        """Adds a soft spot of colour that fades towards its rim."""
+        """Add a soft spot of color that fades toward its rim."""
         left, upper, right, lower = (round(value) for value in self.box(x, y, rx, ry))
         mask = _spot(round(255 * strength)).resize((right - left, lower - upper), Image.Resampling.BILINEAR)
         self.image.paste(color, (left, upper, right, lower), mask)
@@ -129,14 +129,14 @@ class _Canvas:
 
 @lru_cache(maxsize=16)
 def _spot(peak: int) -> Image.Image:
-    # Pillow's radial gradient ends in the corners and has come to 178 where the inscribed circle ends.
+    # Pillow's radial gradient reaches 255 in the corners, and 178 at the inscribed circle.
     fade = [max(0.0, 1 - level / 178) for level in range(256)]
     return Image.radial_gradient("L").resize((64, 64)).point([round(peak * t * t * (3 - 2 * t)) for t in fade])
 
 
 @dataclass
 class Portrait:
-    """Attributes, colours and proportions of one face; lengths are fractions of the picture's side."""
+    """Attributes, colors and proportions of one face. Lengths are fractions of the image's side."""
 
     attributes: dict[str, str]
     skin: Color
@@ -153,14 +153,14 @@ class Portrait:
     flip: int  # side of the parting, -1 or 1
 
     def curve(self, points: Points, flip: int = 1) -> Points:
-        """Smooth closed outline through points given in half head widths and heights."""
+        """Return a smooth closed outline through points in half head widths and image heights."""
         return _smooth([(self.x + flip * u * self.width, self.y + y) for u, y in points])
 
     def mirrored(self, half: Points) -> Points:
         return self.curve([*half, *[(-u, y) for u, y in reversed(half) if u]])
 
     def head(self, lit: float = 1.0) -> Points:
-        """Outline of the head; `lit` below 1 pulls in the side that is turned away from the light."""
+        """Return the outline of the head. `lit` below 1 pulls in the side that is turned away from the light."""
         half = [(0.56, 0.195), (0.90, 0.305), (1.0, 0.45), (0.96, 0.60), (self.jaw, 0.715), (0.36, self.chin - 0.02)]
         right = [(u * lit, y) for u, y in half]
         return self.curve([(0, 0.155), *right, (0, self.chin), *[(-u, y) for u, y in reversed(half)]])
@@ -183,7 +183,7 @@ def _lighter(color: Color, amount: float) -> Color:
 
 
 def _smooth(points: Points, steps: int = 6) -> Points:
-    """Closed Catmull-Rom spline through the points."""
+    """Return a closed Catmull-Rom spline through the points."""
     curve = []
     for i in range(len(points)):
         (ax, ay), (bx, by), (cx, cy), (dx, dy) = (points[(i + k) % len(points)] for k in range(4))
@@ -196,7 +196,7 @@ def _smooth(points: Points, steps: int = 6) -> Points:
 
 
 def _crescent(x: float, y: float, half: float, upper: float, lower: float, tilt: float = 0.0) -> Points:
-    """Region between two arcs that meet at `x - half` and `x + half` and sag by `upper` and `lower` in between."""
+    """Return the region between two arcs from `x - half` to `x + half` that sag by `upper` and `lower`."""
     steps = [step / 8 for step in range(-8, 9)]
     top = [(x + half * t, y + upper * (1 - t * t) + tilt * t) for t in steps]
     return top + [(x + half * t, y + lower * (1 - t * t) + tilt * t) for t in reversed(steps)]
@@ -228,7 +228,7 @@ def _draw_hair_back(canvas: _Canvas, face: Portrait) -> None:
 def _draw_curls(
     canvas: _Canvas, face: Portrait, u: float, y: float, height: float, angles: Iterable[int], radius: float
 ) -> None:
-    """Draws round tufts of hair along an arc around the head."""
+    """Draw round tufts of hair along an arc around the head."""
     for shade, angle in enumerate(angles):
         x = face.x + u * face.width * math.cos(math.radians(angle))
         top = face.y + y - height * math.sin(math.radians(angle))
@@ -348,7 +348,7 @@ def _draw_beard(canvas: _Canvas, face: Portrait) -> None:
 
 
 def _draw_locks(canvas: _Canvas, face: Portrait) -> None:
-    """Draws the strands that fall over the shoulders."""
+    """Draw the strands that fall over the shoulders."""
     for side in (-1, 1):
         lock = face.curve(LOCKS[face.attributes["hair_style"]], side)
         canvas.shade(lock, face.hair, _darker(face.hair, 0.30))
@@ -399,14 +399,14 @@ def _draw_glasses(canvas: _Canvas, face: Portrait) -> None:
 
 
 def paint(face: Portrait, resolution: int) -> Image.Image:
-    """Paint a face, back to front.
+    """Paint a face, from back to front.
 
     Args:
-        face ([`Portrait`]): What to paint.
+        face ([`Portrait`]): The face.
         resolution (`int`): Height and width in pixels.
 
     Returns:
-        `PIL.Image.Image`: In RGB.
+        `PIL.Image.Image`: An RGB image.
     """
     oversampling = max(3, math.ceil(256 / resolution))
     canvas = _Canvas(resolution * oversampling)

@@ -1,4 +1,4 @@
-"""A data set of faces out of whatever pictures there are: cropped, resized, without metadata, in parquet shards."""
+"""Preparation of a dataset of faces: images are cropped, resized and stored without metadata in parquet shards."""
 
 import contextlib
 import io
@@ -20,8 +20,8 @@ from .loading import load_faces
 
 
 DATASET_FILES = ("README.md", "data/*.parquet")
-# So many pictures in a shard at most, and so many shards where there are enough pictures: the processes and workers
-# that stream a data set share its shards out among them.
+# A shard has at most `_SHARD_IMAGES` images. A dataset of `_MANY_IMAGES` or more has at least `_MANY_SHARDS` shards,
+# because processes and workers share the shards of a stream among them.
 _SHARD_IMAGES, _MANY_SHARDS, _MANY_IMAGES = 20_000, 8, 800
 
 _CARD = """---
@@ -30,16 +30,16 @@ _CARD = """---
 
 # {{ title }}
 
-<!-- generated: summary (from here to its end, all is written anew with each publishing; the rest is yours) -->
-{{ count }} of {{ height }}x{{ width }} pixels ({{ mode }}), each cropped about its centre, resized, and stored as PNG
-without the metadata of its file (place, time, camera).
+<!-- generated: summary (each publishing rewrites this section up to its end; all other text is yours) -->
+{{ count }} of {{ height }}x{{ width }} pixels ({{ mode }}), each center-cropped, resized, and stored as PNG without
+the metadata of its file (place, time, camera).
 
 {% for name, number in splits.items() -%}
 - `{{ name }}`: {{ number }}
 {% endfor -%}
 {% if classes %}- Classes: {{ classes }}
 {% endif -%}
-{% if skipped %}- Left out, for they could not be read: {{ skipped }}
+{% if skipped %}- Skipped because they could not be read: {{ skipped }}
 {% endif -%}
 <!-- end: summary -->
 
@@ -59,7 +59,7 @@ accelerate launch training/train.py --dataset_name {{ repo_id }} --resolution {{
 
 ## Whose faces these are
 
-Say here where the pictures come from, whether the people on them agreed, and what they must not be used for.
+State here where the images come from, whether the people in them agreed, and for what they must not be used.
 """
 
 
@@ -79,33 +79,33 @@ def prepare(
     token: str | bool | None = None,
     cache_dir: str | None = None,
 ) -> str:
-    """Make a data set that `datasets.load_dataset`, also streaming, and training read.
+    """Make a dataset for training and for `datasets.load_dataset`, with or without streaming.
 
     Args:
-        source (`str`): A folder of images or of a dataset, or a name on the Hub: the `dataset_name` of [`load_faces`].
-        output (`str` or `os.PathLike`, *optional*): A new folder to write it into.
-        push (`str`, *optional*): "user/name": a data set repository on the Hub to publish it in.
+        source (`str`): A folder of images, a folder of a dataset, or a dataset on the Hub, as in [`load_faces`].
+        output (`str` or `os.PathLike`, *optional*): A new folder to write the dataset to.
+        push (`str`, *optional*): "user/name" of a dataset repository on the Hub to publish the dataset to.
         resolution (`int` or `(int, int)`, defaults to 128): Side, or height and width, in pixels.
-        channels (`int`, defaults to 3): 1 (grey), 3 (RGB) or 4 (RGBA).
-        split (`str`, defaults to `"train"`): Of the source.
-        image_column (`str`, *optional*): As that of [`load_faces`].
-        label_column (`str`, *optional*): As that of [`load_faces`]; it becomes the column `label`.
-        num_test_images (`int`, defaults to 0): How many to set aside as the split `test`.
-        skip_unreadable (`bool`, defaults to `False`): As that of [`load_faces`].
-        license (`str`, *optional*): Of the pictures, an identifier of the Hub.
-        private (`bool`, *optional*): As that of [`ddpm_faces.hub.push`].
-        token (`str`, *optional*): As that of [`ddpm_faces.hub.push`].
-        cache_dir (`str`, *optional*): As that of [`load_faces`].
+        channels (`int`, defaults to 3): 1 (grayscale), 3 (RGB) or 4 (RGBA).
+        split (`str`, defaults to `"train"`): Split of the source.
+        image_column (`str`, *optional*): As in [`load_faces`].
+        label_column (`str`, *optional*): As in [`load_faces`]. It becomes the column `label`.
+        num_test_images (`int`, defaults to 0): Number of images to set aside as the split `test`.
+        skip_unreadable (`bool`, defaults to `False`): As in [`load_faces`].
+        license (`str`, *optional*): License of the images, as an identifier of the Hub.
+        private (`bool`, *optional*): As in [`ddpm_faces.hub.push`].
+        token (`str`, *optional*): As in [`ddpm_faces.hub.push`].
+        cache_dir (`str`, *optional*): As in [`load_faces`].
 
     Returns:
-        `str`: Where it is now: the folder, or the address of the commit.
+        `str`: The folder, or the URL of the commit on the Hub.
 
     Raises:
-        ValueError: Neither `output` nor `push`, or both; a source that cannot be used; an `output` that is not new.
-        HubError: As that of [`ddpm_faces.hub.push`].
+        ValueError: Neither or both of `output` and `push` are given, the source cannot be read, or `output` exists.
+        HubError: As for [`ddpm_faces.hub.push`].
     """
     if (output is None) == (push is None):
-        raise ValueError("Give either `output` or `push`, for the data set to go somewhere.")
+        raise ValueError("Give either `output` or `push`, as the destination of the dataset.")
     check_license("license", license)
     if num_test_images < 0:
         raise ValueError(f"`num_test_images` must be at least 0, got {num_test_images}.")
@@ -129,7 +129,7 @@ def prepare(
     if num_test_images:
         if not 0 < num_test_images < len(faces):
             raise ValueError(f"`num_test_images` must be from 0 to {len(faces) - 1}, got {num_test_images}.")
-        splits["train"], splits["test"] = hold_out(faces, num_test_images)  # duplicates of these are set aside, too
+        splits["train"], splits["test"] = hold_out(faces, num_test_images)  # with duplicates
     if push is None:
         with new_folder(folder) as unfinished:
             _write(unfinished, splits, faces, Path(folder).name, license, None)
@@ -149,7 +149,7 @@ def _write(
     license: str | None,
     old_card: str | None,
 ) -> None:
-    """Shards and card of the splits of `faces`."""
+    """Write the shards and the card of the splits of `faces`."""
     import datasets
 
     features: dict[str, Any] = {"image": datasets.Image()}
@@ -187,8 +187,8 @@ def _write(
         height=height,
         resolution=height if height == width else f"{height} {width}",
         width=width,
-        mode={1: "grey", 3: "RGB", 4: "RGBA"}[channels],
-        splits={name: f"{len(part):,} pictures" for name, part in splits.items()},
+        mode={1: "grayscale", 3: "RGB", 4: "RGBA"}[channels],
+        splits={name: f"{len(part):,} images" for name, part in splits.items()},
         classes=None if faces.class_names is None else ", ".join(faces.class_names),
         skipped=len(faces.unreadable),
         validation=" --validation_split test" if "test" in splits else "",
@@ -198,7 +198,7 @@ def _write(
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """None of datasets' own, of which there is one for each shard."""
+    """Hide the progress bars of `datasets`, which shows one for each shard."""
     import datasets
 
     if datasets.are_progress_bars_disabled():

@@ -1,6 +1,6 @@
-"""What a worker of a stream does: it reads blocks of rows, shuffles them, and decodes one image after the other.
+"""The worker of a stream: it reads blocks of rows, shuffles them, and decodes one image after the other.
 
-What is drawn for a block depends on (seed, epoch, process, worker, first row) alone.
+The random numbers for a block depend only on (seed, epoch, process, worker, first row).
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from .tables import choose_image_column, undecoded
 
 
 class StreamReader:
-    """Endless batches from any place of a stream; the arguments are those of [`FaceStream`]."""
+    """Reads endless batches from any position in a stream. The arguments are those of [`FaceStream`]."""
 
     def __init__(
         self,
@@ -40,7 +40,9 @@ class StreamReader:
         self.has_class_labels = isinstance(feature, datasets.ClassLabel)
         num_names = feature.num_classes if isinstance(feature, datasets.ClassLabel) else None
         if num_names is not None and num_class_embeds is not None and num_names > num_class_embeds:
-            raise ValueError(f"`num_class_embeds` is {num_class_embeds}, but there are {num_names} classes.")
+            raise ValueError(
+                f"`num_class_embeds` must be at least the number of classes ({num_names}), got {num_class_embeds}."
+            )
         self.num_classes = num_names or num_class_embeds
         self.decode = decode
         self.label_column = label_column
@@ -52,11 +54,11 @@ class StreamReader:
         self.max_image_pixels = max_image_pixels
 
     def share(self) -> datasets.IterableDataset:
-        """The rows of this process; a new object, for all workers share the memory that holds the epoch of one."""
+        """Return this process's rows as a new object, because workers share the memory of an object's epoch."""
         return split_dataset_by_node(self.dataset, rank=self.process_index, world_size=self.num_processes)
 
     def batches(self, worker: int, place: dict[str, Any], batch_size: int) -> Iterator[dict[str, Any]]:
-        """What [`FaceStream.batches`] gives, and as `place` the place after each batch."""
+        """Yield the batches of [`FaceStream.batches`], with the position after each batch as `place`."""
         read, skipped = [], []
         for name, pixels, label, place_after in self._images(worker, place):
             if pixels is None:
@@ -74,16 +76,16 @@ class StreamReader:
     def _images(
         self, worker: int, place: dict[str, Any]
     ) -> Iterator[tuple[str, torch.Tensor | None, int | None, dict[str, Any]]]:
-        """Endless: a picture's name, its pixels or None where it cannot be read, its label, and the place after it."""
+        """Yield endlessly: an image's name, its pixels (None if unreadable), its label, and the position after it."""
         dataset = self.share()
         while True:
-            # 1. Open the epoch. datasets shuffles the files by the number of the epoch, for all processes and workers.
+            # 1. Open the epoch. `datasets` shuffles the files by the epoch, alike in all processes and workers.
             epoch = place["epoch"]
             dataset.set_epoch(int(np.random.default_rng((self.seed, epoch)).integers(1, 2**31)))
             dataset.load_state_dict(place["reader"])
             rows = iter(dataset)
 
-            # 2. Read and shuffle a block, and take those of its pictures that have not been taken.
+            # 2. Read and shuffle a block, and take those of its images that have not been taken.
             while block := list(islice(rows, self.block_size)):
                 rng = np.random.default_rng((self.seed, epoch, self.process_index, worker, place["row"]))
                 order, seeds = rng.permutation(len(block)), rng.integers(2**63, size=len(block))
@@ -96,7 +98,7 @@ class StreamReader:
                 place = place | {"row": place["row"] + len(block), "taken": 0, "reader": dataset.state_dict()}
                 block.clear()  # before the next is read
 
-            # 3. Go on to the next epoch, unless this would never end.
+            # 3. Continue with the next epoch, unless this epoch had no readable image.
             if place["readable"] == 0:
                 raise ValueError(
                     f"Process {self.process_index}, worker {worker} found no readable image in its "
@@ -107,7 +109,7 @@ class StreamReader:
     def _read(
         self, row: dict[str, Any], name: str, rng: np.random.Generator
     ) -> tuple[str, torch.Tensor | None, int | None]:
-        """The name of an image, its pixels, and its label; or why it cannot be read, where that is allowed."""
+        """Return the name, pixels and label of an image, or its name with the reason why it is skipped."""
         value, label = row[self.image_column], None
         if isinstance(value, dict) and value.get("path"):
             name += f" ({value['path']})"
@@ -115,32 +117,35 @@ class StreamReader:
             if self.label_column is not None:
                 label = class_number(row.get(self.label_column), self.num_classes, self.has_class_labels)
             return name, self.decode(open_image(value, self.max_image_pixels), rng), label
-        except MemoryError:  # which is not the image's fault
+        except MemoryError:  # not the fault of the image
             raise
-        except Exception as error:  # PIL raises many kinds on an image that is cut off or damaged
+        except Exception as error:  # PIL raises many kinds of errors on damaged images
             name += f": {error or type(error).__name__}"
             if not self.skip_unreadable:
-                raise ValueError(f"A picture cannot be read: {name}") from error
+                raise ValueError(f"An image cannot be read: {name}") from error
             return name, None, None
 
 
 def beginning(epoch: int) -> dict[str, Any]:
-    """A place: `taken` pictures into the block that begins at `row`, which datasets finds by its state, `reader`."""
+    """Return the position at the start of an epoch.
+
+    A position is `taken` images into the block that begins at `row`. `reader` is the state of `datasets` at that row.
+    """
     return {"epoch": epoch, "row": 0, "taken": 0, "readable": 0, "reader": None}
 
 
 def _choose_columns(
     dataset: datasets.IterableDataset, image_column: str | None, label_column: str | None
 ) -> tuple[datasets.IterableDataset, str]:
-    """The columns that are asked for, images as they are stored, and the name of the column of images."""
-    # The column of images is known by its type or, where the stream has no types, by what its first row holds.
+    """Select the requested columns without decoding images, and return them with the name of the image column."""
+    # The image column is known by its type or, in a stream without types, by the first row.
     columns = next(iter(dataset), None) if dataset.features is None else dataset.features
     if columns is None:
-        raise ValueError("The data set is empty: it holds no pictures.")
+        raise ValueError("The dataset is empty: it contains no images.")
     image_column = choose_image_column(image_column, columns, "the stream")
     if label_column is not None and not _is_label(columns.get(label_column)):
         raise ValueError(
-            f"`label_column` {label_column!r} of the stream holds no whole numbers or class labels. Columns that do: "
+            f"`label_column` {label_column!r} of the stream contains no integers or class labels. Columns that do: "
             f"{', '.join(name for name, column in columns.items() if _is_label(column)) or 'none'}."
         )
     return undecoded(dataset, image_column, [] if label_column is None else [label_column]), image_column

@@ -1,4 +1,4 @@
-"""Where images come from: a folder, a dataset, or the program, which draws faces."""
+"""Sources of images: a folder, a dataset, or drawn faces."""
 
 import inspect
 import json
@@ -20,14 +20,14 @@ from .labels import check_folder_label, folder_labels
 
 @dataclass
 class Source:
-    """Where images come from.
+    """A source of images.
 
     Args:
-        identity (`Any`): All that decides what is read, plain enough for JSON.
-        num_images (`int`): How many there are.
-        read (`Callable`): From an index to the name of an image and what [`open_image`] opens, or None.
-        labels (`Callable`, *optional*): Gives the values of the column of classes.
-        class_names (`list[str]`, *optional*): Where labels are numbers that have names.
+        identity (`Any`): Everything that determines the images, as plain values for JSON.
+        num_images (`int`): Number of images.
+        read (`Callable`): Maps an index to the name of an image and a value for [`open_image`].
+        labels (`Callable`, *optional*): Returns the label of each image.
+        class_names (`list[str]`, *optional*): Names of the classes, if labels are class numbers.
     """
 
     identity: Any
@@ -38,27 +38,27 @@ class Source:
 
 
 def drawn_source(num_images: int, side: int, label_column: str | None) -> Source:
-    """Faces that the program draws."""
+    """Return drawn faces as a source."""
     faces = DrawnFaces(num_images, resolution=side)
     labels = None
     if label_column is not None:
         attributes = drawn_faces.face_attributes(0, 0)
         if label_column not in attributes:
             raise ValueError(
-                f"`label_column` {label_column!r} is no attribute of drawn faces. These are: {', '.join(attributes)}."
+                f"`label_column` {label_column!r} must be an attribute of drawn faces: {', '.join(attributes)}."
             )
 
         def labels() -> list[str]:
             return [drawn_faces.face_attributes(index, 0)[label_column] for index in range(num_images)]
 
-    # Only what is drawn decides, not how many: an image depends on its index alone.
+    # The number of images does not matter here, because an image depends only on its index.
     code = [inspect.getsource(module).encode() for module in (drawn_faces, portrait)]
     identity = ["drawn", side, content_hash(*code)]
     return Source(identity, num_images, lambda i: (f"drawn face {i}", faces[i]["image"]), labels)
 
 
 def folder_source(folder: ImageFolder, label_column: str | None) -> Source:
-    """The images of a folder; with the `label_column` "folder", its subfolders are the classes."""
+    """Return the images of a folder as a source. With the `label_column` "folder", its subfolders are the classes."""
     paths, root = folder.paths, folder.root
     check_folder_label(label_column)
     labels = None if label_column is None else partial(folder_labels, folder)
@@ -70,7 +70,7 @@ def folder_source(folder: ImageFolder, label_column: str | None) -> Source:
 def _size_and_time(path: Path) -> tuple[int, int]:
     try:
         stat = path.stat()
-    except OSError:  # a link to nowhere, which reading it will name
+    except OSError:  # a broken link, which reading will report
         return 0, 0
     return stat.st_size, stat.st_mtime_ns
 
@@ -83,7 +83,7 @@ def dataset_source(
     label_column: str | None,
     cache_dir: str | None,
 ) -> Source:
-    """A dataset on the Hub or in a folder."""
+    """Return a dataset on the Hub or in a folder as a source."""
     from datasets import ClassLabel, Value
 
     from .tables import choose_image_column, open_table, undecoded
@@ -100,7 +100,7 @@ def dataset_source(
         }
         if label_column not in label_columns:
             raise ValueError(
-                f"`label_column` {label_column!r} of {name!r} holds no classes. Columns that may: "
+                f"`label_column` {label_column!r} of {name!r} contains no classes. Columns that may: "
                 f"{', '.join(label_columns) or 'none'}."
             )
         class_names = getattr(label_columns[label_column], "names", None)

@@ -1,8 +1,8 @@
-"""Images from a stream: a dataset that is read while it is trained on, and is never held as a whole.
+"""Images from a stream: a dataset that is read during training and never stored completely.
 
-A stream comes in the order of its files. `reader.py` reads a block of rows undecoded, shuffles them, and decodes one
-after the other. A place in the stream is small: where its block begins in the files, and how many images of the block
-have been taken. Resuming from a place reads that block again, and decodes none of the images before it.
+A stream comes in the order of its files. `reader.py` reads a block of rows without decoding them, shuffles them, and
+decodes one after the other. A position in the stream is small: where the block begins in the files, and the number of
+its images that have been taken. Resuming from a position reads that block again, but decodes no earlier image.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,46 +24,48 @@ from .tables import open_table
 
 
 class FaceStream(IterableDataset):
-    """Endless batches of decoded pictures, split over processes and workers, that go on exactly where they were.
+    """Endless batches of decoded images, split over processes and workers, that resume exactly.
 
     ```python
     stream = FaceStream(dataset, decode, batch_size=32, num_workers=4, process_index=rank, num_processes=world_size)
-    message = stream.load_state_dict(checkpoint["stream"])  # None, or why it begins its epoch anew
+    message = stream.load_state_dict(checkpoint["stream"])  # None, or the reason why the epoch begins anew
     for batch in stream.batches(pin_memory=True):
         ...
-        checkpoint["stream"] = stream.state_dict()  # of this process, after this batch, whatever has been prefetched
+        checkpoint["stream"] = stream.state_dict()  # of this process after this batch, not counting prefetched ones
     ```
 
-    In each epoch every picture is read once: the files in another order, shared out among the processes (which take
-    turns at the rows where the files cannot be divided evenly) and then among the workers of each. A worker goes on to
-    its next epoch by itself, and its batches straddle blocks and epochs.
+    Each epoch reads every image once, with the files in a new order. The files are shared among the processes, and
+    then among the workers of each process. If they cannot be divided evenly, the processes take turns at the rows
+    instead. A worker continues with its next epoch by itself, and its batches may span blocks and epochs.
 
     Args:
         dataset (`datasets.IterableDataset`):
-            As `load_dataset(..., split=..., streaming=True)` gives it. A shuffle buffer of its own would not resume.
+            The result of `load_dataset(..., split=..., streaming=True)`. It must not have a shuffle buffer, which
+            could not resume.
         decode (`Callable[[PIL.Image.Image, numpy.random.Generator], torch.Tensor]`):
-            Turns a picture into a `torch.uint8` tensor of shape `(channels, height, width)`, 0 to 255. What it draws
-            from the generator is the same after a resumption. A function of a module, where workers are not forked.
-        image_column (`str`, *optional*): Column of the pictures; by default the first that holds any.
-        label_column (`str`, *optional*): Column of whole numbers or class labels.
-        batch_size (`int`, defaults to 32): Pictures per batch: the share of one process in a step.
-        seed (`int`, defaults to 0): Seed of the order and of what `decode` draws, at least 0.
-        block_size (`int`, defaults to 1024): Pictures shuffled together, and held undecoded by each worker.
+            Turns an image into a `torch.uint8` tensor of shape `(channels, height, width)`, 0 to 255. The generator
+            gives the same numbers after resuming. On systems without `fork`, this must be a module-level function.
+        image_column (`str`, *optional*): Column of the images; defaults to the first that contains images.
+        label_column (`str`, *optional*): Column of integers or class labels.
+        batch_size (`int`, defaults to 32): Number of images per batch, which is one process's share of a step.
+        seed (`int`, defaults to 0): Seed of the order and of the generator for `decode`, at least 0.
+        block_size (`int`, defaults to 1024): Number of images that are shuffled together. Each worker keeps a block in
+            memory, undecoded.
         num_workers (`int`, defaults to 0):
-            Worker processes; 0 reads in this one. No more are started than a process has files.
-        process_index (`int`, defaults to 0): Number of this process.
+            Number of worker processes; 0 reads in this process. There are never more workers than files per process.
+        process_index (`int`, defaults to 0): Index of this process.
         num_processes (`int`, defaults to 1): Number of processes that train together.
         skip_unreadable (`bool`, defaults to `False`):
-            Leave out pictures that cannot be read or have no label of a class, and name them.
+            Whether to skip and report images that cannot be read or have no valid label, instead of raising an error.
         num_class_embeds (`int`, *optional*):
-            Number of classes of the network: a label outside 0 to `num_class_embeds` - 1 is an error. By default, the
-            number of class labels, where they have names.
-        max_image_pixels (`int`, defaults to 2**29): As that of [`load_faces`].
+            Number of classes of the network. Labels must be 0 to `num_class_embeds` - 1. Defaults to the number of
+            names of class labels.
+        max_image_pixels (`int`, defaults to 2**29): As in [`load_faces`].
 
     Raises:
-        ValueError: A column that holds no pictures or no labels, or more classes than `num_class_embeds`. While it is
-            read: a picture that cannot be read or has no label of a class, by its name, or an epoch without any that
-            can.
+        ValueError: A column contains no images or no labels, or there are more classes than `num_class_embeds`. While
+            reading, an image cannot be read or has no valid label (the message names it), or an epoch has no readable
+            image.
     """
 
     def __init__(
@@ -103,25 +105,27 @@ class FaceStream(IterableDataset):
         )
         self.dataset = self._reader.dataset
         self.batch_size = batch_size
-        self.num_workers = min(num_workers, self._reader.share().num_shards)  # one without a file would have no rows
+        self.num_workers = min(
+            num_workers, self._reader.share().num_shards
+        )  # a worker without a file would have no rows
         self.num_skipped = 0
         self._next_worker = 0
         self.start_epoch(0)
 
-    # The consumer's side
+    # In the training process
 
     def batches(self, pin_memory: bool = False) -> Iterator[dict[str, Any]]:
-        """Go on from the current place, for ever.
+        """Iterate endlessly from the current position.
 
         Args:
-            pin_memory (`bool`, defaults to `False`): Copy the batches to memory from which a GPU reads faster.
+            pin_memory (`bool`, defaults to `False`): Whether to copy batches to pinned memory, for transfer to a GPU.
 
         Yields:
             `dict`:
             - **images** (`torch.Tensor` of shape `(batch_size, channels, height, width)`, `torch.uint8`) -- 0 to 255.
-            - **labels** (`torch.Tensor` of shape `(batch_size,)`, `torch.int64`) -- Where there is a `label_column`.
-            - **names** (`list[str]`) -- What each picture is called.
-            - **skipped** (`list[str]`) -- What could not be read since the batch before of the same worker, and why.
+            - **labels** (`torch.Tensor` of shape `(batch_size,)`, `torch.int64`) -- Class labels, if requested.
+            - **names** (`list[str]`) -- The row, and if known the file, of each image.
+            - **skipped** (`list[str]`) -- Images skipped since the same worker's previous batch, each with the reason.
         """
         for batch in restarting(lambda: make_data_loader(self, self.num_workers, pin_memory)):
             if batch is None:
@@ -137,12 +141,12 @@ class FaceStream(IterableDataset):
         return min(place["epoch"] for place in self._places)
 
     def start_epoch(self, epoch: int) -> None:
-        """Let [`~FaceStream.batches`] begin with the first picture of an epoch."""
+        """Make [`~FaceStream.batches`] begin with the first image of an epoch."""
         self._places = [beginning(epoch)] * max(1, self.num_workers)
         self._next_worker = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last batch that [`~FaceStream.batches`] gave: small, and plain enough for JSON."""
+        """Return the position after the last batch of [`~FaceStream.batches`], as plain values for JSON."""
         return {
             "split": self._split(),
             "places": list(self._places),
@@ -151,14 +155,15 @@ class FaceStream(IterableDataset):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> str | None:
-        """Let [`~FaceStream.batches`] go on from a place.
+        """Make [`~FaceStream.batches`] continue from a position.
 
         Args:
-            state_dict (`dict`): What [`~FaceStream.state_dict`] gave in the same process; the batch size may differ.
+            state_dict (`dict`): The result of [`~FaceStream.state_dict`] in the same process. The batch size may have
+                changed.
 
         Returns:
-            `str`, *optional*: `None` where the batches go on exactly. Where the pictures are split or shuffled in
-            another way, a sentence that says so: then the stream begins the epoch of `state_dict` anew.
+            `str`, *optional*: `None` if the batches resume exactly. If the images are now split or shuffled
+            differently, the epoch begins anew, and this is a sentence that tells why.
         """
         self.num_skipped = state_dict["num_skipped"]
         changes = [
@@ -168,7 +173,7 @@ class FaceStream(IterableDataset):
         ]
         if changes:
             self.start_epoch(min(place["epoch"] for place in state_dict["places"]))
-            return f"The stream begins epoch {self.epoch} anew, for {', '.join(changes)}."
+            return f"The stream begins epoch {self.epoch} anew, because {', '.join(changes)}."
         self._places = list(state_dict["places"])
         self._next_worker = state_dict["next_worker"]
         return None
@@ -177,19 +182,19 @@ class FaceStream(IterableDataset):
         return {
             "num_processes": self._reader.num_processes,
             "process_index": self._reader.process_index,
-            "num_workers": len(self._places),  # none and one read alike
+            "num_workers": len(self._places),  # 0 and 1 worker read alike
             "num_shards": self.dataset.num_shards,
             "block_size": self._reader.block_size,
             "seed": self._reader.seed,
         }
 
-    # The worker's side
+    # In a worker
 
     def __iter__(self) -> Iterator[dict[str, Any] | None]:
         info = get_worker_info()
         worker = 0 if info is None else info.id
         if worker < self._next_worker:
-            yield None  # a DataLoader begins with worker 0; those who have had their turn let it pass
+            yield None  # a DataLoader begins with worker 0, so workers before the next one pass
         yield from self._reader.batches(worker, self._places[worker], self.batch_size)
 
 
@@ -206,17 +211,17 @@ def open_stream(
     """Open a source as [`load_faces`] does, but as a stream.
 
     Args:
-        dataset_name (`str`, *optional*): As that of [`load_faces`].
-        train_data_dir (`str`, *optional*): As that of [`load_faces`].
+        dataset_name (`str`, *optional*): As in [`load_faces`].
+        train_data_dir (`str`, *optional*): As in [`load_faces`].
         resolution (`(int, int)`, defaults to `(64, 64)`): Height and width in pixels.
-        channels (`int`, defaults to 3): 1 (grey), 3 (RGB) or 4 (RGBA).
-        dataset_config_name (`str`, *optional*): Configuration of the data set.
-        split (`str`, defaults to `"train"`): Split of the dataset; a folder of images has no other.
+        channels (`int`, defaults to 3): 1 (grayscale), 3 (RGB) or 4 (RGBA).
+        dataset_config_name (`str`, *optional*): Configuration of the dataset.
+        split (`str`, defaults to `"train"`): Split of the dataset. A folder of images has no other split.
         crop (`str`, defaults to `"center"`): `"center"` or `"random"`.
-        **stream_arguments: Those of [`FaceStream`].
+        **stream_arguments: Arguments of [`FaceStream`].
 
     Raises:
-        ValueError: As [`load_faces`] and [`FaceStream`] say.
+        ValueError: As for [`load_faces`] and [`FaceStream`].
     """
     if channels not in MODES:
         raise ValueError(f"`channels` must be one of {', '.join(map(str, MODES))}, got {channels}.")
@@ -233,7 +238,7 @@ def open_stream(
 
 
 def _stream_folder(folder: ImageFolder, label_column: str | None) -> datasets.IterableDataset:
-    """The images of a folder, in the order in which [`load_faces`] reads them: each file is a shard."""
+    """Stream the images of a folder in the order of [`load_faces`], with each file as a shard."""
     check_folder_label(label_column)
     features = datasets.Features({"image": datasets.Image(decode=False)})
     rows = {"paths": [str(path) for path in folder.paths]}

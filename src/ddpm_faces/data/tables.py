@@ -1,4 +1,4 @@
-"""Datasets as the `datasets` library opens them: shards in a folder or on the Hub, and what their columns hold."""
+"""Datasets that the `datasets` library opens, on the Hub or in a folder, and their columns."""
 
 import errno
 import os
@@ -22,18 +22,18 @@ def open_table(
     cache_dir: str | None = None,
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Open a dataset by its name on the Hub, or in a folder: of shards, of archives, or as `save_to_disk` writes it.
+    """Open a dataset on the Hub, or in a folder of shards, archives or the output of `save_to_disk`.
 
     Args:
-        name (`str`): Its name, or the absolute path of the folder.
+        name (`str`): Name on the Hub, or absolute path of the folder.
         config_name (`str`, *optional*): Configuration of the dataset.
         split (`str`, defaults to `"train"`): A split or, without `streaming`, a part of one.
-        cache_dir (`str`, *optional*): Where `datasets` keeps what it downloads.
-        streaming (`bool`, defaults to `False`): Do not read it now, but while it is iterated over.
+        cache_dir (`str`, *optional*): Folder for downloads of `datasets`.
+        streaming (`bool`, defaults to `False`): Whether to read the dataset lazily, during iteration.
 
     Raises:
-        ValueError: `split` is not written as `datasets` writes splits, a damaged file of a local folder, by its name,
-            or a `cache_dir` that cannot be written.
+        ValueError: `datasets` does not understand `split`, a file of a local folder is damaged (the message names
+            it), or `cache_dir` cannot be written.
     """
     instruction = _read_split(split)
     if os.path.isdir(name):
@@ -45,9 +45,9 @@ def open_table(
         return datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir, streaming=streaming)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.ENOSPC, errno.ENOTDIR, errno.EROFS):
-            raise  # it is not about what `datasets` writes
+            raise  # not about writing the cache
         place = str(cache_dir or datasets.config.HF_DATASETS_CACHE)
-        raise ValueError(f"`cache_dir` {place!r} cannot be written ({error}): choose another.") from error
+        raise ValueError(f"`cache_dir` {place!r} cannot be written ({error}): choose another folder.") from error
 
 
 def _read_split(split: str) -> datasets.ReadInstruction:
@@ -61,7 +61,7 @@ def _read_split(split: str) -> datasets.ReadInstruction:
 
 
 def _load_saved(folder: Path, split: str, instruction: datasets.ReadInstruction) -> datasets.Dataset | None:
-    """A part of what `save_to_disk` has written, or None where the folder holds something else."""
+    """Load a split from the output of `save_to_disk`, or return None if the folder contains something else."""
     if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return None
     saved = datasets.load_from_disk(folder)
@@ -69,7 +69,9 @@ def _load_saved(folder: Path, split: str, instruction: datasets.ReadInstruction)
     try:
         places = instruction.to_absolute({name: len(part) for name, part in parts.items()})
     except ValueError as error:
-        raise ValueError(f"`split` {split!r} is not in {str(folder)!r}. Splits: {', '.join(parts)}.") from error
+        raise ValueError(
+            f"`split` {split!r} does not exist in {str(folder)!r}. Splits: {', '.join(parts)}."
+        ) from error
     chosen = [
         parts[place.splitname].select(
             range(place.from_ or 0, len(parts[place.splitname]) if place.to is None else place.to)
@@ -80,7 +82,7 @@ def _load_saved(folder: Path, split: str, instruction: datasets.ReadInstruction)
 
 
 def _check_files(folder: Path) -> None:
-    """Raise a `ValueError` that names the files which were cut or copied in part; none is read as a whole."""
+    """Raise a `ValueError` that names truncated files, without reading the complete files."""
     damaged = []
     for path in sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".zip") and path.is_file()):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
@@ -93,17 +95,17 @@ def _check_files(folder: Path) -> None:
         except (OSError, pyarrow.ArrowException, zipfile.BadZipFile) as error:
             damaged.append(f"{path}: {error}")
     if damaged:
-        raise ValueError(f"Files of the data set are damaged:\n{shorten(damaged)}")
+        raise ValueError(f"Files of the dataset are damaged:\n{shorten(damaged)}")
 
 
 # Columns
 
 
 def image_columns(columns: Mapping[str, Any]) -> list[str]:
-    """The columns that may hold images: those of that type first, then files as structs, then binary ones.
+    """List the columns that may contain images: first image columns, then structs of files, then binary columns.
 
     Args:
-        columns (`Mapping`): The features of a dataset or, where it has none, its first row.
+        columns (`Mapping`): The features of a dataset or, if it has none, its first row.
     """
     ranks = {name: rank for name, column in columns.items() if (rank := _image_rank(column)) is not None}
     return sorted(ranks, key=ranks.__getitem__)
@@ -119,31 +121,31 @@ def _image_rank(column: Any) -> int | None:
 
 
 def choose_image_column(wanted: str | None, columns: Mapping[str, Any], source: str) -> str:
-    """The column to take images from: `wanted`, by default the first that holds some.
+    """Return the image column: `wanted`, or by default the first that contains images.
 
     Args:
-        wanted (`str`, *optional*): What the user asked for.
-        columns (`Mapping`): As that of [`image_columns`].
-        source (`str`): What they are columns of, for the message.
+        wanted (`str`, *optional*): The user's choice.
+        columns (`Mapping`): As in [`image_columns`].
+        source (`str`): Name of the dataset for the message.
 
     Raises:
-        ValueError: No column holds images, or the wanted one does not.
+        ValueError: No column contains images, or the chosen one does not.
     """
     found = image_columns(columns)
     if wanted is None and found:
         return found[0]
     if wanted not in found:
-        problem = "No column" if wanted is None else f"`image_column` must name a column of pictures: {wanted!r}"
-        verb = "holds pictures" if wanted is None else "is none"
+        problem = "No column" if wanted is None else f"`image_column` {wanted!r}"
+        verb = "contains images" if wanted is None else "contains no images"
         raise ValueError(
-            f"{problem} of {source} {verb}. Columns with pictures: {', '.join(found) or 'none'}; all columns: "
+            f"{problem} of {source} {verb}. Columns with images: {', '.join(found) or 'none'}; all columns: "
             f"{', '.join(columns)}."
         )
     return wanted
 
 
 def undecoded(dataset: Any, image_column: str, others: Iterable[str] = ()) -> Any:
-    """The columns that are asked for, with images as they are stored, so that a broken one can be named."""
+    """Select the requested columns without decoding images, so that a damaged one can be reported by name."""
     dataset = dataset.select_columns([image_column, *others])
     if dataset.features is not None and isinstance(dataset.features[image_column], datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))

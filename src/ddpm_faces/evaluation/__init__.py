@@ -1,4 +1,4 @@
-"""How good samples are, and whether they copy training images."""
+"""Evaluation of samples: their quality, and copies of training images among them."""
 
 from typing import TYPE_CHECKING
 

@@ -66,7 +66,7 @@ class AuditReport:
     @property
     def found_copies(self) -> bool:
         """Whether, in any space, there are plain copies, or more copies than among held-out faces (level 1 %)."""
-        # One exact copy in hundreds does not move a rate, but no resemblance explains it.
+        # One exact copy in hundreds of samples does not change a rate, but resemblance cannot explain it.
         level = _LEVEL / len(self.spaces)
         return any(space.num_plain_copies > 0 or space.p_value < level for space in self.spaces)
 
@@ -85,12 +85,12 @@ class AuditReport:
             for space in self.spaces
         ]
         return (
-            f"{result}: {'; '.join(findings)}. Counted are faces as near to one of {self.num_train} training pictures "
-            "or its mirror image as only 1 % of the held-out faces are, relative to the "
-            f"{self.num_neighbours} nearest (95 % intervals); at less than half the distance of any held-out face, "
-            "they are plain copies."
+            f"{result}: {'; '.join(findings)}. A face counts if it is as near to one of {self.num_train} training "
+            f"images or its mirror image, relative to its {self.num_neighbours} nearest ones, as only 1 % of the "
+            "held-out faces are. It counts as a plain copy at less than half the relative distance of any held-out "
+            "face. Parentheses give 95 % intervals."
         )
 
     def to_dict(self) -> dict:
-        """Everything as plain values, ready for JSON."""
+        """Return everything as plain values for JSON."""
         return {"verdict": self.verdict, "found_copies": self.found_copies, **asdict(self)}

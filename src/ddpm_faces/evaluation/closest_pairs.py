@@ -31,7 +31,7 @@ def closest_pairs_picture(
         right (mirrored if the mirror image is nearer), and the relative distance below.
 
     Raises:
-        ValueError: Images that are not those of the report, or a wrong `num_pairs`.
+        ValueError: The images do not match the report, or `num_pairs` is out of range.
     """
     check_integer("num_pairs", num_pairs, 1, NUM_PAIRS)
     sides = (("samples", samples, report.num_samples), ("train", train, report.num_train))
@@ -39,13 +39,13 @@ def closest_pairs_picture(
         check_images(name, images)
         if images.shape != (number, 3, *report.image_size):
             raise ValueError(
-                f"`{name}` must be those of `report`, of shape {(number, 3, *report.image_size)}, got "
+                f"`{name}` must be the images of `report`, of shape {(number, 3, *report.image_size)}, got "
                 f"{tuple(images.shape)}."
             )
     blocks = []
     for space in report.spaces:
         for kind, faces, pairs in (("generated", samples, space.pairs), ("held-out", held_out, space.held_out_pairs)):
-            title = f"by {space.name}: {kind} | nearest training picture"
+            title = f"by {space.name}: {kind} | nearest training image"
             blocks.append(_block(title, faces, train, pairs[:num_pairs]))
     picture = Image.new("RGB", (max(block.width for block in blocks), sum(block.height for block in blocks)), "white")
     top = 0
@@ -82,7 +82,7 @@ def _block(title: str, faces: torch.Tensor, train: torch.Tensor, pairs: list[Pai
 def check_images(name: str, images: torch.Tensor) -> None:
     """Raise a `ValueError` that names the argument unless it is `torch.uint8` of `(num, 3, height, width)`."""
     if not isinstance(images, torch.Tensor):
-        raise ValueError(f"`{name}` must be a tensor of pictures, got {type(images).__name__}.")
+        raise ValueError(f"`{name}` must be a tensor of images, got {type(images).__name__}.")
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
             f"`{name}` must be of type uint8 and shape (num, 3, height, width), got {images.dtype} and "

@@ -1,7 +1,7 @@
 """Are generated faces copies of training images?
 
-A copy is far nearer to its original than to any other image. Held-out real faces show how near is too near: whatever
-nearness they reach by chance, by resemblance, or because the dataset repeats people, is no evidence against a model.
+A copy is far nearer to its original than to any other image. Held-out real faces show how near is too near: they get
+near to training images by chance, by resemblance, or because the dataset repeats people, and so may samples.
 """
 
 import math
@@ -31,7 +31,7 @@ from .samples import Generated, open_samples
 from .uncertainty import exceedance_p_value, wilson_interval
 
 
-MIN_IMAGES = 100  # so that at least one held-out face lies below the threshold
+MIN_IMAGES = 100  # the fewest of which at least one held-out face lies below the threshold
 _HELD_OUT_DIVISOR = 100  # one held-out face in so many lies below the threshold
 
 
@@ -60,8 +60,8 @@ def audit(
         [`AuditReport`]: `found_copies`, the `verdict` in words, and the numbers by pixels and by the network.
 
     Raises:
-        ValueError: Images of a wrong type, shape or number, or of different sizes, a wrong `num_neighbours`, or
-            held-out faces that are training images.
+        ValueError: The images have a wrong type, shape, number or size, `num_neighbours` is out of range,
+            or held-out faces are training images.
     """
     for name, images, least in (
         ("samples", samples, MIN_IMAGES),
@@ -70,11 +70,11 @@ def audit(
     ):
         check_images(name, images)
         if len(images) < least:
-            raise ValueError(f"`{name}` must hold at least {least} pictures, got {len(images)}.")
+            raise ValueError(f"`{name}` must contain at least {least} images, got {len(images)}.")
         if images.shape[2:] != samples.shape[2:]:
             raise ValueError(
-                f"`{name}` and `samples` must be of one size, got (height, width) of {tuple(images.shape[2:])} and "
-                f"{tuple(samples.shape[2:])}: the distances would measure the resizing."
+                f"`{name}` and `samples` must have the same size, got (height, width) of {tuple(images.shape[2:])} "
+                f"and {tuple(samples.shape[2:])}: resizing would distort the distances."
             )
     check_integer("num_neighbours", num_neighbours, 2, len(train) - 1)
 
@@ -119,14 +119,14 @@ def audit_model(
     guidance_scale: float | None = None,
     epsilon_scaling: float | None = None,
 ) -> tuple[AuditReport, dict[str, Any], Image.Image]:
-    """Generate faces and search the training images for them. Every process must call it; it writes no file.
+    """Generate faces and search the training images for them. Every process must call this. It writes no file.
 
     Args:
         source (`str`, `os.PathLike` or [`DDPMFacesPipeline`]):
-            A pipeline, its folder or its name on the Hub; or a folder of images that any other program has made.
-        data (`str`): The dataset of the training, on the Hub or in a folder.
+            A pipeline, its folder or its name on the Hub; or a folder of images from any other program.
+        data (`str`): The training dataset, on the Hub or in a folder.
         split (`str`, defaults to `"train"`):
-            Split of all training images and no others: `"train[:500]"` for `--max_train_samples 500`.
+            Split that contains exactly the training images: `"train[:500]"` for `--max_train_samples 500`.
         held_out_split (`str`, defaults to `"test"`): Held-out split to compare against.
         num_images (`int`, defaults to 400): Number of faces to search for, at least 100.
         sampler (`str`, defaults to `"dpm-solver++"`): `"dpm-solver++"` or `"ddpm"`.
@@ -154,12 +154,12 @@ def audit_model(
     check_integer("batch_size", batch_size, 1, 2**31)
     check_integer("num_loss_images", num_loss_images, 0, 2**31)
     if held_out_split == split:
-        raise ValueError(f"`held_out_split` {held_out_split!r} is what was trained on, `split`.")
+        raise ValueError(f"`held_out_split` {held_out_split!r} must differ from `split`, the training split.")
     folder = Path(data).expanduser()
     if folder.is_dir() and is_picture_folder(folder):
         raise ValueError(
-            f"`data` must be a data set with the splits {split!r} and {held_out_split!r}, and {data!r} is a folder of "
-            "pictures: `ddpm-faces prepare FOLDER --output SET --num-test-images 400` makes one."
+            f"`data` must be a dataset with the splits {split!r} and {held_out_split!r}, but {data!r} is a folder of "
+            "images: make a dataset with `ddpm-faces prepare FOLDER --output SET --num-test-images 400`."
         )
     accelerator = Accelerator()
     pictures = open_samples(
@@ -167,12 +167,12 @@ def audit_model(
         epsilon_scaling=epsilon_scaling,
     )
     if len(pictures) < num_images:
-        raise ValueError(f"`source` must have `num_images` ({num_images}) pictures, has {len(pictures)}.")
+        raise ValueError(f"`source` must have `num_images` ({num_images}) images, has {len(pictures)}.")
     load = partial(load_faces, data, resolution=pictures.image_size, cache_dir=cache_dir)
-    with accelerator.main_process_first():  # it decodes them, the others read its cache
+    with accelerator.main_process_first():  # the main process decodes the images, the others read its cache
         train, held_out = load(split=split), load(split=held_out_split)
     if len(held_out) < MIN_IMAGES:
-        raise ValueError(f"`held_out_split` must hold at least {MIN_IMAGES} pictures, has {len(held_out)}.")
+        raise ValueError(f"`held_out_split` must contain at least {MIN_IMAGES} images, has {len(held_out)}.")
     indices = torch.arange(num_images).split(batch_size)
     samples = torch.cat(
         [
@@ -184,7 +184,7 @@ def audit_model(
     results = {**report.to_dict(), **pictures.provenance(num_images)}
     if num_loss_images and isinstance(pictures, Generated) and isinstance(pictures.scheduler, DDPMFacesScheduler):
         unet = pictures.pipeline.unet.config
-        # The classes of these images are not known here, and the images are RGB.
+        # The classes of these RGB images are not known here.
         if unet.get("num_class_embeds") is None and unet.in_channels == 3:
             num_loss_images = min(num_loss_images, len(train), len(held_out))
             results["losses"] = _losses(accelerator, pictures, train, held_out, num_loss_images, batch_size)
@@ -211,18 +211,18 @@ def _losses(
     error = math.hypot(losses["held_out"]["error"], losses["train"]["error"])
     sentence = (
         f" On {num_images} held-out faces the loss is higher by {gap:.4f} ± {error:.4f} than the "
-        f"{losses['train']['loss']:.4f} on as many training pictures."
+        f"{losses['train']['loss']:.4f} on as many training images."
     )
     if gap > 3 * error:
-        sentence += " It is learning these by heart."
+        sentence += " The model is memorizing its training images."
     return {"num_images": num_images, **losses, "sentence": sentence}
 
 
 def _compare(name: str, samples: Nearest, held_out: Nearest) -> SpaceReport:
     values, held_out_values = samples.relative_distances, held_out.relative_distances.sort().values
     threshold = held_out_values[len(held_out_values) // _HELD_OUT_DIVISOR].item()
-    if threshold < 1e-6:  # rounding leaves a copy a little above 0
-        raise ValueError("`held_out` must hold faces that are not in `train`, but more than 1 % are.")
+    if threshold < 1e-6:  # rounding puts exact copies slightly above 0
+        raise ValueError("`held_out` must not contain training images, but more than 1 % of it is in `train`.")
     count, held_out_count = (int((side < threshold).sum()) for side in (values, held_out_values))
     return SpaceReport(
         name=name,

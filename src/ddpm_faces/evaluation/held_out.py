@@ -11,13 +11,13 @@ NUM_TIMESTEP_BINS = 10
 
 
 def timestep_bins(num_train_timesteps: int) -> np.ndarray:
-    """Bounds of the timestep bins of reported losses: bin i holds bounds[i] to bounds[i + 1] - 1."""
+    """Return the bounds of the timestep bins of reported losses: bin i is bounds[i] to bounds[i + 1] - 1."""
     num_bins = min(NUM_TIMESTEP_BINS, num_train_timesteps)
     return np.linspace(0, num_train_timesteps, num_bins + 1).astype(np.int64)
 
 
 def bin_names(num_train_timesteps: int) -> list[str]:
-    """The names of the bins in order, such as "000-029"."""
+    """Return the names of the bins in order, such as "000-029"."""
     bounds = timestep_bins(num_train_timesteps)
     width = len(str(num_train_timesteps - 1))
     return [f"{first:0{width}}-{last - 1:0{width}}" for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
@@ -46,7 +46,7 @@ def held_out_losses(accelerator, unet, objective, dataset: FaceDataset, batch_si
     timesteps = torch.from_numpy(rng.integers(bounds[:-1], bounds[1:], size=cases)).flatten()
     seeds = rng.integers(2**63, size=cases).flatten()
 
-    # Each process takes every n-th case, and all take equally many, because all evaluate a sharded network together.
+    # Each process takes every n-th case. All take the same number, because they evaluate a sharded network together.
     num_processes = accelerator.num_processes
     per_process = -(-len(seeds) // num_processes)
     mine = (np.arange(per_process) * num_processes + accelerator.process_index) % len(seeds)

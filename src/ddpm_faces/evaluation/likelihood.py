@@ -1,6 +1,6 @@
 """The variational bound of an image's likelihood, DDPM eq. 5 (https://huggingface.co/papers/2006.11239).
 
-Bits per dimension are the bits that each channel of each pixel takes if the model compresses the image.
+Bits per dimension are the bits per channel of a pixel that the model needs to compress the image.
 """
 
 import math
@@ -30,11 +30,11 @@ def bits_per_dimension(
 
     Args:
         unet ([`DDPMFacesUNet`]): The network, without classes, in evaluation mode.
-        scheduler ([`DDPMFacesScheduler`]): The scheduler of its training.
+        scheduler ([`DDPMFacesScheduler`]): The scheduler that the network was trained with.
         images (`torch.Tensor` of shape `(num_images, channels, height, width)`, `torch.uint8`): The images.
         num_terms (`int`, *optional*):
-            Number of the T terms to evaluate, at least 2; by default all. The timesteps are divided into so many
-            groups, and one of each, drawn with a fixed seed, stands for its group, which keeps the expectation.
+            Number of terms to evaluate, at least 2; defaults to all T. The timesteps are divided into this number of
+            groups. One timestep of each, drawn with a fixed seed, represents its group, which keeps the expectation.
         batch_size (`int`, defaults to 64): Evaluations in a batch.
         process_index (`int`, defaults to 0): Index of this process.
         num_processes (`int`, defaults to 1): Number of processes that share the images.
@@ -43,14 +43,14 @@ def bits_per_dimension(
         `torch.Tensor` of shape `(num_images,)`, `torch.float64`: The bits, on every process.
 
     Raises:
-        ValueError: A `num_terms` below 2.
+        ValueError: `num_terms` is below 2.
     """
     if num_terms is not None and num_terms < 2:
         raise ValueError(f"`num_terms` must be at least 2 or None, got {num_terms}.")
     num_train_timesteps = scheduler.config.num_train_timesteps
     bounds = np.arange(num_train_timesteps + 1)
     if num_terms is not None and num_terms < num_train_timesteps:
-        # The first and largest term stands alone. Groups are narrow where terms are large, and none is empty.
+        # The first and largest term is a group of its own. Groups are narrow where terms are large, and none is empty.
         squares = np.linspace(0, 1, num_terms) ** 2
         bounds = np.unique([0, *(1 + (num_train_timesteps - 1) * squares).round().astype(int)])
     parameter = next(unet.parameters())
@@ -75,7 +75,7 @@ def bits_per_dimension(
 
 
 def _prior_bits(scheduler: DDPMFacesScheduler, original_samples: torch.Tensor) -> torch.Tensor:
-    """L_T of each image: how far x_T is from pure noise."""
+    """Return L_T of each image, the divergence of x_T from pure noise."""
     alpha_bar = scheduler.alphas_cumprod[-1].to(original_samples)
     divergence = 0.5 * (alpha_bar * original_samples**2 - alpha_bar - torch.log1p(-alpha_bar))
     return divergence.flatten(start_dim=1).mean(dim=1) / math.log(2)

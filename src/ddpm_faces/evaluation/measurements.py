@@ -1,4 +1,4 @@
-"""What metrics are computed from: features, detected faces and colors of images, by all processes together."""
+"""Measurements for metrics: features, detected faces and colors of images, shared among all processes."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from .extractors import EfficientNetLite0, Extractor, InceptionV3, MobileNetV2
 from .metrics import channel_statistics
 
 
-DETECTION_SIDE = 64  # smaller images are enlarged to it: the detector finds no face of less than 20 pixels
+DETECTION_SIDE = 64  # smaller images are enlarged: the detector finds no face below 20 pixels
 
 
 class MetricNetworks:
@@ -23,10 +23,10 @@ class MetricNetworks:
 
     Args:
         device (`str` or `torch.device`, defaults to `"cpu"`): Device to compute on.
-        extractors (`list[Extractor]`, *optional*): Feature networks; by default MobileNetV2 and EfficientNet-Lite0.
+        extractors (`list[Extractor]`, *optional*): Feature networks; defaults to MobileNetV2 and EfficientNet-Lite0.
 
     Raises:
-        ImportError: A package that holds weights is not installed; the message says how to install it.
+        ImportError: A package with weights is not installed. The message says how to install it.
     """
 
     def __init__(self, device: str | torch.device = "cpu", extractors: Sequence[Extractor] | None = None) -> None:
@@ -35,17 +35,17 @@ class MetricNetworks:
 
     @classmethod
     def with_inception(cls, device: str | torch.device | None = None) -> "MetricNetworks":
-        """The default networks and Inception-v3, for the FID and KID of the literature."""
+        """Load the default networks and Inception-v3, for the FID and KID of the literature."""
         device = device or process_state().device
         return cls(device, (InceptionV3(device), MobileNetV2(device), EfficientNetLite0(device)))
 
 
 @dataclass
 class Measured:
-    """What the metrics of a set of images are computed from.
+    """The measurements of a set of images, from which metrics are computed.
 
     Args:
-        features (`list[torch.Tensor]`): For each feature network: `(num_images, dim)`, float32, on the CPU.
+        features (`list[torch.Tensor]`): Features by each network, `(num_images, dim)`, float32, on the CPU.
         faces (`torch.Tensor` of shape `(num_images,)`, `torch.bool`): Whether the detector finds a face.
         moments (`torch.Tensor` of shape `(num_images, 2, 3)`, `torch.float64`):
             Mean of each channel and of its square, for pixels in [-1, 1].
@@ -74,7 +74,7 @@ def measure(
     """Measure images batch by batch, each process its share. Every process must call it.
 
     Args:
-        batches (`Callable`): From the indices of images to `torch.uint8` of shape `(batch, 3, height, width)`.
+        batches (`Callable`): Maps indices to images, `torch.uint8` of shape `(batch, 3, height, width)`.
         num_images (`int`): The number of images, at least 1. There may be more processes than images.
         networks ([`MetricNetworks`]): The feature networks and the face detector.
         batch_size (`int`): Images in a batch.
@@ -113,20 +113,20 @@ def measure(
 
 
 def fingerprint(images: torch.Tensor) -> str:
-    """A short hash of images, `torch.uint8` of shape `(num_images, channels, height, width)`, in their order."""
+    """Return a short hash of images in order, `torch.uint8` of shape `(num_images, channels, height, width)`."""
     header = str(tuple(images.shape[1:])).encode()
     digests = (hashlib.sha256(header + image.numpy().tobytes()).hexdigest() for image in images)
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
 
 
 def process_state() -> PartialState:
-    """The state of this process. `PartialState` alone does not find other processes on CPUs; an `Accelerator` does."""
+    """Return this process's state. Only an `Accelerator` finds other processes on CPUs, `PartialState` does not."""
     Accelerator()
     return PartialState()
 
 
 def detection_resize(size: tuple[int, int]) -> str:
-    """How images of a height and width are resized for the face detector, in words."""
+    """Describe how images of a height and width are resized for the face detector."""
     return f"to {DETECTION_SIDE} pixels, bicubic" if min(size) < DETECTION_SIDE else "none"
 
 

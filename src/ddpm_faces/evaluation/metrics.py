@@ -1,4 +1,4 @@
-"""How far generated faces are from real ones, by the features of a network that was trained for another task.
+"""Distances between generated and real faces, by the features of a network that was trained for another task.
 
 Compare metrics only with those of the same network at the same image size, and the Frechet distance only at the same
 number of images. The networks are in [`extractors`].
@@ -16,7 +16,7 @@ from .extractors import EfficientNetLite0, Extractor
 
 Images = torch.Tensor | Sequence[Image.Image]
 NUM_SUBSETS = 10
-_ROWS = 1024  # of a matrix of distances at a time
+_ROWS = 1024  # rows of a distance matrix that are computed at a time
 
 
 def extract_features(images: Images, extractor: Extractor | None = None, batch_size: int = 64) -> torch.Tensor:
@@ -35,7 +35,7 @@ def extract_features(images: Images, extractor: Extractor | None = None, batch_s
         `torch.Tensor` of shape `(num_images, dim)`, `torch.float32`, on the CPU.
 
     Raises:
-        ValueError: Images of a wrong type, shape or number, a `batch_size` below 1, or an `extractor` that does not
+        ValueError: The images have a wrong type, shape or number, `batch_size` is below 1, or `extractor` does not
             return one row per image.
         ImportError: `extractor` is `None`, and the packages of the default one are not installed.
     """
@@ -75,7 +75,7 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
         `float`: The squared distance, 0 or larger. It falls as the number of images grows.
 
     Raises:
-        ValueError: Features of a wrong type, shape or number, of different `dim`, or not finite.
+        ValueError: The features have a wrong type, shape or number, differ in `dim`, or are not finite.
     """
     features, reference = _checked_features(features, reference, min_images=2)
     mean_difference = features.mean(dim=0) - reference.mean(dim=0)
@@ -109,15 +109,15 @@ def kernel_distance(
             At least `num_subsets * subset_size` rows.
         reference (`torch.Tensor` of shape `(num_reference_images, dim)`, floating point): The same.
         subset_size (`int`, *optional*): The m above, at least 2; by default the largest that fits.
-        num_subsets (`int`, defaults to 10): At least 2.
+        num_subsets (`int`, defaults to 10): Number of subsets, at least 2.
         seed (`int`, defaults to 0): Seed of the shuffling. Equal seeds give equal results.
 
     Returns:
         `(float, float)`: The mean over the subsets and its standard error; publications multiply both by 1000.
 
     Raises:
-        ValueError: A `subset_size` or `num_subsets` below 2, or features of a wrong type, shape or number, of
-            different `dim`, or not finite.
+        ValueError: `subset_size` or `num_subsets` is below 2, or the features have a wrong type, shape or number,
+            differ in `dim`, or are not finite.
     """
     for name, value in (("subset_size", subset_size), ("num_subsets", num_subsets)):
         if value is not None and value < 2:
@@ -135,11 +135,11 @@ def kernel_distance(
 
 
 def precision_recall(features: torch.Tensor, reference: torch.Tensor, num_neighbours: int = 3) -> tuple[float, float]:
-    """Estimate which share of the images looks real, and which share of the real ones could have been generated.
+    """Estimate the share of images that look real, and the share of real images that could have been generated.
 
-    Each member of a set has a ball whose radius is the distance to its k-th nearest neighbour in the set. The set
-    covers what lies in one of its balls. Precision is the share of `features` that `reference` covers, recall the
-    share of `reference` that `features` cover (Kynkaanniemi et al. 2019, eq. 1 and 2,
+    Each member of a set has a ball whose radius is the distance to its k-th nearest neighbor in the set. The set
+    covers all points inside its balls. Precision is the share of `features` that `reference` covers, recall the share
+    of `reference` that `features` cover (Kynkaanniemi et al. 2019, eq. 1 and 2,
     https://huggingface.co/papers/1904.06991).
 
     Args:
@@ -151,8 +151,8 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, num_neighb
         `(float, float)`: Precision and recall, 0 to 1. Both depend on the numbers of images; compare at equal numbers.
 
     Raises:
-        ValueError: A `num_neighbours` below 1, or features of a wrong type, shape or number, of different `dim`, or
-            not finite.
+        ValueError: `num_neighbours` is below 1, or the features have a wrong type, shape or number, differ in `dim`,
+            or are not finite.
     """
     if not isinstance(num_neighbours, int) or num_neighbours < 1:
         raise ValueError(f"`num_neighbours` must be an integer of at least 1, got {num_neighbours!r}.")
@@ -181,7 +181,7 @@ def channel_statistics(images: Images) -> dict[str, list[float]]:
         pixels in [-1, 1].
 
     Raises:
-        ValueError: Images of a wrong type, shape or number.
+        ValueError: The images have a wrong type, shape or number.
     """
     images = _checked_images(images)
     # Counting the 256 values is exact and needs no floating-point copy of the images.
@@ -194,12 +194,12 @@ def channel_statistics(images: Images) -> dict[str, list[float]]:
 
 
 def _distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Distances that are exactly 0 between equal rows, which sets with repetitions have."""
+    """Compute distances that are exactly 0 between equal rows, because sets may repeat images."""
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _squared_discrepancy(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The unbiased estimate of [`kernel_distance`] from one subset: x and y of shape (m, dim)."""
+    """Compute the unbiased estimate of [`kernel_distance`] for one subset, x and y of shape (m, dim)."""
 
     def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
@@ -211,16 +211,16 @@ def _squared_discrepancy(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _checked_images(images: Images) -> torch.Tensor:
-    """Images as a uint8 tensor of shape (num_images, 3, height, width)."""
+    """Return images as a uint8 tensor of shape (num_images, 3, height, width)."""
     if len(images) == 0:
-        raise ValueError("`images` must hold at least 1 picture, got none.")
+        raise ValueError("`images` must contain at least 1 image, got none.")
     if not isinstance(images, torch.Tensor):
         strangers = {type(image).__name__ for image in images if not isinstance(image, Image.Image)}
         if strangers:
-            raise ValueError(f"`images` must be a tensor or a list of PIL pictures, got a {strangers.pop()} in it.")
+            raise ValueError(f"`images` must be a tensor or a list of PIL images, got a {strangers.pop()} in it.")
         sizes = sorted({(image.height, image.width) for image in images})
         if len(sizes) > 1:
-            raise ValueError(f"`images` must be of one size, got (height, width) of {sizes[0]} and {sizes[-1]}.")
+            raise ValueError(f"`images` must have the same size, got (height, width) of {sizes[0]} and {sizes[-1]}.")
         images = torch.stack([picture_to_tensor(image, sizes[0]) for image in images])
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
@@ -233,7 +233,7 @@ def _checked_images(images: Images) -> torch.Tensor:
 def _checked_features(
     features: torch.Tensor, reference: torch.Tensor, min_images: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both sets of features in float64 on the CPU."""
+    """Return both sets of features in float64 on the CPU."""
     for name, rows in (("features", features), ("reference", reference)):
         if rows.ndim != 2 or not rows.is_floating_point():
             raise ValueError(
@@ -241,11 +241,12 @@ def _checked_features(
                 f"{tuple(rows.shape)}."
             )
         if len(rows) < min_images:
-            raise ValueError(f"`{name}` must hold at least {min_images} rows, got {len(rows)}.")
+            raise ValueError(f"`{name}` must have at least {min_images} rows, got {len(rows)}.")
         if not rows.isfinite().all():
-            raise ValueError(f"`{name}` must be finite, but holds NaN or infinity.")
+            raise ValueError(f"`{name}` must be finite, but contains NaN or infinity.")
     if features.shape[1] != reference.shape[1]:
         raise ValueError(
-            f"`features` and `reference` must have as many columns, got {features.shape[1]} and {reference.shape[1]}."
+            f"`features` and `reference` must have the same number of columns, got {features.shape[1]} and "
+            f"{reference.shape[1]}."
         )
     return features.to("cpu", torch.float64), reference.to("cpu", torch.float64)

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 
-_ROWS, _NUMBERS = 1024, 2**24  # at a time, at most: rows, and the float64 numbers in them (128 MiB)
+_ROWS, _NUMBERS = 1024, 2**24  # limits on rows at a time, and on their float64 numbers (128 MiB)
 
 
 class Nearest(NamedTuple):
-    """The result of [`nearest`]; each of shape `(num_queries,)`.
+    """The result of [`nearest`]. All tensors have the shape `(num_queries,)`.
 
     Attributes:
         indices (`torch.Tensor`, `torch.int64`): Index of the nearest training image.
-        is_mirrored (`torch.Tensor`, `torch.bool`): Whether the mirror image of that one is nearer.
+        is_mirrored (`torch.Tensor`, `torch.bool`): Whether its mirror image is nearer.
         distances (`torch.Tensor`, `torch.float64`): Distance to it, 0 to 2.
         relative_distances (`torch.Tensor`, `torch.float64`): 0 (an exact copy) to 1.
     """
@@ -31,14 +31,14 @@ def nearest(
 ) -> Nearest:
     """Find the training image that is nearest to each query, and how conspicuously near it is.
 
-    Directions from the mean of all training images and their mirror images are compared. With the distances
-    d_1 <= d_2 <= ... to the training images (the smaller of the image and its mirror image) and k neighbours, the
+    Images are compared by their direction from the mean of all training images and mirror images. With the distances
+    d_1 <= d_2 <= ... to the training images (the smaller of the image and its mirror image) and k neighbors, the
     *relative distance* is
 
         d_1 / mean(d_1, ..., d_k)
 
-    the measure behind the adaptive threshold of Carlini et al. 2023 (https://huggingface.co/papers/2301.13188), who
-    take k = 50 and raw pixels.
+    This is the measure behind the adaptive threshold of Carlini et al. 2023
+    (https://huggingface.co/papers/2301.13188), who use k = 50 and raw pixels.
 
     Args:
         queries (`torch.Tensor` of shape `(num_queries, dim)`, floating point or `torch.uint8`):
@@ -51,14 +51,14 @@ def nearest(
         [`Nearest`]: One entry per query.
 
     Raises:
-        ValueError: Rows of different shapes or types, rows that are not finite, or a wrong `num_neighbours`.
+        ValueError: The rows differ in shape or type or are not finite, or `num_neighbours` is out of range.
     """
     for name, rows in (("train", train), ("mirrored_train", mirrored_train), ("queries", queries)):
         num_rows = len(queries) if name == "queries" else len(train)
         if rows.ndim != 2 or rows.shape != (num_rows, train.shape[1]) or rows.dtype != train.dtype:
             raise ValueError(
-                f"`{name}` must be of shape (num, dim) and in dim and type like `train`, {tuple(train.shape)} and "
-                f"{train.dtype}, got {tuple(rows.shape)} and {rows.dtype}."
+                f"`{name}` must be of shape (num, dim), with the dim and type of `train` ({tuple(train.shape)} and "
+                f"{train.dtype}), got {tuple(rows.shape)} and {rows.dtype}."
             )
         if rows.dtype != torch.uint8 and not (rows.is_floating_point() and rows.isfinite().all()):
             raise ValueError(f"`{name}` must be uint8, or floating point and finite, got {rows.dtype} or NaN in it.")
@@ -76,7 +76,7 @@ def nearest(
             squares = rows.new_zeros(len(rows), 0)  # the smallest squared distances so far, in rising order
             codes = squares.long()  # their images: i, or num_train + i for the mirror image of i
             for start in blocks:
-                # In float64, a copy is at 0; in float32 it would not be.
+                # In float64, the distance of a copy is 0. In float32 it would not be.
                 upright, mirrored = (
                     2 - 2 * rows @ _directions(side[start : start + size], centre).T for side in sides
                 )
@@ -87,8 +87,8 @@ def nearest(
                 codes = codes.gather(1, order)
                 progress.update(upright.numel())
             distances = squares.clamp(min=0).sqrt()  # (rows, num_neighbours)
-            # Near 1 for a smooth or average face, which is near to everything. 0 for a copy of an image that the
-            # dataset repeats so often that the mean is 0.
+            # Near 1 for a smooth or average face, which is near to every image. The clamp makes it 0 for a copy of an
+            # image that the dataset repeats so often that the mean is 0.
             relative_distances = distances[:, 0] / distances.mean(dim=1).clamp(min=1e-12)
             code = codes[:, 0]
             found.append((code % len(train), code >= len(train), distances[:, 0], relative_distances))
@@ -96,13 +96,13 @@ def nearest(
 
 
 def _points(rows: torch.Tensor) -> torch.Tensor:
-    """Rows in float64, images without their brightness and contrast: brighter copies are copies."""
+    """Return rows in float64. Images lose their brightness and contrast, because a brighter copy is still a copy."""
     rows, is_picture = rows.double(), rows.dtype == torch.uint8
     return F.normalize(rows - rows.mean(dim=1, keepdim=True), dim=1) if is_picture else rows
 
 
 def _directions(rows: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
-    """Unit vectors from the mean. From elsewhere, the dullest training images would be near to any average face."""
+    """Return unit vectors from the mean. From another origin, dull images would be near to every average face."""
     return F.normalize(_points(rows) - centre, dim=1)
 
 

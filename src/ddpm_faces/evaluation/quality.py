@@ -1,4 +1,4 @@
-"""How good generated faces are: metrics, each with its provenance, so that it can be measured again and compared.
+"""Metrics of generated faces, each with its provenance, so that it can be reproduced and compared.
 
 The faces are those of a pipeline, or a folder of images made by any other program. When `accelerate launch` starts
 several processes, each generates and measures its share.
@@ -29,13 +29,13 @@ from .samples import Generated, PictureFiles, open_samples, select
 from .uncertainty import half_split_error, share_error
 
 
-MIN_IMAGES = 2 * NUM_SUBSETS  # each subset of the kernel distance holds at least two
-MAX_IMAGES = 1000  # unless the user asks for more, which makes the errors smaller
-NUM_LIKELIHOOD_TERMS = 50  # with so many, drawing them adds little to the error that few images cause
+MIN_IMAGES = 2 * NUM_SUBSETS  # each subset of the kernel distance needs at least two images
+MAX_IMAGES = 1000  # the default limit; more images make the errors smaller
+NUM_LIKELIHOOD_TERMS = 50  # at this number, the error from drawing terms is small compared to that from few images
 METRICS_NAME = "metrics.json"
-# What two metrics must have in common to be compared. Model, sampler, steps and seeds may differ: one compares them.
+# Metrics are comparable if they agree in these. Model, sampler, steps and seeds may differ.
 PROVENANCE = ("n", "n_reference", "image_size", "extractor", "resize", "reference")
-# The metrics of a feature network, and what publications call them with the Inception network.
+# The metrics of a feature network, and their names in publications for the Inception network.
 _FEATURE_METRICS = {
     "frechet_distance": "Fréchet distance",
     "kernel_distance_x1000": "Kernel distance x1000",
@@ -64,11 +64,11 @@ def evaluate(
     epsilon_scaling: float | None = None,
     against: Sequence[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Measure how far faces are from real ones. Every process must call it.
+    """Measure the distance of faces from real ones. Every process must call this.
 
     Args:
         source (`str`, `os.PathLike` or [`DDPMFacesPipeline`]):
-            A pipeline, its folder or its name on the Hub; or a folder of images that any other program has made.
+            A pipeline, its folder or its name on the Hub; or a folder of images from any other program.
         data (`str`, *optional*):
             Real faces: a dataset, on the Hub or in a folder, or a folder of images. By default drawn faces, other ones
             than those that `train.py` draws.
@@ -109,12 +109,12 @@ def evaluate(
         ImportError: A package that holds weights is not installed.
     """
     if num_images is not None and (type(num_images) is not int or num_images < MIN_IMAGES):
-        raise ValueError(f"`num_images` must be a whole number of at least {MIN_IMAGES}, got {num_images!r}.")
+        raise ValueError(f"`num_images` must be an integer of at least {MIN_IMAGES}, got {num_images!r}.")
     if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"`batch_size` must be a whole number of at least 1, got {batch_size!r}.")
+        raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
     state = process_state()
 
-    # 1. What is measured
+    # 1. Generated faces
     pictures = open_samples(
         *(source, sampler, num_inference_steps, seed, state.device, sigma_min, guide, guidance_scale, epsilon_scaling)
     )
@@ -122,12 +122,12 @@ def evaluate(
     _check_enough("source", pictures, num_images)  # before anything is decoded
     height, width = pictures.image_size
     planned: list[dict[str, Any]] = []
-    if against is not None:  # networks and size are known now, all else once the real faces are
+    if against is not None:  # networks and size are known now, the rest after loading the real faces
         networks = networks or MetricNetworks(state.device)
         planned = [{**entry, "image_size": f"{width}x{height}"} for entry in _sources(networks, pictures.image_size)]
         check_comparable(planned, against, ("image_size", "resize"))
 
-    # 2. What it is compared with
+    # 2. Real faces
     wanted = min(num_images or MAX_IMAGES, len(pictures))
     real, others, name = _real_faces(data, split, baseline_split, pictures.image_size, wanted, cache_dir)
     _check_enough("data", real, num_images)
@@ -172,12 +172,12 @@ def evaluate(
 
 
 def compare(measured: Measured, reference: Measured, networks: MetricNetworks) -> list[dict[str, Any]]:
-    """Compute the metrics of images beside real ones.
+    """Compute the metrics of images in comparison with real ones.
 
     Args:
-        measured ([`Measured`]): Of the images.
-        reference ([`Measured`]): Of the real ones, of the same size.
-        networks ([`MetricNetworks`]): What both were measured with.
+        measured ([`Measured`]): Measurements of the images.
+        reference ([`Measured`]): Measurements of real images of the same size.
+        networks ([`MetricNetworks`]): The networks that measured both.
 
     Returns:
         `list[dict]`: As `metrics` of [`evaluate`], without the provenance that is not known here.
@@ -188,8 +188,8 @@ def compare(measured: Measured, reference: Measured, networks: MetricNetworks) -
     height, width = measured.image_size
     if measured.image_size != reference.image_size:
         raise ValueError(
-            f"The images are of {width}x{height} and the real ones of {reference.image_size[1]}x"
-            f"{reference.image_size[0]}: metrics would measure the resizing."
+            f"The images have {width}x{height} pixels and the real ones {reference.image_size[1]}x"
+            f"{reference.image_size[0]}: resizing would distort the metrics."
         )
     rate = measured.faces.double().mean().item()
     values = [("Faces that a detector finds", rate, share_error(rate, len(measured.faces)))]
@@ -200,7 +200,7 @@ def compare(measured: Measured, reference: Measured, networks: MetricNetworks) -
         of_network = (
             (frechet_distance(x, y), errors[0]),
             (1000 * distance, 1000 * distance_error),
-            # Where all halves agree, as at 1, splitting shows no error, but a share of so many images has one.
+            # If all halves agree, as at 1, splitting shows no error, but the share still has one.
             (precision, max(errors[1], share_error(precision, len(x)))),
             (recall, max(errors[2], share_error(recall, len(y)))),
         )
@@ -266,7 +266,7 @@ def read_metrics(path: str | os.PathLike) -> dict[str, Any]:
     """Read a file of [`write_metrics`].
 
     Raises:
-        ValueError: The file holds something else.
+        ValueError: The file contains something else.
     """
     try:
         values = json.loads(Path(path).read_text("utf-8"))
@@ -274,14 +274,14 @@ def read_metrics(path: str | os.PathLike) -> dict[str, Any]:
             return values
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise ValueError(f"{str(path)!r} holds no metrics of `ddpm-faces evaluate`.")
+    raise ValueError(f"{str(path)!r} does not contain metrics of `ddpm-faces evaluate`.")
 
 
 def write_metrics(path: str | os.PathLike, results: dict[str, Any]) -> None:
     """Write metrics into a file and keep its other entries, such as the verdict of an audit.
 
     Raises:
-        ValueError: As [`check_metrics_file`].
+        ValueError: As for [`check_metrics_file`].
     """
     content = {**check_metrics_file(path), **results}
     with replacing(path) as new:
@@ -289,45 +289,43 @@ def write_metrics(path: str | os.PathLike, results: dict[str, Any]) -> None:
 
 
 def check_metrics_file(path: str | os.PathLike) -> dict[str, Any]:
-    """Check, before the work, that [`write_metrics`] will be able to write a file; returns what it holds.
+    """Check in advance that [`write_metrics`] can write a file. Return its present content.
 
     Raises:
-        ValueError: The file holds something other than a JSON object and would be lost, or its folder does not exist.
+        ValueError: The file is not a JSON object and would be lost, or its folder does not exist.
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise ValueError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}.")
+        raise ValueError(f"{str(path)!r} cannot be written: the folder {str(path.parent)!r} does not exist.")
     if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is no JSON, and is not overwritten: {error}") from error
+        raise ValueError(f"{str(path)!r} is not JSON, and will not be overwritten: {error}") from error
     if not isinstance(content, dict):
         kind = type(content).__name__
-        raise ValueError(f"{str(path)!r} must hold a JSON object, and is not overwritten: it holds a {kind}.")
+        raise ValueError(f"{str(path)!r} must contain a JSON object, got a {kind}, and will not be overwritten.")
     return content
 
 
 def _check_likelihood(num_images: int, pictures: Generated | PictureFiles) -> Generated:
-    """The pictures, if their pipeline has a likelihood that can be measured; else raise a `ValueError`."""
+    """Return `pictures` if the likelihood of their pipeline can be measured, or raise a `ValueError`."""
     if type(num_images) is not int or num_images < 2:
-        raise ValueError(f"`num_likelihood_images` must be 0 or a whole number of at least 2, got {num_images!r}.")
+        raise ValueError(f"`num_likelihood_images` must be 0 or an integer of at least 2, got {num_images!r}.")
     if not isinstance(pictures, Generated):
-        raise ValueError(
-            "`num_likelihood_images` needs a pipeline as `source`: a folder of pictures has no likelihood."
-        )
+        raise ValueError("`num_likelihood_images` needs a pipeline as `source`: a folder of images has no likelihood.")
     unet, scheduler = pictures.pipeline.unet.config, pictures.scheduler
     if not isinstance(scheduler, DDPMFacesScheduler) or unet.in_channels != 3 or unet.get("num_class_embeds"):
         raise ValueError(
-            "`num_likelihood_images` needs a pipeline with a DDPMFacesScheduler, of RGB and without classes, got "
+            "`num_likelihood_images` needs an RGB pipeline with a DDPMFacesScheduler and without classes, got "
             f"{type(scheduler).__name__}, {unet.in_channels} channels and {unet.get('num_class_embeds')} classes."
         )
     return pictures
 
 
 def _sources(networks: MetricNetworks, image_size: tuple[int, int]) -> list[dict[str, Any]]:
-    """Type, network and resizing of each metric that [`compare`] computes."""
+    """Return type, network and resizing of each metric that [`compare`] computes."""
     sources = [{"type": "face_rate", "extractor": networks.detector.name, "resize": detection_resize(image_size)}]
     for extractor in networks.extractors:
         name = getattr(extractor, "name", getattr(extractor, "__name__", type(extractor).__name__))
@@ -357,9 +355,9 @@ def _bits(pictures: Generated, images: torch.Tensor, batch_size: int) -> torch.T
 
 def _check_enough(argument: str, images: Sized, num_images: int | None) -> None:
     least = num_images or MIN_IMAGES
-    why = "as many as `num_images`" if num_images else "or metrics mean nothing"
+    why = "as set by `num_images`" if num_images else "for meaningful metrics"
     if len(images) < least:
-        raise ValueError(f"`{argument}` must have at least {least} pictures, {why}, has {len(images)}.")
+        raise ValueError(f"`{argument}` must have at least {least} images {why}, has {len(images)}.")
 
 
 def _real_faces(
@@ -370,9 +368,9 @@ def _real_faces(
     num_images: int,
     cache_dir: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-    """The reference, the baseline if there is one, and the name of the reference."""
-    with PartialState().main_process_first():  # it decodes them, the others read its cache
-        if data is None:  # those that follow the faces that train.py draws by default
+    """Return the reference, the baseline if there is one, and the name of the reference."""
+    with PartialState().main_process_first():  # the main process decodes the images, the others read its cache
+        if data is None:  # faces after those that train.py draws by default
             faces = DrawnFaces(4096 + 2 * num_images, resolution=max(size))
             indices = tqdm(range(4096, len(faces)), desc="Drawing faces", unit="img")
             drawn = [picture_to_tensor(faces[index]["image"], size) for index in indices]

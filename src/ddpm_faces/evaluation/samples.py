@@ -1,4 +1,4 @@
-"""The faces to measure: of a pipeline, or of a folder of images that any other program has made."""
+"""The faces to measure, from a pipeline or from a folder of images."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ def open_samples(
     guidance_scale: float | None = None,
     epsilon_scaling: float | None = None,
 ) -> "Generated | PictureFiles":
-    """Prepare the faces to measure; none is generated or read yet.
+    """Prepare the faces to measure. None is generated or read yet.
 
     Args:
         source (`str`, `os.PathLike` or [`DDPMFacesPipeline`]):
@@ -50,8 +50,8 @@ def open_samples(
         `(batch, 3, height, width)`), `image_size` (height and width), `len` and `provenance`.
 
     Raises:
-        ValueError: An argument out of range, a folder without images, with other files or with images of several
-            sizes, or a pipeline that generates neither RGB nor grey images.
+        ValueError: An argument is out of range, the folder contains no images, other files or images of several
+            sizes, or the pipeline generates neither RGB nor grayscale images.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"`sampler` must be one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}.")
@@ -59,19 +59,19 @@ def open_samples(
     bounds += [("num_inference_steps", num_inference_steps, 1)] if num_inference_steps is not None else []
     for name, value, minimum in bounds:
         if type(value) is not int or value < minimum:
-            raise ValueError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}.")
+            raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
     for name, option in {"sigma_min": sigma_min, "epsilon_scaling": epsilon_scaling}.items():
         if option is not None and sampler == "ddpm":
-            raise ValueError(f"`{name}` is for the sampler 'dpm-solver++', not 'ddpm', got {option}.")
+            raise ValueError(f"`{name}` needs the sampler 'dpm-solver++', but the sampler is 'ddpm'.")
     if guide is not None and guidance_scale is None:
-        raise ValueError("`guidance_scale` must be given with `guide`: 1.2, say.")
+        raise ValueError("`guide` needs a `guidance_scale`, such as 1.2.")
     if isinstance(source, DDPMFacesPipeline):
         pipeline = source
     else:
         path = Path(source).expanduser()
         if path.is_dir() and not (path / "model_index.json").exists():
             if guidance_scale is not None:
-                raise ValueError(f"`guidance_scale` is for a pipeline, and {str(source)!r} is a folder of pictures.")
+                raise ValueError(f"`guidance_scale` needs a pipeline, but {str(source)!r} is a folder of images.")
             return PictureFiles(path)
         pipeline = load_pipeline(source, device=device)
     guide_name = None
@@ -80,7 +80,7 @@ def open_samples(
             folder = Path(guide).expanduser()
             guide_name = folder.resolve().name if folder.is_dir() else str(guide)
             guide = load_pipeline(guide, device=device)
-        pipeline = pipeline.with_scheduler(pipeline.scheduler)  # a copy: the caller's pipeline stays as it is
+        pipeline = pipeline.with_scheduler(pipeline.scheduler)  # a copy, so that the caller's pipeline does not change
         pipeline.set_guide(guide, guidance_scale)
     return Generated(
         pipeline, sampler, num_inference_steps, seed, sigma_min, guidance_scale, guide_name, epsilon_scaling
@@ -88,7 +88,7 @@ def open_samples(
 
 
 class Generated:
-    """Faces of a pipeline. Each has its own seed, so it does not depend on its batch."""
+    """Faces from a pipeline. Each has its own seed, so it does not depend on its batch."""
 
     def __init__(
         self,
@@ -152,14 +152,14 @@ class Generated:
 
 
 class PictureFiles:
-    """The images of a folder, which must all be images of one size."""
+    """The images of a folder, all of the same size."""
 
     def __init__(self, folder: Path) -> None:
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
         strangers = [path for path in files if path.suffix.lower() not in image_suffixes()]
         if strangers:
             raise ValueError(
-                f"`source` {str(folder)!r} holds files that are no pictures: {strangers[0].name}"
+                f"`source` {str(folder)!r} contains files that are not images: {strangers[0].name}"
                 f"{f' and {len(strangers) - 1} more' if len(strangers) > 1 else ''}."
             )
         sizes: dict[tuple[int, int], Path] = {}
@@ -171,9 +171,9 @@ class PictureFiles:
                 raise ValueError(f"`source`: {path} cannot be read: {error}") from error
         if len(sizes) > 1:
             shown = ", ".join(f"{path.name} of {width}x{height}" for (height, width), path in [*sizes.items()][:3])
-            raise ValueError(f"`source` must hold pictures of one size, got {shown}.")
+            raise ValueError(f"`source` must contain images of the same size, got {shown}.")
         if not files:
-            raise ValueError(f"`source` {str(folder)!r} holds neither a pipeline nor pictures.")
+            raise ValueError(f"`source` {str(folder)!r} contains neither a pipeline nor images.")
         self.files, self.folder = files, folder
         (self.image_size,) = sizes
 

@@ -1,4 +1,4 @@
-"""How far a metric may be off: standard errors, intervals of a share, and the test between two shares."""
+"""Uncertainty of metrics: standard errors, confidence intervals of a share, and a test between two shares."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ def half_split_error(
     num_splits: int = 20,
     seed: int = 0,
 ) -> list[float]:
-    """Estimate the standard errors of metrics from how much they differ between two halves of the images.
+    """Estimate the standard errors of metrics from their difference between two halves of the images.
 
     Both sides are split at random into halves A and B. No image is in both, so the metric's values on A and on B are
     independent, and half of their mean squared difference is its variance at half the number of images. With a
@@ -21,15 +21,15 @@ def half_split_error(
 
         error^2 = mean over the splits of (metric_A - metric_B)^2 / 4
 
-    The bootstrap is unsound here: it draws images repeatedly, a repeated image is its own nearest neighbour, and the
+    The bootstrap is unsound here: it draws images repeatedly, a repeated image is its own nearest neighbor, and the
     errors of precision and recall come out at up to twice their size. Its errors of the Fréchet distance are too
     large as well, because repetition changes its bias.
 
     Args:
-        function (`Callable`): From `features` and `reference` to one metric or several.
+        function (`Callable`): Maps `features` and `reference` to one metric or several.
         features (`torch.Tensor` of shape `(num_images, dim)`): One row per image.
         reference (`torch.Tensor` of shape `(num_reference_images, dim)`): One row per image.
-        num_splits (`int`, defaults to 20): How many random splits to average over, at least 1.
+        num_splits (`int`, defaults to 20): Number of random splits to average over, at least 1.
         seed (`int`, defaults to 0): Seed of the splits. Equal seeds give equal results.
 
     Returns:
@@ -54,11 +54,11 @@ def half_split_error(
 
 
 def wilson_interval(count: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Compute the interval of the share `count / total` by Wilson (1927), which is sound near 0 and 1, too.
+    """Compute Wilson's interval (1927) of the share `count / total`, which is accurate near 0 and 1, too.
 
     Args:
-        count (`int`): How many there are, 0 to `total`.
-        total (`int`): Of how many, at least 1.
+        count (`int`): Number of hits, 0 to `total`.
+        total (`int`): Number of trials, at least 1.
         z (`float`, defaults to 1.959964): Half the width in standard deviations; the default gives 95 %.
 
     Returns:

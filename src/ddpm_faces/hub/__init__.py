@@ -1,4 +1,4 @@
-"""Publishing on the Hugging Face Hub: what is published, the requests that publish it, and the model card."""
+"""Publishing on the Hugging Face Hub: the files of a model, the requests, and the model card."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The model card: filled from the template `model_card.md`, merged with what people wrote into the old card."""
+"""The model card: fill the template `model_card.md`, and merge it with a card that people have edited."""
 
 import re
 from collections.abc import Iterator
@@ -12,36 +12,36 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 _PACKAGE = "ddpm-faces"
 _SECTION = re.compile(r"<!-- generated: (\w+)[^>]*-->\n(?:(?!<!-- generated: ).)*?<!-- end: \1 -->", re.DOTALL)
 _ROW = re.compile(r"^\| (.+?) \| (.*) \|$", re.MULTILINE)
-# Metadata that only publishing writes. Other keys may be written by a person, too.
+# Metadata that only publishing writes. People may write other keys.
 GENERATED_KEYS = ("library_name", "pipeline_tag", "model-index", "configs", "size_categories", "task_categories")
 TAGS = ["ddpm", "faces", "diffusers", "unconditional-image-generation"]
 
 
 def check_license(name: str, license: str | None) -> None:
-    """Check the form of a license, before any work is done.
+    """Check that a license has the form of a Hub identifier.
 
     Args:
         name (`str`): Name of the argument, for the message.
         license (`str`, *optional*): An identifier of https://hf.co/docs/hub/repositories-licenses.
 
     Raises:
-        ValueError: The license cannot be such an identifier.
+        ValueError: It does not have that form.
     """
     if license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
         raise ValueError(
-            f"`{name}` must be an identifier of the Hub such as 'apache-2.0', 'cc-by-nc-sa-4.0' or 'other', got "
-            f"{license!r}."
+            f"`{name}` must be a license identifier of the Hub such as 'apache-2.0', 'cc-by-nc-sa-4.0' or 'other', "
+            f"got {license!r}."
         )
 
 
 def template_path() -> Path:
-    """The path of `model_card.md`: in an installed package, or at the top of the repository."""
+    """Return the path of `model_card.md`, in an installed package or at the top of the repository."""
     package = Path(__file__).parents[1]
     return next(path for path in (package / "model_card.md", package.parents[1] / "model_card.md") if path.is_file())
 
 
 def source_url() -> str | None:
-    """The address of this package's source, `Repository` among the URLs in pyproject.toml, or `None` without one."""
+    """Return the `Repository` URL of pyproject.toml, where the source of this package is, or `None` without one."""
     try:
         entries = metadata(_PACKAGE).get_all("Project-URL") or []
     except PackageNotFoundError:
@@ -62,8 +62,8 @@ def model_card(
 
     Args:
         repo_id (`str`): "user/name".
-        values (`dict`): The values that the template names.
-        metrics (`list[dict]`, *optional*): Entries of `metrics.json`: `name`, `type`, `value` and provenance.
+        values (`dict`): Values for the template.
+        metrics (`list[dict]`, *optional*): Entries of `metrics.json`, with `name`, `type`, `value` and provenance.
         license (`str`, *optional*): Hub identifier such as "cc-by-nc-sa-4.0".
         datasets (`list[str]`, *optional*): "user/name" of the training datasets on the Hub.
         base_model (`str`, *optional*): "user/name" of the model on the Hub that training started from.
@@ -75,7 +75,7 @@ def model_card(
         EvalResult(
             task_type="unconditional-image-generation",
             dataset_type=metric.get("reference_type", "image-folder"),
-            dataset_name=str(metric.get("reference", "training pictures")),
+            dataset_name=str(metric.get("reference", "training images")),
             metric_type=metric["type"],
             metric_name=metric["name"],
             metric_value=metric["value"],
@@ -99,17 +99,17 @@ def model_card(
 
 
 def merge_cards(old: str, new: str) -> str:
-    """Merge a new card into the one that is there: generated parts come from the new card, all else from the old one.
+    """Merge a new card into an old one: generated parts come from the new card, everything else from the old one.
 
-    - A generated section that somebody removed from the old card, with its marks, stays out. If the old card has no
-      such section, a person or another program wrote it, and the new card follows after it.
+    - A generated section that somebody removed from the old card, with its marks, stays removed. If the old card has
+      no generated section, a person or another program wrote it, and the new card is appended to it.
     - The license and the base model of the new card replace those of the old one; its tags and datasets are added.
-    - A base model or dataset that the old card's own training table names was generated, and goes if the new card does
-      not name it. Any other was written by a person, and stays.
+    - A base model or dataset in the training table of the old card was generated, and is removed unless the new card
+      names it. All others were written by a person, and stay.
 
     Args:
-        old (`str`): The card that is there.
-        new (`str`): The card of [`model_card`].
+        old (`str`): The present card.
+        new (`str`): The new card, by [`model_card`].
 
     Returns:
         `str`: The merged card.
@@ -120,9 +120,9 @@ def merge_cards(old: str, new: str) -> str:
     old_sections, new_sections = (dict(_sections(card)) for card in (old, new))
     try:
         old_card, new_card = ModelCard(old, ignore_metadata_errors=True), ModelCard(new)
-    except Exception as error:  # whatever its YAML may raise
+    except Exception as error:  # YAML raises many kinds of errors
         reason = " ".join(str(error).split())
-        raise ValueError(f"The metadata of the README.md that is there cannot be read: {reason}. Mend it.") from error
+        raise ValueError(f"The metadata of the present README.md cannot be read, correct it: {reason}.") from error
     text = old_card.text
     if old_sections:
         text = _SECTION.sub(lambda match: new_sections.get(match[1], match[0]), text)
@@ -151,7 +151,7 @@ def merge_cards(old: str, new: str) -> str:
         data["base_model"] = new_data["base_model"]
     if "datasets" in new_data:
         data["datasets"] = list(dict.fromkeys(new_data["datasets"] + _list(old_data.get("datasets"))))
-    # Through a bare card: ModelCardData would take a person's model-index apart.
+    # The metadata is written by hand, because ModelCardData would rearrange a person's model-index.
     import yaml
 
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True).strip()
@@ -159,7 +159,7 @@ def merge_cards(old: str, new: str) -> str:
 
 
 def _list(value: Any) -> list:
-    """A list of metadata, which a person may have written as a single word."""
+    """Return metadata as a list. A person may have written a single word."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 

@@ -16,13 +16,13 @@ _GRID_FACES, _GRID_STEPS = 16, 20
 
 
 def check_drawing(pipeline: DDPMFacesPipeline) -> None:
-    """Raise a `ValueError`, before any work starts, if the scheduler cannot be used with the network."""
+    """Raise a `ValueError` if the scheduler cannot be used with the network, before any work starts."""
     labels = _labels(pipeline, 1)
     pipeline.check_inputs(1, pipeline.scheduler.config.num_train_timesteps, None, None, "pil", labels, (), 0.0)
 
 
 def draw_grid(pipeline: DDPMFacesPipeline, path: Path, sigma_min: float | None) -> str:
-    """Save a grid of 16 faces, of the seeds 0 to 15; returns how they were sampled, in words."""
+    """Save a grid of 16 faces with the seeds 0 to 15. Return a description of the sampling."""
     scheduler = pipeline.scheduler
     fast = pipeline.with_scheduler(fast_solver(scheduler, sigma_min))
     steps = min(_GRID_STEPS, scheduler.config.num_train_timesteps)
@@ -34,7 +34,7 @@ def draw_grid(pipeline: DDPMFacesPipeline, path: Path, sigma_min: float | None) 
 
 
 def draw_strip(pipeline: DDPMFacesPipeline, path: Path) -> list[int]:
-    """Save two rows of images from noise to face; returns the timestep of each column."""
+    """Save two rows of images from noise to face. Return the timestep of each column."""
     total = pipeline.scheduler.config.num_train_timesteps
     count = min(_STRIP_FRAMES, total)
     wanted = {round((i + 1) * total / count) - 1 for i in range(count)}
@@ -55,7 +55,7 @@ def draw_strip(pipeline: DDPMFacesPipeline, path: Path) -> list[int]:
 
 
 def _scale(image: Image.Image) -> int:
-    """By how much to enlarge a small image so that a person can see it."""
+    """Return the factor that enlarges a small image to a visible size."""
     return max(1, 96 // max(image.size))
 
 

@@ -1,4 +1,4 @@
-"""The values that fill the template of the model card."""
+"""The values for the template of the model card."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def template_values(
     summary: dict,
     dataset_license: str | None,
 ) -> dict[str, Any]:
-    """Everything that `model_card.md` names, except for its images, the weight variants and the loss curve.
+    """Return all values for `model_card.md`, except for the images, the weight variants and the loss curve.
 
     Args:
         repo_id (`str`): "user/name".
@@ -29,7 +29,7 @@ def template_values(
     size = unet.sample_size if isinstance(unet.sample_size, int) else tuple(unet.sample_size)
     height, width = (size, size) if isinstance(size, int) else size
     classes = unet.get("num_class_embeds")
-    kind = {"ema": ", averaged weights (EMA)", "raw": ", the last weights"}.get(pipeline.config.get("weights"), "")
+    kind = {"ema": ", EMA weights", "raw": ", last weights"}.get(pipeline.config.get("weights"), "")
     source = config.get("dataset_name") or config.get("train_data_dir")
     is_drawn = bool(config) and source is None
     guide_images_seen = _thousands(summary.get("guide_images_seen"))
@@ -51,13 +51,13 @@ def template_values(
         "made with": summary.get("versions"),
     }
     entries = metrics.get("metrics", [])
-    if pipeline.guide is not None:  # say of each metric whether it was measured with the guide
+    if pipeline.guide is not None:  # state for each metric whether it was measured with the guide
         entries = [{**entry, "guidance_scale": entry.get("guidance_scale", 1)} for entry in entries]
     betas = "" if scheduler.beta_schedule != "sigmoid" else ", trained_betas=pipeline.scheduler.betas.tolist()"
     return {
         "title": repo_id.split("/")[-1],
         "summary": (
-            f"A denoising diffusion model (DDPM) that makes faces of {height}x{width} pixels"
+            f"A denoising diffusion model (DDPM) that generates faces of {height}x{width} pixels"
             + (f", of {classes} classes" if classes else "")
             + f", trained with ddpm-faces. {'' if entries else 'Its quality was not measured.'}".rstrip()
         ),
@@ -66,7 +66,7 @@ def template_values(
         "training": [(name, _cell(value)) for name, value in training.items() if value not in (None, {}, "")],
         "has_config": bool(config),
         "metrics": [_metric_row(metric) for metric in entries],
-        "memorisation": metrics.get("memorisation", {}).get("verdict", "Not measured. Assume that they can be."),
+        "memorisation": metrics.get("memorisation", {}).get("verdict", "Not measured. Assume that some are."),
     }
 
 
@@ -85,7 +85,7 @@ def _metric_row(metric: dict[str, Any]) -> dict[str, str]:
 
 
 def _cell(value: Any) -> str:
-    """Text for a cell of a Markdown table."""
+    """Format text for a cell of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
 
 

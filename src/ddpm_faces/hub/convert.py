@@ -20,13 +20,13 @@ _ARTICLE = (
 
 
 def convert_checkpoint(path: str | os.PathLike, sample_size: int | tuple[int, int] = 64) -> DDPMFacesPipeline:
-    """Convert a state dict of the article's U-Net, whatever its modules are called.
+    """Convert a state dict of the article's U-Net. The names of its modules do not matter.
 
-    The purpose of a layer follows from its shape and from the layers beside it. Only the two norms of a block have one
-    shape; the numbers in their names tell which is first.
+    The role of a layer follows from its shape and from its neighbors. Only the two norms of a block have the same
+    shape; the numbers in their names tell which comes first.
 
     Args:
-        path (`str` or `os.PathLike`): File of `torch.save`; nothing but tensors is read from it.
+        path (`str` or `os.PathLike`): File written by `torch.save`. Only tensors are read from it.
         sample_size (`int` or `(int, int)`, defaults to 64): Height and width of the training images.
 
     Returns:
@@ -34,7 +34,7 @@ def convert_checkpoint(path: str | os.PathLike, sample_size: int | tuple[int, in
         clipping.
 
     Raises:
-        ValueError: The file holds something else; the message says what is wrong with it.
+        ValueError: The file is not such a checkpoint. The message says why.
     """
     blocks, time_layer, conv_in, conv_out = _article_parts(_read(path), str(path))
     downs = sorted((b for b in blocks if b["conv1"]["weight"].shape[1] < b["width"]), key=lambda b: b["width"])
@@ -77,33 +77,33 @@ def _read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # with other bytes, torch raises all kinds of errors
-        # Its own message suggests to read the file unsafely.
+    except Exception as error:  # torch raises many kinds of errors on other files
+        # The message of torch suggests reading the file unsafely.
         raise ValueError(
-            f"{path} must be a file of torch.save(model.state_dict(), ...): it is none, or holds more than tensors, "
-            "which can run code and is not read."
+            f"{path} must be a file written by torch.save(model.state_dict(), ...), and contain only tensors: other "
+            "objects could run code, and are not read."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in state.items()):
         kind = type(state).__name__
         held = f" of {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else ""
-        raise ValueError(f"{path} must hold a state dict, names and tensors: got a {kind}{held}.")
+        raise ValueError(f"{path} must contain a state dict of names and tensors, got a {kind}{held}.")
     if not state:
-        raise ValueError(f"{path} holds nothing.")
+        raise ValueError(f"{path} contains an empty state dict.")
     bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
-        raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:5])}.")
+        raise ValueError(f"{path} contains weights that are not finite: {', '.join(bad[:5])}.")
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value is a tensor with storage for all its numbers, which a crafted file need not have."""
+    """Whether a value is a tensor with storage for all its numbers. A crafted file may lack it."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         return False
     return not value.is_complex() and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
 def _article_parts(state: dict[str, torch.Tensor], path: str) -> tuple[list[dict], Module, Module, Module]:
-    """The blocks, each with its layers by purpose, the linear layer of the timestep, the first and the last layer."""
+    """Return the blocks with their layers by role, the linear layer of the timestep, the first and the last layer."""
     modules: dict[str, Module] = {}
     for name, tensor in state.items():
         owner, _, parameter = name.rpartition(".")
@@ -113,7 +113,7 @@ def _article_parts(state: dict[str, torch.Tensor], path: str) -> tuple[list[dict
     if strange:
         raise ValueError(f"{path} is not {_ARTICLE}: it has {', '.join(strange[:5])}.")
 
-    # A block is a prefix of names below which lie exactly the layers of a block.
+    # A block is a prefix of names that contains exactly the layers of a block.
     wanted = ["3x3", "3x3", "4x4", "linear", "norm", "norm"]
     places = {name.rsplit(".", depth)[0] for name in modules for depth in range(1, name.count(".") + 1)}
     inside = {place: [name for name in modules if name.startswith(place + ".")] for place in places}
@@ -141,7 +141,7 @@ def _kind(module: Module) -> str | None:
 
 def _block(modules: dict[str, Module], kinds: dict[str, str]) -> dict:
     by_kind: dict[str, list[Module]] = {}
-    # The two norms have one shape: the numbers in their names tell which is first, whatever their order in the file.
+    # The two norms have the same shape. The numbers in their names tell which comes first, not the order in the file.
     for name, module in sorted(modules.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])]):
         by_kind.setdefault(kinds[name], []).append(module)
     # The first convolution changes the width, the second does not.

@@ -1,4 +1,4 @@
-"""Errors of the Hub, explained to a user, and requests that are retried when the Hub is busy."""
+"""Errors of the Hub, explained to the user, and retries of requests when the Hub is busy."""
 
 import contextlib
 import re
@@ -12,23 +12,23 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _ATTEMPTS = 5
 REASONS = {
-    401: "there is no valid token: log in with `hf auth login`, or set HF_TOKEN",
-    403: "this token may not do that there: make one that may, or take a name of your own",
-    404: "it was not found, or is not yours to see: is the name right, and the token its owner's?",
-    409: "it is being changed by somebody else: run this again",
-    412: "it was changed by somebody else meanwhile: look at their change, and run this again",
-    429: "the Hub asks for fewer requests: run this again later",
+    401: "the token is missing or invalid: log in with `hf auth login`, or set HF_TOKEN",
+    403: "the token has no permission for this: use one with write access, or a repository of your own",
+    404: "the repository was not found, or is private: check the name, and that your token may read it",
+    409: "somebody else is changing the repository: run this again",
+    412: "somebody else changed the repository in the meantime: look at the change, and run this again",
+    429: "the Hub received too many requests: run this again later",
 }
 
 
 class HubError(OSError):
-    """The Hub could not be reached or refused a request. The message says what to do."""
+    """The Hub could not be reached, or it refused a request. The message says what to do."""
 
 
 def retry(call: Callable[[], Any]) -> Any:
-    """Call up to five times while the Hub is busy or down: the client itself retries only some of its requests.
+    """Call a function up to five times while the Hub is busy or down. The client itself retries only some requests.
 
-    Waits as long as `Retry-After` asks for (five minutes at most), else 1, 2, 4 and 8 seconds.
+    The wait is the `Retry-After` of the answer (five minutes at most), or else 1, 2, 4 and 8 seconds.
     """
     for attempt in range(_ATTEMPTS):
         try:
@@ -42,7 +42,7 @@ def retry(call: Callable[[], Any]) -> Any:
 
 
 def http_status(error: BaseException) -> int | None:
-    """The HTTP status behind an error, or `None` where there was no answer."""
+    """Return the HTTP status behind an error, or `None` if there was no answer."""
     response = getattr(error, "response", None)
     return None if response is None else response.status_code
 
@@ -51,17 +51,17 @@ def is_transient(error: BaseException) -> bool:
     status = http_status(error)
     if status is not None:
         return status == 429 or status >= 500
-    if isinstance(error, OfflineModeIsEnabled):  # waiting does not change that
+    if isinstance(error, OfflineModeIsEnabled):  # waiting does not help
         return False
-    if type(error).__name__ in ("UnsupportedProtocol", "LocalProtocolError"):  # the address is wrong, not the Hub
+    if type(error).__name__ in ("UnsupportedProtocol", "LocalProtocolError"):  # the URL is wrong
         return False
-    # No answer at all, as Python or the client's HTTP library reports it.
+    # Python or the HTTP library of the client reports that there was no answer.
     return isinstance(error, ConnectionError) or type(error).__module__.startswith(("httpx", "requests"))
 
 
 @contextlib.contextmanager
 def explaining(repo_id: str, outcome: str) -> Iterator[None]:
-    """Turn errors of the Hub into a [`HubError`] that says what they mean, followed by `outcome`."""
+    """Turn errors of the Hub into a [`HubError`] that explains them and ends with `outcome`."""
     try:
         yield
     except (ValueError, HubError):
@@ -74,7 +74,7 @@ def explaining(repo_id: str, outcome: str) -> Iterator[None]:
 
 
 def explanation_of(repo_id: str, error: Exception, outcome: str) -> HubError | None:
-    """The [`HubError`] for an error, or `None` where the error did not come from the Hub."""
+    """Return the [`HubError`] for an error, or `None` if the error does not come from the Hub."""
     cause: BaseException | None = error
     status, is_unreachable = None, False
     while status is None and cause is not None:
@@ -91,7 +91,7 @@ def explanation_of(repo_id: str, error: Exception, outcome: str) -> HubError | N
 
 
 def reason_of(error: BaseException) -> str:
-    """The message of the root cause, in one line and without a token."""
+    """Return the message of the root cause, in one line and without a token."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__

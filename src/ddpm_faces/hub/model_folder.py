@@ -1,4 +1,4 @@
-"""What a published model consists of: export it, check that a stranger can load it, send it."""
+"""The files of a published model: export them, check that they load elsewhere, and publish them."""
 
 import os
 import re
@@ -22,8 +22,8 @@ from .card_values import template_values
 from .transport import publish
 
 
-# Whatever else lies in a folder (checkpoints, logs, caches) is not published. What matches these patterns in the
-# repository, but is not published any more, is deleted there.
+# Other files of a folder (checkpoints, logs, caches) are not published. Files of the repository that match these
+# patterns but are not in the export are deleted.
 MODEL_FILES = (
     "README.md",
     "model_index.json",
@@ -47,7 +47,7 @@ MODEL_FILES = (
 )
 VARIANTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# In a process of its own, with diffusers alone, as a stranger will load it.
+# Runs in a separate process and uses only diffusers, as somebody else will load the model.
 _CHECK = """
 import sys
 import torch
@@ -58,7 +58,7 @@ steps = min(2, pipeline.scheduler.config.num_train_timesteps)
 labels = None if not pipeline.unet.config.get("num_class_embeds") else [0]
 images = pipeline(1, steps, torch.Generator().manual_seed(0), output_type="pt", class_labels=labels).images
 if not images.isfinite().all():
-    sys.exit("the picture is not finite")
+    sys.exit("the image is not finite")
 """
 
 
@@ -81,13 +81,13 @@ def push(
             A pipeline, or a folder written by training or `save_pretrained`. From a training folder, the card also
             takes sample images, the loss curve, settings and metrics.
         repo_id (`str`): "user/name" on the Hub. A repository that does not exist is created.
-        commit_message (`str`, *optional*): By default "Publish NAME with ddpm-faces".
+        commit_message (`str`, *optional*): Defaults to "Publish NAME with ddpm-faces".
         private (`bool`, *optional*):
-            Visibility of a new repository; by default that of your account. An existing repository keeps its
+            Visibility of a new repository; defaults to the setting of your account. An existing repository keeps its
             visibility, and `private=True` is refused if it is public.
         token (`str`, *optional*): Defaults to the token of `hf auth login` or HF_TOKEN.
         create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
-        revision (`str`, *optional*): An existing branch; by default the main branch.
+        revision (`str`, *optional*): An existing branch; defaults to the main branch.
         variants (`list[str]`, defaults to `("bf16", "fp16")`): Half-precision weights to add to the float32 weights.
         license (`str`, *optional*): License of the model, a Hub identifier such as "cc-by-nc-sa-4.0".
         dataset_license (`str`, *optional*): License of the training images.
@@ -97,7 +97,7 @@ def push(
 
     Raises:
         ValueError: The pipeline cannot be published. Nothing was sent.
-        HubError: The Hub could not be reached or refused. Nothing was published, unless the message says so.
+        HubError: The Hub could not be reached, or it refused. Nothing was published unless the message says otherwise.
     """
     check_license("license", license)
     _check_variants(variants)
@@ -119,7 +119,7 @@ def export(
     dataset_license: str | None = None,
     old_card: str | None = None,
 ) -> None:
-    """Write what [`push`] publishes into an empty folder.
+    """Write the files that [`push`] publishes to an empty folder.
 
     Args:
         source ([`DDPMFacesPipeline`], `str` or `os.PathLike`): See [`push`].
@@ -128,23 +128,21 @@ def export(
         variants (`list[str]`, defaults to `("bf16", "fp16")`): See [`push`].
         license (`str`, *optional*): See [`push`].
         dataset_license (`str`, *optional*): See [`push`].
-        old_card (`str`, *optional*): The card that the repository has; see [`merge_cards`].
+        old_card (`str`, *optional*): The present card of the repository; see [`merge_cards`].
 
     Raises:
-        ValueError: The weights are not finite, a variant is unknown, or the folder holds no pipeline.
+        ValueError: The weights are not finite, a variant is unknown, or the folder contains no pipeline.
     """
     _check_variants(variants)
     folder, home = Path(folder), None
     if isinstance(source, DiffusionPipeline) and {"unet", "scheduler"} <= source.components.keys():
         pipeline = source
     elif not isinstance(source, str | os.PathLike):
-        raise ValueError(
-            f"`source` must be a DDPMFacesPipeline or a folder that holds one, got {type(source).__name__}."
-        )
+        raise ValueError(f"`source` must be a DDPMFacesPipeline or the folder of one, got {type(source).__name__}.")
     else:
         home = Path(source)
         if not (home / "model_index.json").is_file():
-            raise ValueError(f"{str(source)!r} must be a folder that holds a pipeline: it has no model_index.json.")
+            raise ValueError(f"{str(source)!r} must be the folder of a pipeline: it has no model_index.json.")
         pipeline = DDPMFacesPipeline.from_pretrained(home)
         if torch.accelerator.is_available():
             pipeline.to(torch.accelerator.current_accelerator())
@@ -155,12 +153,12 @@ def export(
         network = pipeline.components.get(name)
         if network is None:
             continue
-        network = getattr(network, "_orig_mod", network)  # of torch.compile
+        network = getattr(network, "_orig_mod", network)  # the network inside a torch.compile wrapper
         states[name] = network.state_dict()
         bad = [k for k, v in states[name].items() if v.is_floating_point() and not v.isfinite().all()]
         if bad:
             raise ValueError(
-                f"Weights that are not finite are not published: {', '.join(bad[:5])} ({len(bad)} in all)."
+                f"The pipeline cannot be published: weights are not finite: {', '.join(bad[:5])} ({len(bad)} in all)."
             )
         networks[name] = type(network).from_config(_portable(network.config))
     scheduler = type(pipeline.scheduler).from_config(_portable(pipeline.scheduler.config))
@@ -173,13 +171,13 @@ def export(
             cast = {k: v.to("cpu", dtype) if v.is_floating_point() else v.cpu() for k, v in states[name].items()}
             lost = [k for k, v in cast.items() if v.is_floating_point() and not v.isfinite().all()]
             if lost:
-                raise ValueError(f"`variants`: {variant} cannot hold {', '.join(lost[:5])}; leave it out.")
+                raise ValueError(f"`variants`: {variant} overflows in {', '.join(lost[:5])}; leave it out.")
             torch.nn.Module.to(network, dtype).load_state_dict(cast)
         full.save_pretrained(folder, variant=variant)
     for name, network in networks.items():  # for the images
         torch.nn.Module.to(network, pipeline.device, torch.float32).load_state_dict(states[name])
 
-    # 2. What training left
+    # 2. Files of the training
     config, metrics, summary = {}, {}, {}
     if home is not None:
         metrics, summary = (_json_of(home / name, folder / name) for name in ("metrics.json", "training_summary.json"))
@@ -196,28 +194,33 @@ def export(
         else:
             seed, steps = 0, draw_grid(full, folder / "samples.png", config.get("sample_sigma_min"))
         timesteps = draw_strip(full, folder / "denoising_strip.png")
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # a scheduler that cannot take so many steps
+    except (
+        IndexError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # the scheduler does not support this number of steps
         name, count = type(scheduler).__name__, scheduler.config.num_train_timesteps
-        raise ValueError(f"Pictures cannot be drawn with {name} in {count} steps: {error}.") from error
+        raise ValueError(f"Images cannot be generated with {name} in {count} steps: {error}.") from error
 
     # 4. Card
     try:
         values = template_values(repo_id, full, config, metrics, summary, dataset_license)
     except (AttributeError, KeyError, TypeError) as error:
         files = "metrics.json, training_summary.json or training_config.yaml"
-        raise ValueError(f"{files} in {str(source)!r} does not have what the card tells: {error!r}.") from error
+        raise ValueError(f"{files} in {str(source)!r} lacks a value for the model card: {error!r}.") from error
     values["grid"] = {
         "path": "samples.png",
-        "alt": "Faces that this model has made",
-        "caption": f"Not chosen: the seeds {seed}, {seed + 1}, {seed + 2} and so on, {steps}.",
+        "alt": "Faces generated by this model",
+        "caption": f"Not cherry-picked: the seeds {seed}, {seed + 1}, {seed + 2} and so on, {steps}.",
     }
     values["strip"] = {
         "path": "denoising_strip.png",
-        "alt": "Faces on the way out of the noise",
+        "alt": "Faces emerging from noise",
         "caption": f"From noise to face, after the timesteps {', '.join(map(str, timesteps))}.",
     }
     values |= {"variants": list(variants), "loss_curve": (folder / "loss_curve.png").exists()}
-    dataset = config.get("dataset_name") or ""  # without its folder if it is local
+    dataset = config.get("dataset_name") or ""  # a local dataset has lost its folder
     datasets = [dataset] if dataset.count("/") == 1 else None
     pretrained = config.get("pretrained_model_name_or_path") or ""
     base_model = pretrained if pretrained.count("/") == 1 else None
@@ -226,7 +229,7 @@ def export(
 
 
 def check(folder: str | os.PathLike) -> None:
-    """Load an exported folder in a new process, with diffusers alone, and generate an image.
+    """Load an exported folder in a new process, using only diffusers, and generate an image.
 
     Raises:
         ValueError: The pipeline does not load, or its image is not finite.
@@ -237,7 +240,7 @@ def check(folder: str | os.PathLike) -> None:
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ValueError(f"The pipeline cannot be published, for it does not load in a new process: {reason}")
+        raise ValueError(f"The pipeline cannot be published, because it does not load in a new process: {reason}")
 
 
 def _check_variants(variants: Sequence[str]) -> None:
@@ -245,7 +248,7 @@ def _check_variants(variants: Sequence[str]) -> None:
         raise ValueError(f"`variants` must be a list of names, got {variants!r}.")
     unknown = [str(name) for name in variants if name not in VARIANTS]
     if unknown:
-        raise ValueError(f"`variants` must be of {', '.join(VARIANTS)}, got {', '.join(unknown)}.")
+        raise ValueError(f"`variants` must be among {', '.join(VARIANTS)}, got {', '.join(unknown)}.")
 
 
 def _json_of(source: Path, destination: Path) -> dict[str, Any]:
@@ -256,7 +259,7 @@ def _json_of(source: Path, destination: Path) -> dict[str, Any]:
 
 
 def _portable_config(source: Path, destination: Path, summary: dict) -> dict[str, Any]:
-    """Copy the settings of the training without the paths of this machine."""
+    """Copy the training configuration without the paths of this machine."""
     if not source.is_file():
         return {}
     import yaml
@@ -266,7 +269,7 @@ def _portable_config(source: Path, destination: Path, summary: dict) -> dict[str
     except yaml.YAMLError as error:
         raise ValueError(f"{source} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{source} must hold settings of a training, got {type(config).__name__}.")
+        raise ValueError(f"{source} must contain a training configuration, got {type(config).__name__}.")
     for name in ("output_dir", "cache_dir"):
         config.pop(name, None)
     is_local = {
@@ -284,9 +287,9 @@ def _portable_config(source: Path, destination: Path, summary: dict) -> dict[str
 
 
 def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without two entries of diffusers.
+    """Return a configuration without two entries of diffusers.
 
-    `_name_or_path` is a path of this machine. `_use_default_values` lists arguments that were given by position too,
-    and `from_config` would drop them.
+    `_name_or_path` is a path of this machine. `_use_default_values` also lists arguments that were given by position,
+    which `from_config` would drop.
     """
     return {name: value for name, value in config.items() if name not in ("_name_or_path", "_use_default_values")}

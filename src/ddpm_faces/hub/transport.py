@@ -31,19 +31,20 @@ def publish(
     create_pr: bool = False,
     revision: str | None = None,
 ) -> CommitInfo:
-    """Publish a folder in one commit, which also deletes what an earlier commit left.
+    """Publish a folder in one commit, which also deletes outdated files.
 
-    `HfApi.upload_folder` does not promise that: with hf_xet it may split a folder into several commits, and its
-    `delete_patterns`, in which `*` matches `/`, would delete files in folders that are not ours.
+    `HfApi.upload_folder` does not guarantee that: with hf_xet it may split a folder into several commits. In its
+    `delete_patterns`, `*` matches `/`, so it would also delete other people's files in subfolders.
 
     Args:
-        write (`Callable`): Fills a folder. It is called with an empty folder and the present README.md (or `None`).
+        write (`Callable`): Function that fills an empty folder, called with the folder and the present README.md (or
+            `None`).
         repo_id (`str`): "user/name". A repository that does not exist is created once `write` is done.
         repo_type (`str`): "model", "dataset" or "space".
         allowed (`list[str]`):
-            Patterns of what is published; `*` does not match `/`. Files of the repository that match and are not in
+            Patterns of the files to publish; `*` does not match `/`. Files of the repository that match but are not in
             the folder are deleted. All others stay.
-        commit_message (`str`): One line.
+        commit_message (`str`): Message of the commit, in one line.
         private (`bool`, *optional*): See [`push`].
         token (`str`, *optional*): See [`push`].
         create_pr (`bool`, defaults to `False`): See [`push`].
@@ -65,9 +66,7 @@ def publish(
         if revision is not None:
             _check_branch(api, repo_id, repo_type, revision)
         if create_pr and head is None:
-            raise ValueError(
-                f"`create_pr` needs a repository that exists; there is no {repo_id}, or it is not yours to see."
-            )
+            raise ValueError(f"`create_pr` needs an existing repository: {repo_id} does not exist, or is private.")
         _check_writable(api, repo_id, repo_type, head, create_pr)
         old_card = _card_of(api, repo_id, repo_type, head, token)
     with tempfile.TemporaryDirectory(prefix="ddpm-faces-") as name:
@@ -89,13 +88,13 @@ def _send(
     create_pr: bool,
     revision: str | None,
 ) -> CommitInfo:
-    """Commit the folder on top of `head`, or raise and leave the repository as it is."""
+    """Commit the folder on top of `head`, or raise an error and leave the repository unchanged."""
     nothing, is_new = "Nothing was published.", head is None
     if is_new:
         with explaining(repo_id, nothing):
             sdk = "gradio" if repo_type == "space" else None
             retry(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk))
-        nothing = "Nothing was published; the new repository is there, and empty."
+        nothing = "Nothing was published. The new repository exists and is empty."
     with explaining(repo_id, nothing):
         if is_new:
             head = _head(api, repo_id, repo_type, revision, private)
@@ -122,7 +121,7 @@ def _send(
         )
 
     def is_there() -> bool | None:
-        """Whether the commit arrived although its answer did not; `None` if the Hub does not say."""
+        """Whether the commit arrived although its answer was lost, or `None` if that is unknown."""
         try:
             result = retry(
                 lambda: api.verify_repo_checksums(repo_id, repo_type=repo_type, revision=revision, local_dir=folder)
@@ -143,19 +142,19 @@ def _send(
             return commit() if create_pr else retry(commit)
         except Exception as error:
             if create_pr and is_transient(error):
-                outcome = f"Look at {url}/discussions, whether the pull request is there."
+                outcome = f"Check at {url}/discussions whether the pull request exists."
                 with explaining(repo_id, outcome):
                     raise
             if create_pr or not (is_transient(error) or http_status(error) == 412):
                 raise
             there = is_there()
             if there is None:
-                outcome = f"Whether it is published is not known: look at {url}, or run this again."
+                outcome = f"The commit may or may not have been published: check {url}, or run this again."
                 with explaining(repo_id, outcome):
                     raise
             if not there:
                 raise
-    with explaining(repo_id, f"It is published: {url}."):
+    with explaining(repo_id, f"The commit was published: {url}."):
         oid = retry(lambda: api.repo_info(repo_id, repo_type=repo_type, revision=revision)).sha
     return CommitInfo(commit_url=f"{url}/commit/{oid}", commit_message=commit_message, commit_description="", oid=oid)
 
@@ -163,7 +162,7 @@ def _send(
 def check_permission(
     name: str, private: bool | None = None, token: str | bool | None = None, repo_type: str = "model"
 ) -> str:
-    """Check that a token may publish under a name, as far as the Hub tells without a commit.
+    """Check that a token may publish under a name, as far as that is possible without a commit.
 
     Args:
         name (`str`): "user/name", or "name" for a repository of your own.
@@ -175,7 +174,7 @@ def check_permission(
         `str`: "user/name".
 
     Raises:
-        ValueError, HubError: The token may not; the message says why.
+        ValueError, HubError: The token may not publish there. The message says why.
     """
     api = _api(token)
     if token is False:
@@ -202,19 +201,19 @@ def verify(
 
     Args:
         repo_id (`str`): "user/name" on the Hub.
-        revision (`str`, *optional*): The downloaded branch, tag or commit; by default the main branch.
+        revision (`str`, *optional*): The downloaded branch, tag or commit; defaults to the main branch.
         repo_type (`str`, defaults to `"model"`): "model" or "dataset".
-        cache_dir (`str` or `os.PathLike`, *optional*): Cache of the download; by default that of the Hub client.
+        cache_dir (`str` or `os.PathLike`, *optional*): Cache of the download; defaults to that of the Hub client.
         token (`str`, *optional*): Defaults to the token of `hf auth login` or HF_TOKEN.
-        repair (`bool`, defaults to `False`): Download differing files again, and compare once more.
+        repair (`bool`, defaults to `False`): Whether to download differing files again and compare once more.
         local_dir (`str` or `os.PathLike`, *optional*): Folder of a download outside of the cache.
 
     Returns:
         `list[str]`: The files that differ; empty if all are as published.
 
     Raises:
-        ValueError: The cache holds nothing of the repository.
-        HubError: The Hub could not be reached or refused.
+        ValueError: The cache contains no file of the repository.
+        HubError: The Hub could not be reached, or it refused.
     """
     check_repo_id(repo_id)
     api = _api(token)
@@ -250,21 +249,19 @@ def check_repo_id(repo_id: str) -> None:
     """Raise a `ValueError` unless `repo_id` is a valid "user/name"."""
     validate_repo_id(repo_id)
     if repo_id.count("/") != 1:
-        raise ValueError(
-            f"`repo_id` must be a user or an organization and a name, as in 'user/faces', got {repo_id!r}."
-        )
+        raise ValueError(f"`repo_id` must be 'user/name' or 'organization/name', got {repo_id!r}.")
 
 
 def _api(token: str | bool | None) -> HfApi:
-    """A client. A malformed token is refused here, because the HTTP library would print it."""
+    """Create a client. A malformed token is refused here, because the HTTP library would print it."""
     if isinstance(token, str) and not re.fullmatch("[!-~]+", token):
-        raise ValueError("`token` must be a token of the Hub, without spaces or ends of lines; what was given is not.")
+        raise ValueError("`token` must be a token of the Hub, without spaces or line breaks.")
     return HfApi(token=token)
 
 
 def _whoami(api: HfApi, name: str) -> dict[str, Any]:
     if get_token() is None and not isinstance(api.token, str):
-        raise HubError(f"{name}: there is no token: log in with `hf auth login`, or set HF_TOKEN.")
+        raise HubError(f"{name}: you are not logged in: run `hf auth login`, or set HF_TOKEN.")
     with explaining(name, ""):
         return retry(api.whoami)
 
@@ -273,29 +270,31 @@ def _check_writable(api: HfApi, repo_id: str, repo_type: str, head: str | None, 
     """Raise a [`HubError`] if the token may not write to the repository."""
     user = _whoami(api, repo_id)
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise HubError(f"{repo_id}: this token of {user['name']} may only read: make one that may write.")
+        raise HubError(f"{repo_id}: the token of {user['name']} is read-only: use one with write access.")
     if create_pr:  # anybody may open a pull request
         return
     if head is not None:
         return retry(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True))
     owners = [user["name"], *(org["name"] for org in user.get("orgs", []))]
     if repo_id.split("/")[0] not in owners:
-        raise HubError(f"{repo_id}: {user['name']} may publish as {', '.join(owners)} only.")
+        raise HubError(f"{repo_id}: {user['name']} may only publish as {' or '.join(owners)}.")
 
 
 def _head(api: HfApi, repo_id: str, repo_type: str, revision: str | None, private: bool | None) -> str | None:
-    """The newest commit, or `None` if there is no repository."""
+    """Return the newest commit, or `None` if there is no repository."""
     try:
         info = retry(lambda: api.repo_info(repo_id, repo_type=repo_type, revision=revision))
     except RevisionNotFoundError as error:
         raise ValueError(f"`revision` {revision!r} must be a branch of {repo_id}.") from error
     except RepositoryNotFoundError:
         if revision is not None:
-            raise ValueError(f"`revision` {revision!r}: there is no {repo_id} yet.") from None
+            raise ValueError(
+                f"`revision` {revision!r} needs an existing repository: {repo_id} does not exist."
+            ) from None
         return None
     if private and not info.private:
         raise ValueError(
-            f"`private=True`, but {repo_id} is public already: make it private in its settings, or publish elsewhere."
+            f"`private` is True, but {repo_id} is public: make it private in its settings, or choose another name."
         )
     return info.sha
 
@@ -309,7 +308,7 @@ def _check_branch(api: HfApi, repo_id: str, repo_type: str, revision: str) -> No
 
 
 def _card_of(api: HfApi, repo_id: str, repo_type: str, head: str | None, token: str | bool | None) -> str | None:
-    """The README.md of a commit, or `None` if it has none."""
+    """Return the README.md of a commit, or `None` if it has none."""
     if head is None:
         return None
     with tempfile.TemporaryDirectory(prefix="ddpm-faces-") as cache:
@@ -320,12 +319,14 @@ def _card_of(api: HfApi, repo_id: str, repo_type: str, head: str | None, token: 
                 )
             )
             return Path(path).read_text("utf-8-sig")
-        except LocalEntryNotFoundError as error:  # no answer from the Hub, so there may be one
+        except LocalEntryNotFoundError as error:  # the Hub did not answer, so there may be a card
             raise HubError(f"{repo_id}: its README.md could not be read: {reason_of(error)}.") from error
         except EntryNotFoundError:
             return None
         except UnicodeDecodeError as error:
-            raise ValueError(f"README.md of {repo_id} must be UTF-8: mend it there, and run this again.") from error
+            raise ValueError(
+                f"README.md of {repo_id} must be UTF-8: correct it on the Hub, and run this again."
+            ) from error
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -334,15 +335,15 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _check_export(folder: Path, allowed: Sequence[str], token: str | bool | None) -> None:
-    """Raise a `ValueError` if a file may not be published, or holds a token."""
+    """Raise a `ValueError` if a file may not be published or contains a token."""
     tokens = {value for value in (token, get_token()) if isinstance(value, str)}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_dir():
             continue
         if not _matches(name, allowed):
-            raise ValueError(f"{name} is not what is published.")
+            raise ValueError(f"{name} is not among the files that may be published.")
         if path.suffix in (".md", ".json", ".yaml", ".py"):
             text = path.read_text("utf-8")
             if TOKEN.search(text) or any(token in text for token in tokens):
-                raise ValueError(f"{name} holds a token of the Hub, and is not published. Take it out.")
+                raise ValueError(f"{name} contains a token of the Hub and cannot be published: remove the token.")

@@ -1,4 +1,4 @@
-"""The parts of a training run beside the loop: configuration, state, checkpoints, log."""
+"""The parts of a training run outside the loop: configuration, state, checkpoints, log."""
 
 from typing import TYPE_CHECKING
 

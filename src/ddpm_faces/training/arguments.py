@@ -1,4 +1,4 @@
-"""The command line and the YAML files of a training: each field of `TrainingConfig` is a flag and a key."""
+"""Command line and YAML files of a training run: each field of `TrainingConfig` is a flag and a key."""
 
 import argparse
 import difflib
@@ -18,14 +18,16 @@ from .config import GROUPS, TrainingConfig, is_a
 def parse_training_config(
     argv: Sequence[str] | None = None, command: str = "accelerate launch training/train.py"
 ) -> TrainingConfig:
-    """Read the configuration: defaults, then the pipeline to start from, the file of `--config`, the other flags.
+    """Read the configuration from the defaults, the pretrained pipeline, the `--config` file and the flags.
+
+    Later sources override earlier ones.
 
     Args:
-        argv (`Sequence[str]`, *optional*): The arguments; by default those of the command line.
-        command (`str`): What the help tells the user to type before the options.
+        argv (`Sequence[str]`, *optional*): Arguments to parse; defaults to those of the command line.
+        command (`str`): Command to show in the help.
 
     Raises:
-        SystemExit: With 2 and a message, for an unknown flag or key, or a value that cannot work.
+        SystemExit: With code 2 and a message, for an unknown flag or key or a value that is not allowed.
     """
     parser = _make_parser(command)
     file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -34,7 +36,7 @@ def parse_training_config(
     flags = [_underscored(flag) for flag in flags]
     try:
         if file_args.config is not None:
-            # As flags, so that a file is read by the same rules as the command line.
+            # Turning the file into flags applies the rules of the command line to it.
             flags = [*_flags_of_yaml(_config_path(file_args.config)), *flags]
         flags = [*_flags_of_pretrained(flags), *flags]
         values, unknown = parser.parse_known_args(flags)
@@ -68,7 +70,7 @@ def _config_path(name: str) -> Path:
 
 
 def _underscored(flag: str) -> str:
-    """`--output-dir` means `--output_dir`."""
+    """Turn `--output-dir` into `--output_dir`."""
     name, equals, value = flag.partition("=")
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else flag
 
@@ -76,12 +78,12 @@ def _underscored(flag: str) -> str:
 def _make_parser(command: str) -> argparse.ArgumentParser:
     class Formatter(argparse.HelpFormatter):
         def _split_lines(self, text: str, width: int) -> list[str]:
-            # Names with hyphens stay in one piece, and so does a default.
+            # Never break a line at a hyphen, nor between "(default:" and its value.
             lines = textwrap.wrap(text.replace("(default: ", "(default:\xa0"), width, break_on_hyphens=False)
             return [line.replace("\xa0", " ") for line in lines]
 
     parser = argparse.ArgumentParser(
-        description="Train DDPM on pictures of faces. With no arguments: small faces that the program draws itself.",
+        description="Train DDPM on images of faces. Without arguments, it trains on small drawn faces.",
         usage=f"{command} [--config CONFIG] [--FIELD VALUE ...]",
         formatter_class=partial(Formatter, max_help_position=34),
         allow_abbrev=False,
@@ -89,7 +91,7 @@ def _make_parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         metavar="CONFIG",
-        help=f"One of {', '.join(config_names())}, or a YAML file of fields. The command line wins.",
+        help=f"One of {', '.join(config_names())}, or a YAML file of fields. Flags on the command line override it.",
     )
     groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
     types = get_type_hints(TrainingConfig)
@@ -99,7 +101,7 @@ def _make_parser(command: str) -> argparse.ArgumentParser:
 
 
 def _argument_of(f: Field, hint: Any) -> dict[str, Any]:
-    """The arguments of `add_argument` for a field."""
+    """Return the keyword arguments of `add_argument` for a field."""
     default = f.default if f.default_factory is MISSING else f.default_factory()
     help = f.metadata["help"]
     if default is not None:
@@ -126,7 +128,7 @@ def _true_or_false(text: str) -> bool:
 
 
 def _as_typed(value) -> str:
-    """A value as one gives it on the command line"""
+    """Format a value as it is typed on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
@@ -142,7 +144,7 @@ def _flags_of_yaml(path: Path) -> list[str]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `field: value` lines, got a {type(values).__name__}.")
+        raise ValueError(f"{path} must contain `field: value` lines, got a {type(values).__name__}.")
     types = get_type_hints(TrainingConfig)
     flags = []
     for key, value in values.items():
@@ -158,20 +160,20 @@ def _flags_of_yaml(path: Path) -> list[str]:
         if not items or any(item is None or isinstance(item, (list, dict)) for item in items):
             raise ValueError(f"{path}: `{key}` must be a value or a list of values, got {value!r}.")
         if len(items) > 1 and any(isinstance(item, str) and item.startswith("-") for item in items):
-            raise ValueError(f"{path}: `{key}` must hold no values that begin with a dash, got {value!r}.")
+            raise ValueError(f"{path}: `{key}` must not contain values that begin with a dash, got {value!r}.")
         flags += _flag(key, items)
     return flags
 
 
 def _flag(name: str, items: list) -> list[str]:
-    words = ["no" if item is False else str(item) for item in items]  # YAML takes `no` for false
-    if len(words) == 1:  # in one piece, because a value may begin with a dash
+    words = ["no" if item is False else str(item) for item in items]  # YAML reads `no` as false
+    if len(words) == 1:  # one word, because the value may begin with a dash
         return [f"--{name}={words[0]}"]
     return [f"--{name}", *words]
 
 
 def _flags_of_pretrained(flags: list[str]) -> list[str]:
-    """Size, network and schedule of the pipeline that a run starts from; or of the run itself, where it goes on."""
+    """Return size, network and schedule of the pretrained pipeline, or of the run itself if it resumes."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--pretrained_model_name_or_path", default="")
     peek.add_argument("--output_dir", default=TrainingConfig.output_dir)
@@ -192,7 +194,7 @@ def _flags_of_pretrained(flags: list[str]) -> list[str]:
                 for cls, subfolder in ((DDPMFacesUNet, "unet"), (DDPMFacesScheduler, "scheduler"))
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"`pretrained_model_name_or_path` {name!r} cannot be trained: {error}") from error
+            raise ValueError(f"`pretrained_model_name_or_path` {name!r} cannot be fine-tuned: {error}") from error
         values = {**scheduler, **unet, "mid_block_type": unet.get("mid_block_type") or "none"}
         size = unet.get("sample_size")
         values["resolution"] = [size] if isinstance(size, int) else size
@@ -206,5 +208,5 @@ def _flags_of_pretrained(flags: list[str]) -> list[str]:
 def _unknown(what: str, name: str, prefix: str = "") -> str:
     names = [f.name for f in fields(TrainingConfig)]
     nearest = difflib.get_close_matches(name.removeprefix(prefix).split("=")[0], names, n=1)
-    suggestion = f"; did you mean {prefix}{nearest[0]}?" if nearest else "; see --help for those there are."
+    suggestion = f"; did you mean {prefix}{nearest[0]}?" if nearest else "; see --help for a list."
     return f"unknown {what} {name}{suggestion}"

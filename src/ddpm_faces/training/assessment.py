@@ -1,4 +1,4 @@
-"""What is measured on the way: the held-out loss, the quality of samples, and copies among them."""
+"""Measurements during training: the held-out loss, the quality of samples, and copies among them."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ def _held_out(run: "Run") -> FaceDataset:
 
 
 class Assessment:
-    """Measures samples beside the held-out images, and searches them for copies of training images.
+    """Evaluates samples against the held-out images, and searches them for copies of training images.
 
     The features of the held-out images are computed once.
     """
@@ -49,11 +49,11 @@ class Assessment:
         self._reference: tuple | None = None
 
     def __call__(self, run: "Run", evaluates: bool, audits: bool) -> bool:
-        """Do what is due; return whether an audit found no copies.
+        """Run the evaluation and the audit if they are due; return whether an audit found no copies.
 
         Args:
-            run ([`Run`]): Whose samples.
-            evaluates (`bool`): Whether to measure them.
+            run ([`Run`]): The run that draws the samples.
+            evaluates (`bool`): Whether to evaluate them.
             audits (`bool`): Whether to search them for copies.
         """
         if not (evaluates or audits):

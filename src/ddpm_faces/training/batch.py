@@ -1,4 +1,4 @@
-"""The images of one step and what is drawn for them."""
+"""The images of one step with their timesteps, noise, flips and augmentations."""
 
 import logging
 import time
@@ -18,15 +18,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's share of a step, on its device, or a micro-batch of it.
+    """The images of one step on one process and its device, or a micro-batch of them.
 
     Args:
         images (`torch.Tensor` of shape `(share, channels, height, width)`, `torch.uint8`): 0 to 255.
-        labels (`torch.Tensor` of shape `(share,)`, `torch.int64`, *optional*): Classes.
+        labels (`torch.Tensor` of shape `(share,)`, `torch.int64`, *optional*): Class labels.
         names (`Sequence[str]`): The file or row of each image.
         draws ([`StepDraws`]): The timestep, noise, flip and augmentation of each image.
         epoch (`int`): The epoch that the step begins in.
-        is_last (`bool`): Whether no micro-batch of the step follows.
+        is_last (`bool`): Whether this is the last micro-batch of the step.
     """
 
     images: torch.Tensor
@@ -41,7 +41,7 @@ class Batch:
 
     @property
     def timesteps(self) -> torch.Tensor:
-        """t of each image, of shape `(share,)`."""
+        """Timestep t of each image, of shape `(share,)`."""
         return self.draws.timesteps
 
     @property
@@ -50,7 +50,7 @@ class Batch:
         return self.draws.noise
 
     def split(self, size: int) -> Iterator["Batch"]:
-        """Micro-batches of at most `size` images."""
+        """Iterate over micro-batches of at most `size` images."""
         draws = self.draws.split(size)
         for i, first in enumerate(range(0, len(self), size)):
             part = slice(first, first + size)
@@ -65,20 +65,20 @@ class Batch:
 
 
 def batches(run: Run) -> Iterator[Batch]:
-    """The batches of this process, from where the run is until it is finished."""
+    """Iterate over the batches of this process, from where the run stands until it is finished."""
     config, data, device = run.config, run.data, run.accelerator.device
     loader = data.batches.batches(pin_memory=device.type == "cuda")
     while not run.is_finished:
         epoch, began = data.batches.epoch, time.perf_counter()
         try:
-            with setting_up():  # a stream shows only now what is wrong with its images and labels
+            with setting_up():  # a stream reveals bad images and labels only when it is read
                 values: dict[str, Any] = next(loader)
         except SetupError:
             run.log.bar.close()
             raise
         run.steps.note_wait(time.perf_counter() - began)
         for skipped in values.get("skipped", ()):
-            logger.warning("An image cannot be read and is left out: %s", skipped)
+            logger.warning("Skipped an image that cannot be read: %s", skipped)
         images, labels = values["images"].to(device, non_blocking=True), values.get("labels")
         draws = draw_step(
             config.seed,

@@ -1,4 +1,4 @@
-"""What is other in a resumed run than when its checkpoint was saved, and what that means."""
+"""Differences between a resumed run and its checkpoint, and their consequences."""
 
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -8,42 +8,42 @@ from .checkpoint import read_state
 from .config import TrainingConfig
 
 
-# What it means that a field of a group has changed.
+# The consequence of a changed field, by its group.
 MEANING = {
-    "Data": "from here on it sees other images",
-    "Network": "nothing that is learned changes",  # a change of the architecture is refused
-    "Diffusion": "losses before and after cannot be compared",  # as is one of the schedule
-    "Optimisation": "the new value applies from here on; the result differs from a run that had it from the start",
-    "Validation": "held-out losses or grids before and after may not compare",
-    "Run": "nothing that is learned changes",
-    "Hub": "nothing that is learned changes",
+    "Data": "the run sees different images from here on",
+    "Network": "the learned weights are not affected",  # a changed architecture is refused
+    "Diffusion": "losses before and after cannot be compared",  # a changed noise schedule is refused
+    "Optimization": "the new value applies from here on; the result differs from a run that used it from the start",
+    "Validation": "held-out losses or sample grids before and after may not be comparable",
+    "Run": "the learned weights are not affected",
+    "Hub": "the learned weights are not affected",
 }
 
 
 def check_same_model(config: TrainingConfig, checkpoint: Path) -> None:
-    """Refuse to resume a run of another network or noise schedule.
+    """Refuse to resume a run that has a different network or noise schedule.
 
     Raises:
-        ValueError: It is one, with what differs.
+        ValueError: The network or the noise schedule differs. The message lists the differences.
     """
     saved = TrainingConfig(**_known(read_state(checkpoint)["config"]))
     then, now = ({**c.unet_config(), **c.scheduler_config()} for c in (saved, config))
-    changed = [f"{name}: {then[name]} there, {now[name]} now" for name in now if then[name] != now[name]]
+    changed = [f"{name} was {then[name]} and is {now[name]}" for name in now if then[name] != now[name]]
     if changed:
         raise ValueError(
-            f"`output_dir` {config.output_dir!r} holds a run of another model ({'; '.join(changed)}): choose another "
-            "folder, or delete its checkpoints."
+            f"`output_dir` {config.output_dir!r} holds a run of a different model ({'; '.join(changed)}): choose "
+            "another folder, or delete the checkpoints."
         )
 
 
 def describe_changes(checkpoint: Path, config: TrainingConfig, fingerprint: str, layout: dict[str, Any]) -> list[str]:
-    """Notes for the user, a sentence each.
+    """List the differences between a checkpoint and the run that resumes from it, as one sentence each.
 
     Args:
-        checkpoint (`Path`): What the run resumes from.
-        config ([`TrainingConfig`]): Its configuration now.
-        fingerprint (`str`): Of its images now.
-        layout (`dict`): Its processes, device and precision now.
+        checkpoint (`Path`): The checkpoint that the run resumes from.
+        config ([`TrainingConfig`]): The configuration now.
+        fingerprint (`str`): The fingerprint of the images now.
+        layout (`dict`): The number of processes, the device and the precision now.
     """
     saved, notes = read_state(checkpoint), []
     groups = {f.name: f.metadata["group"] for f in fields(TrainingConfig)}
@@ -53,17 +53,17 @@ def describe_changes(checkpoint: Path, config: TrainingConfig, fingerprint: str,
             continue
         notes.append(f"`{name}` was {then[name]} and is {value}: {MEANING[groups[name]]}.")
     if saved["fingerprint"] != fingerprint:
-        notes.append("The images are not those that it has learned from so far: from here on it sees others.")
+        notes.append("The training images have changed: the run sees the new ones from here on.")
     if saved["layout"] != layout:
         changed = [f"{key} {old} -> {layout[key]}" for key, old in saved["layout"].items() if old != layout[key]]
         kept = "noise and learning rates" if config.streaming else "images, noise and learning rates"
         notes.append(
-            f"Another layout ({', '.join(changed)}): {kept} stay what they would have been, weights differ by "
-            "rounding (and by dropout, if there is any)."
+            f"The layout has changed ({', '.join(changed)}): {kept} are the same as before, weights differ by "
+            "rounding (and by dropout, if any)."
         )
     return notes
 
 
 def _known(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a saved configuration that there still are."""
+    """Return the fields of a saved configuration that still exist."""
     return {f.name: values[f.name] for f in fields(TrainingConfig) if f.name in values}

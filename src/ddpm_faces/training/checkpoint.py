@@ -1,13 +1,13 @@
-"""Checkpoints of a run: on the disk they are whole, or they are not resumed from.
+"""Checkpoints of a run. A run resumes only from a checkpoint that is complete.
 
 A checkpoint is a folder:
 
     checkpoint-0000064000/
-      model.safetensors, optimizer.bin, random_states_0.pkl, ...   what accelerate saves (shards in FSDP)
-      ema.safetensors (or ema/)        the EMA, where the run keeps one
-      guide.safetensors                the guide, once there is one
-      process_state_0.json             the place in a stream, of each process
-      run_state.json                   RunState, configuration, and the size and checksum of all other files
+      model.safetensors, optimizer.bin, random_states_0.pkl, ...   saved by accelerate (shards with FSDP)
+      ema.safetensors (or ema/)        the EMA, if the run keeps one
+      guide.safetensors                the guide, once the run has one
+      process_state_0.json             the position of each process in a stream
+      run_state.json                   RunState, configuration, and size and checksum of all other files
 """
 
 import json
@@ -34,30 +34,30 @@ from .state import RunState
 
 
 STATE_NAME = "run_state.json"
-WEIGHTS_NAME = "model.safetensors"  # as accelerate calls it
+WEIGHTS_NAME = "model.safetensors"  # the name that accelerate gives it
 EMA_NAME = "ema.safetensors"
 GUIDE_NAME = "guide.safetensors"
-# Of run_state.json. Version 1 had no checksums; what a later version wrote is refused by this.
+# The format of run_state.json. Version 1 had no checksums. Later versions than this one are refused.
 FORMAT_VERSION = 2
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# What Python, torch and safetensors make of a full disk; the last is no `Exception`.
+# What Python, torch and safetensors raise when the disk is full. CheckpointException is not an `Exception`.
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint that is not whole, such as one that was copied in part."""
+    """A checkpoint is incomplete or corrupt, for example because only a part of it was copied."""
 
 
-# Which there are
+# Finding checkpoints
 
 
 def checkpoint_path(output_dir: str | os.PathLike, images_seen: int) -> Path:
-    """Where the checkpoint after `images_seen` images lies."""
+    """Return the path of the checkpoint after `images_seen` images."""
     return Path(output_dir, f"checkpoint-{images_seen:010d}")
 
 
 def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """The checkpoints in `output_dir`, oldest first; whether they are whole is for [`check_whole`] to say."""
+    """List the checkpoints in `output_dir`, oldest first. [`check_whole`] tells whether one is complete."""
     folder = Path(output_dir)
     if not folder.is_dir():
         return []
@@ -69,11 +69,11 @@ def newest_whole(output_dir: str | os.PathLike) -> tuple[Path | None, dict[Path,
     """Find the checkpoint to resume from.
 
     Returns:
-        `(Path or None, dict[Path, str])`: The newest whole checkpoint, if there is one, and what is wrong with each
-        that is newer.
+        `(Path or None, dict[Path, str])`: The newest complete checkpoint, if there is one, and the damage to each
+        newer one.
 
     Raises:
-        ValueError: There are checkpoints, but none that is whole; or the newest is of a later version of the package.
+        ValueError: All checkpoints are damaged, or a later version of the package saved the newest one.
     """
     damaged: dict[Path, str] = {}
     for path in reversed(list_checkpoints(output_dir)):
@@ -85,14 +85,14 @@ def newest_whole(output_dir: str | os.PathLike) -> tuple[Path | None, dict[Path,
             return path, damaged
     if damaged:
         raise ValueError(
-            f"None of the checkpoints in `output_dir` {str(output_dir)!r} is whole: {' '.join(damaged.values())} "
+            f"All checkpoints in `output_dir` {str(output_dir)!r} are damaged: {' '.join(damaged.values())} "
             "Restore one of them, or move them away to start from the beginning."
         )
     return None, damaged
 
 
 def newest_config(output_dir: str | os.PathLike) -> dict[str, Any] | None:
-    """The configuration of the newest checkpoint whose run_state.json can be read, without a look at its tensors."""
+    """Return the configuration of the newest checkpoint with a readable run_state.json, without reading tensors."""
     for path in reversed(list_checkpoints(output_dir)):
         try:
             return read_state(path)["config"]
@@ -102,7 +102,7 @@ def newest_config(output_dir: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that no later run counts it; return where it is now."""
+    """Rename a damaged checkpoint so that later runs ignore it; return its new path."""
     path = checkpoint.with_name(f"damaged-{checkpoint.name}")
     number = 1
     while path.exists():
@@ -113,14 +113,14 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def check_whole(checkpoint: str | os.PathLike) -> None:
-    """Compare the files of a checkpoint with the sizes and checksums that it was saved with.
+    """Compare the files of a checkpoint with the sizes and checksums recorded when it was saved.
 
     Raises:
-        DamagedCheckpointError: A file is missing, or is another one than was saved.
-        ValueError: A later version of the package has saved it.
+        DamagedCheckpointError: A file is missing or has changed.
+        ValueError: A later version of the package saved the checkpoint.
     """
     folder, state = Path(checkpoint), read_state(checkpoint)
-    if "files" not in state:  # format 1, whose weights can be checked by their header alone
+    if "files" not in state:  # format 1 has no checksums
         _check_header(folder)
         return
     for name, (size, checksum) in state["files"].items():
@@ -135,15 +135,15 @@ def check_whole(checkpoint: str | os.PathLike) -> None:
         except OSError as error:
             raise DamagedCheckpointError(f"{folder} cannot be read: {error}.") from error
         if not is_same:
-            raise DamagedCheckpointError(f"{folder} is damaged: {name} is not what was saved.")
+            raise DamagedCheckpointError(f"{folder} is damaged: {name} has changed since it was saved.")
 
 
 def read_state(checkpoint: str | os.PathLike) -> dict[str, Any]:
-    """Read run_state.json: `run`, `config`, `fingerprint`, `layout`, and since format 2 `files`.
+    """Read run_state.json, with the keys `run`, `config`, `fingerprint`, `layout`, and since format 2 `files`.
 
     Raises:
-        DamagedCheckpointError: It is missing or cut.
-        ValueError: A later version of the package has written it.
+        DamagedCheckpointError: The file is missing or cut off.
+        ValueError: A later version of the package wrote it.
     """
     path = Path(checkpoint, STATE_NAME)
     try:
@@ -155,19 +155,19 @@ def read_state(checkpoint: str | os.PathLike) -> dict[str, Any]:
     except ValueError as error:
         raise DamagedCheckpointError(f"{checkpoint} is damaged: {STATE_NAME} cannot be read ({error}).") from error
     if not isinstance(state, dict) or not isinstance(state.get("run"), dict):
-        raise DamagedCheckpointError(f"{checkpoint} is damaged: {STATE_NAME} holds no state of a run.")
+        raise DamagedCheckpointError(f"{checkpoint} is damaged: {STATE_NAME} does not describe a run.")
     version = state.get("format_version", 1)
     known = set(RunState.__dataclass_fields__)
     if version > FORMAT_VERSION or state["run"].keys() - known:
         raise ValueError(
-            f"{checkpoint} was saved by a later version of ddpm-faces (format {version}; this one reads up to "
-            f"{FORMAT_VERSION}): update the package, or choose another `output_dir`."
+            f"{checkpoint} was saved by a later version of ddpm-faces (format {version}; this version reads up to "
+            f"{FORMAT_VERSION}): update ddpm-faces, or choose another `output_dir`."
         )
     return state
 
 
 def prune_checkpoints(output_dir: str | os.PathLike, keep: int, spared: Collection[Path] = ()) -> None:
-    """Delete all but the newest `keep` checkpoints and those `spared`, and what interrupted runs left unfinished."""
+    """Delete unfinished checkpoints, and all others but the newest `keep` and those in `spared`."""
     for path in list_checkpoints(output_dir)[:-keep]:
         if path not in spared:
             delete(path)
@@ -179,14 +179,14 @@ def prune_checkpoints(output_dir: str | os.PathLike, keep: int, spared: Collecti
 
 @dataclass
 class CheckpointIO:
-    """Saves a run in one call and loads it in another; each part says what happens where a checkpoint lacks it.
+    """Saves a run in one call and loads it in another. Parts that a checkpoint lacks start anew, with a note.
 
     Args:
-        config ([`TrainingConfig`]): Of the run.
+        config ([`TrainingConfig`]): The run's configuration.
         accelerator ([`~accelerate.Accelerator`]): Saves network, optimizer, gradient scaler and random states.
         unet (`torch.nn.Module`): The prepared network.
-        ema ([`EMA`], *optional*): Its averaged weights.
-        data ([`TrainingData`]): A stream has a place to go on from.
+        ema ([`EMA`], *optional*): The EMA of its weights.
+        data ([`TrainingData`]): The run's data; the position in a stream is saved.
     """
 
     config: TrainingConfig
@@ -196,16 +196,16 @@ class CheckpointIO:
     data: TrainingData
 
     def save(self, path: Path, state: RunState, guide: torch.nn.Module | None = None) -> None:
-        """Save a checkpoint, or nothing. Called by every process.
+        """Save a complete checkpoint or none at all. Called by every process.
 
         Args:
-            path (`Path`): By [`checkpoint_path`].
+            path (`Path`): The checkpoint's path, from [`checkpoint_path`].
             state ([`RunState`]): How far the run has come.
             guide (`torch.nn.Module`, *optional*): The guide that the run has kept.
 
         Raises:
-            OSError: It could not be written, such as to a full disk, by this process or another. What was written is
-                deleted, and no older checkpoint is touched.
+            OSError: This or another process could not write it, for example because the disk is full. The incomplete
+                checkpoint is deleted, and older ones are not touched.
         """
         accelerator, unfinished = self.accelerator, unfinished_path(path)
         if accelerator.is_main_process:
@@ -213,7 +213,7 @@ class CheckpointIO:
         accelerator.wait_for_everyone()
         problem = None
         try:
-            accelerator.save_state(str(unfinished))  # every process adds its own random state
+            accelerator.save_state(str(unfinished))  # each process adds its random state
             self._save_ema(unfinished)
             self._save_stream(unfinished)
             if guide is not None and accelerator.is_main_process:
@@ -222,7 +222,7 @@ class CheckpointIO:
             problem = error
         self._agree(path, problem)
         if accelerator.is_main_process:
-            # Last, for it lists the files of all processes. The folder gets its name once it is whole.
+            # This comes last because it lists the files of all processes. Only a complete folder gets its final name.
             try:
                 _write_json(unfinished / STATE_NAME, self._describe(state, unfinished))
                 commit(path)
@@ -231,11 +231,11 @@ class CheckpointIO:
         self._agree(path, problem)
 
     def load(self, checkpoint: Path) -> tuple[RunState, dict[str, torch.Tensor] | None, list[str]]:
-        """Load a checkpoint, in place. Called by every process.
+        """Load a checkpoint in place. Called by every process.
 
         Returns:
-            `(RunState, dict[str, torch.Tensor] or None, list[str])`: The state, the guide's weights if there is a
-            guide, and notes for the user on what the checkpoint lacks.
+            `(RunState, dict[str, torch.Tensor] or None, list[str])`: The run's state, the weights of the guide if
+            there is one, and notes for the user on parts that the checkpoint lacks.
         """
         notes = []
         state = RunState.from_json(read_state(checkpoint)["run"])
@@ -246,7 +246,7 @@ class CheckpointIO:
         return state, _load_whole(path) if path.is_file() else None, notes
 
     def layout(self) -> dict[str, Any]:
-        """What the run is spread over; another layout changes the rounding."""
+        """Describe how the run is distributed over devices. A different layout rounds differently."""
         return {
             "processes": self.accelerator.num_processes,
             "device": self.accelerator.device.type,
@@ -266,7 +266,7 @@ class CheckpointIO:
         }
 
     def _agree(self, path: Path, problem: BaseException | None) -> None:
-        """Raise an `OSError` on all processes if one has a problem; they wait for each other."""
+        """Raise an `OSError` on all processes if any of them has a problem. The processes wait for each other."""
         if any_failed(self.accelerator, problem is not None):
             if self.accelerator.is_main_process:
                 shutil.rmtree(unfinished_path(path), ignore_errors=True)
@@ -279,12 +279,12 @@ class CheckpointIO:
         if scaler is None or (checkpoint / "scaler.pt").is_file():
             accelerator.load_state(str(checkpoint))
             return []
-        accelerator.scaler = None  # or accelerate would ask for its file
+        accelerator.scaler = None  # otherwise accelerate would look for its file
         try:
             accelerator.load_state(str(checkpoint))
         finally:
             accelerator.scaler = scaler
-        return ["The checkpoint has no loss scale, for it was not trained in fp16: the scale starts anew."]
+        return ["The checkpoint has no loss scale because the run did not use fp16 before: the scale starts anew."]
 
     # EMA
 
@@ -294,20 +294,20 @@ class CheckpointIO:
         if is_sharded(self.unet):
             import torch.distributed.checkpoint as dcp
 
-            dcp.save(self.ema.shadow, checkpoint_id=folder / "ema")  # each process its shards
+            dcp.save(self.ema.shadow, checkpoint_id=folder / "ema")  # each process saves its shards
         elif self.accelerator.is_main_process:
             _save_whole(self.ema.shadow, folder / EMA_NAME)
 
     def _load_ema(self, checkpoint: Path, state: RunState) -> list[str]:
         if self.ema is None:
             return []
-        self.ema.restart()  # from the weights just loaded, for what the checkpoint's EMA lacks
+        self.ema.restart()  # for tensors that the checkpoint's EMA lacks
         if (checkpoint / "ema").is_dir() or (checkpoint / EMA_NAME).is_file():
             load_ema(checkpoint, self.ema.shadow)
             return []
         return [f"The checkpoint has no EMA: it starts from the weights after {state.images_seen} images."]
 
-    # Place in the data
+    # Position in the data
 
     def _save_stream(self, folder: Path) -> None:
         if not isinstance(self.data.batches, FaceBatches):
@@ -315,25 +315,25 @@ class CheckpointIO:
 
     def _load_place(self, checkpoint: Path, state: RunState) -> list[str]:
         batches = self.data.batches
-        if isinstance(batches, FaceBatches):  # the place follows from the images seen
+        if isinstance(batches, FaceBatches):  # the position follows from the images seen
             batches.images_seen = state.images_seen
             return []
         paths = [checkpoint / _process_name(index) for index in (self.accelerator.process_index, 0)]
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
-            return ["The checkpoint has no place in a stream: the stream begins with its first image."]
+            return ["The checkpoint has no position in a stream: the stream begins with its first image."]
         note = batches.load_state_dict(json.loads(path.read_text("utf-8")))
         return [] if note is None else [note]
 
 
 def any_failed(accelerator: Accelerator, failed: bool) -> bool:
-    """Whether one of the processes has failed; they wait for each other."""
+    """Whether any process has failed. The processes wait for each other."""
     count = torch.tensor([float(failed)], device=accelerator.device)
     return bool(accelerator.reduce(count, reduction="sum"))
 
 
 def load_weights(accelerator: Accelerator, checkpoint: Path, unet: torch.nn.Module) -> None:
-    """Put the weights of a checkpoint into the prepared network: its EMA, where it has one."""
+    """Load the weights of a checkpoint into the prepared network: the EMA weights if it has them."""
     if not is_sharded(unet):
         weights = _load_whole(checkpoint / WEIGHTS_NAME)
         weights.update(_load_whole(checkpoint / EMA_NAME) if (checkpoint / EMA_NAME).exists() else {})
@@ -345,7 +345,7 @@ def load_weights(accelerator: Accelerator, checkpoint: Path, unet: torch.nn.Modu
 
 
 def load_ema(checkpoint: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Copy the EMA of a checkpoint into `weights`, by name; what it does not hold stays as it is."""
+    """Copy the EMA of a checkpoint into `weights` by name. Tensors that it lacks stay unchanged."""
     with torch.no_grad():
         if (checkpoint / "ema").is_dir():
             import torch.distributed.checkpoint as dcp
@@ -360,10 +360,10 @@ def load_ema(checkpoint: Path, weights: dict[str, torch.Tensor]) -> None:
 
 
 def save_pipeline(pipeline, output_dir: str | os.PathLike) -> None:
-    """Save `pipeline` into `output_dir`, beside whatever else stands there.
+    """Save `pipeline` into `output_dir`, which may contain other files.
 
-    `model_index.json` goes away first and comes last, so that an interruption leaves either the old pipeline, or the
-    new one, or a folder that cannot be taken for either.
+    `model_index.json` is deleted first and written last, so that an interruption leaves the old pipeline, the new one,
+    or a folder that does not load as a pipeline.
     """
     unfinished = unfinished_path(Path(output_dir, "pipeline"))
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -378,7 +378,7 @@ def save_pipeline(pipeline, output_dir: str | os.PathLike) -> None:
             elif part.name != index.name:
                 part.replace(Path(output_dir, part.name))
         (unfinished / index.name).replace(index)
-        if pipeline.guide is None and Path(output_dir, "guide").is_dir():  # an earlier pipeline's
+        if pipeline.guide is None and Path(output_dir, "guide").is_dir():  # from an earlier pipeline
             delete(Path(output_dir, "guide"))
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -391,7 +391,7 @@ def is_sharded(unet: torch.nn.Module) -> bool:
 
 
 def all_finite(tensors) -> bool:
-    """Whether no weight is NaN or infinite, as far as this process holds them."""
+    """Whether all values in this process's part of the tensors are finite."""
     local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
     return all(bool(tensor.isfinite().all()) for tensor in local if tensor.is_floating_point())
 
@@ -425,11 +425,11 @@ def _checksum(path: Path) -> int:
 
 
 def _check_header(folder: Path) -> None:
-    """What can be told of a checkpoint of format 1."""
+    """Check the little that can be checked in a checkpoint of format 1."""
     from safetensors import safe_open
 
     if any(folder.glob("pytorch_model_fsdp*")):
-        return  # shards, of which torch keeps an account of its own
+        return  # torch keeps its own metadata of shards
     for name in (WEIGHTS_NAME, "optimizer.bin", "random_states_0.pkl"):
         if not (folder / name).is_file() or (folder / name).stat().st_size == 0:
             raise DamagedCheckpointError(f"{folder} is damaged: {name} is missing or empty.")

@@ -1,4 +1,4 @@
-"""The configuration of a training run: one dataclass, of which `arguments` makes the command line."""
+"""The configuration of a training run: one dataclass from which `arguments` builds the command line."""
 
 import inspect
 import math
@@ -11,19 +11,19 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 from ..hub.card import check_license
 
 
-# The groups of `--help`, in its order, and what stands under their names there.
+# The groups of `--help`, in the order in which it shows them, each with the line below its name.
 GROUPS = {
-    "Data": "where the pictures come from, and what is done to them",
-    "Network": "the arguments of DDPMFacesUNet",
-    "Diffusion": "the arguments of DDPMFacesScheduler, and the loss",
-    "Optimisation": "lengths are in images, so that they mean the same at every batch size and on any hardware",
-    "Validation": "what is measured and drawn on the way, without touching the training",
-    "Run": "where it goes, how it is saved, how it ends",
-    "Hub": "whether and how it is published when it is finished",
+    "Data": "where the training images come from and how they are prepared",
+    "Network": "arguments of DDPMFacesUNet",
+    "Diffusion": "arguments of DDPMFacesScheduler, and the loss",
+    "Optimization": "all lengths are in images, so they mean the same at any batch size and on any hardware",
+    "Validation": "what is measured and drawn during training; none of it changes what the network learns",
+    "Run": "where the run is saved, how it resumes, and when it stops",
+    "Hub": "how the finished model is published",
 }
 
 
-# Of samples and of held-out pictures, that measuring and searching take.
+# The least number of samples, and of held-out images, that each of these needs.
 LEAST_PICTURES = {"evaluate_every_images": 20, "audit_every_images": 100}
 
 
@@ -34,223 +34,275 @@ def _field(default, group: str, help: str):
 
 @dataclass
 class TrainingConfig:
-    """All that decides a training run. Lengths are in images, so that they do not depend on the hardware.
+    """Everything that determines a training run. Lengths are in images, so they do not depend on the hardware.
 
-    The defaults draw their own faces and train in a few minutes on two CPU cores.
+    The defaults train on generated drawings of faces and take a few minutes on two CPU cores.
 
     Raises:
-        ValueError: A value that cannot work, with the field and what is allowed.
+        ValueError: A field has a value that cannot work. The message names the field and what is allowed.
     """
 
     dataset_name: str | None = _field(
-        None, "Data", "Dataset on the Hub, or a local folder of one (default: drawn faces)."
+        None, "Data", "Dataset on the Hub (`user/name`) or in a local folder (default: drawn faces)."
     )
-    dataset_config_name: str | None = _field(None, "Data", "Configuration of the dataset (default: its own).")
+    dataset_config_name: str | None = _field(
+        None, "Data", "Configuration of the dataset (default: the dataset's own default)."
+    )
     dataset_split: str = _field("train", "Data", "Split of the dataset to train on.")
-    train_data_dir: str | None = _field(None, "Data", "Local folder of images, instead of `dataset_name`.")
-    image_column: str | None = _field(None, "Data", "Column of the images (default: the first that holds any).")
+    train_data_dir: str | None = _field(None, "Data", "Local folder of images to train on, instead of `dataset_name`.")
+    image_column: str | None = _field(
+        None, "Data", "Dataset column that holds the images (default: the first one that does)."
+    )
     label_column: str | None = _field(
-        None, "Data", "Column of the classes; `folder` takes the names of the subfolders (default: no classes)."
+        None, "Data", "Dataset column of class labels, or `folder` for the names of subfolders (default: no classes)."
     )
     streaming: bool = _field(
-        False, "Data", "Read the dataset while training instead of caching it, for one that is too large for the disk."
+        False, "Data", "Read the dataset during training instead of caching it, for datasets too large for the disk."
     )
-    shuffle_block_size: int = _field(1024, "Data", "Pictures that are shuffled together when streaming.")
+    shuffle_block_size: int = _field(1024, "Data", "Number of images that are shuffled together when streaming.")
     cache_dir: str | None = _field(
-        None, "Data", "Where decoded pictures and data sets from the Hub are kept (default: beside the Hub's cache)."
+        None, "Data", "Folder for decoded images and downloaded datasets (default: beside the Hub's cache)."
     )
-    skip_unreadable: bool = _field(False, "Data", "Leave pictures that cannot be read out, and list them.")
-    max_image_pixels: int = _field(2**29, "Data", "Refuse images of more pixels than this, which take much memory.")
-    max_train_samples: int | None = _field(None, "Data", "Use only the first so many pictures (default: all).")
-    num_drawn_images: int = _field(4096, "Data", "Faces to draw where no data set is named.")
-    resolution: list[int] = _field([32], "Data", "Side of the pictures in pixels, or height and width.")
+    skip_unreadable: bool = _field(
+        False, "Data", "Skip and list images that cannot be read, instead of refusing to start."
+    )
+    max_image_pixels: int = _field(
+        2**29, "Data", "Refuse images with more pixels than this, because they take too much memory."
+    )
+    max_train_samples: int | None = _field(
+        None, "Data", "Number of images to use, counted from the first (default: all)."
+    )
+    num_drawn_images: int = _field(4096, "Data", "Number of faces to draw when no dataset is named.")
+    resolution: list[int] = _field([32], "Data", "Size of the images in pixels: one side, or height and width.")
     crop: Literal["center", "random"] = _field(
-        "center", "Data", "Which part of a picture of another shape: its centre, or each time a random one."
+        "center", "Data", "Part to keep of an image of another shape: the center, or a new random part each time."
     )
-    random_flip: bool = _field(False, "Data", "Mirror each picture with probability one half.")
+    random_flip: bool = _field(False, "Data", "Mirror each image with a probability of one half.")
     augment_probability: float = _field(
         0.0,
         "Data",
-        "Probability of each of EDM's augmentations, of which the network is told; EDM takes 0.15 for faces.",
+        "Probability of each of EDM's augmentations, which the network is told about; EDM uses 0.15 for faces.",
     )
     dataloader_num_workers: int = _field(
-        0, "Data", "Processes that fetch batches; needed for streaming, and where the pictures do not fit in memory."
+        0,
+        "Data",
+        "Number of processes that load batches; use some when streaming or when the images do not fit in memory.",
     )
 
     pretrained_model_name_or_path: str | None = _field(
-        None, "Network", "Pipeline to start from, a folder or on the Hub: its network, its noise schedule."
+        None,
+        "Network",
+        "Pipeline to fine-tune, a folder or `user/name` on the Hub; sets the network and the noise schedule.",
     )
-    in_channels: Literal[1, 3, 4] = _field(3, "Network", "Channels of the pictures: grey, RGB or RGBA.")
-    block_out_channels: list[int] = _field([32, 64, 128], "Network", "Width of each level.")
+    in_channels: Literal[1, 3, 4] = _field(
+        3, "Network", "Number of image channels: 1 for grayscale, 3 for RGB, 4 for RGBA."
+    )
+    block_out_channels: list[int] = _field(
+        [32, 64, 128], "Network", "Number of channels at each level, from the highest resolution to the lowest."
+    )
     block_types: list[str] = _field(
-        ["resnet", "resnet"], "Network", "Between the levels: conv, resnet or resnet_attn."
+        ["resnet", "resnet"], "Network", "Block between each two levels: conv, resnet or resnet_attn."
     )
-    mid_block_type: Literal["resnet", "resnet_attn", "none"] = _field("resnet_attn", "Network", "At the last level.")
-    out_block_type: Literal["conv", "norm_conv"] = _field("norm_conv", "Network", "At the end.")
-    layers_per_block: int = _field(1, "Network", "Residual layers in each resnet block.")
-    time_proj_dim: int = _field(32, "Network", "Length of the sinusoidal embedding of the timestep.")
-    time_embedding_dim: int = _field(128, "Network", "Width of the embedding that the blocks are given.")
-    time_embedding_layers: int = _field(2, "Network", "Linear layers between the two.")
-    act_fn: Literal["relu", "silu"] = _field("silu", "Network", "Activation of the time embedding.")
-    norm_num_groups: int = _field(8, "Network", "Groups of each GroupNorm.")
-    attention_head_dim: int = _field(64, "Network", "Channels of an attention head.")
-    dropout: float = _field(0.0, "Network", "Probability of dropout in residual layers.")
+    mid_block_type: Literal["resnet", "resnet_attn", "none"] = _field(
+        "resnet_attn", "Network", "Block at the lowest level."
+    )
+    out_block_type: Literal["conv", "norm_conv"] = _field("norm_conv", "Network", "Layers that produce the output.")
+    layers_per_block: int = _field(1, "Network", "Number of residual layers in each resnet block.")
+    time_proj_dim: int = _field(32, "Network", "Size of the sinusoidal embedding of the timestep.")
+    time_embedding_dim: int = _field(128, "Network", "Size of the time embedding that each block receives.")
+    time_embedding_layers: int = _field(
+        2, "Network", "Number of linear layers from the sinusoidal embedding to the time embedding."
+    )
+    act_fn: Literal["relu", "silu"] = _field("silu", "Network", "Activation function of the time embedding.")
+    norm_num_groups: int = _field(8, "Network", "Number of groups in each GroupNorm.")
+    attention_head_dim: int = _field(64, "Network", "Number of channels in each attention head.")
+    dropout: float = _field(0.0, "Network", "Dropout probability in residual layers.")
     num_class_embeds: int | None = _field(
         None, "Network", "Number of classes (default: as many as `label_column` has)."
     )
-    gradient_checkpointing: bool = _field(False, "Network", "Save memory by computing activations twice.")
+    gradient_checkpointing: bool = _field(
+        False, "Network", "Recompute activations in the backward pass, which saves memory and costs time."
+    )
 
-    num_train_timesteps: int = _field(300, "Diffusion", "T, the length of the diffusion.")
-    beta_start: float = _field(1e-4, "Diffusion", "First beta.")
-    beta_end: float = _field(0.02, "Diffusion", "Last beta.")
+    num_train_timesteps: int = _field(300, "Diffusion", "Number of timesteps T of the diffusion process.")
+    beta_start: float = _field(1e-4, "Diffusion", "Beta at the first timestep.")
+    beta_end: float = _field(0.02, "Diffusion", "Beta at the last timestep.")
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = _field(
         "squaredcos_cap_v2",
         "Diffusion",
-        "Course of the betas from the first to the last; squaredcos_cap_v2 has its own.",
+        "Shape of the beta schedule; squaredcos_cap_v2 (cosine) ignores `beta_start` and `beta_end`.",
     )
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = _field(
-        "fixed_small", "Diffusion", "Variance of a sampling step; learned_range: the network learns it too."
+        "fixed_small",
+        "Diffusion",
+        "Variance of a DDPM sampling step; with learned_range the network predicts it as well.",
     )
-    clip_sample: bool = _field(True, "Diffusion", "Clamp the predicted picture to the data range when sampling.")
+    clip_sample: bool = _field(True, "Diffusion", "Clip the predicted image to [-1, 1] at each sampling step.")
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = _field(
-        "v_prediction", "Diffusion", "What the network predicts."
+        "v_prediction", "Diffusion", "Quantity that the network predicts: the noise, the image, or the velocity v."
     )
     timestep_spacing: Literal["leading", "trailing", "linspace"] = _field(
-        "leading", "Diffusion", "Timesteps of a shorter sampling."
+        "leading", "Diffusion", "Spacing of the timesteps when sampling takes fewer than T steps."
     )
     rescale_betas_zero_snr: bool = _field(
-        False, "Diffusion", "Rescale the betas so that the last timestep is pure noise."
+        False, "Diffusion", "Rescale the betas to zero terminal SNR, which makes the last timestep pure noise."
     )
     low_discrepancy_timesteps: bool = _field(
-        False, "Diffusion", "Spread the timesteps of pictures that follow one another evenly: less noise of gradients."
+        False,
+        "Diffusion",
+        "Spread the timesteps evenly over consecutive images, which makes the gradients less noisy.",
     )
-    loss_type: Literal["l2", "l1", "huber"] = _field("l2", "Diffusion", "Distance between prediction and target.")
+    loss_type: Literal["l2", "l1", "huber"] = _field("l2", "Diffusion", "Loss between prediction and target.")
     snr_gamma: float = _field(
         float("inf"),
         "Diffusion",
-        "Min-SNR weights with this gamma; inf: the error of the noise; 0: of what is predicted.",
+        "Gamma of the Min-SNR loss weights; inf weights by the error in the noise, 0 turns weighting off.",
     )
 
     seed: int = _field(
-        0, "Optimisation", "Of the weights, the order of the pictures, the noise, and the sample grids."
+        0, "Optimization", "Seed of the initial weights, the order of the images, the noise and the sample grids."
     )
     train_batch_size: int = _field(
-        32, "Optimisation", "Pictures of an optimizer step, over all processes; each takes an equal share."
+        32, "Optimization", "Number of images per optimizer step, shared equally among all processes."
     )
     device_batch_size: int | None = _field(
         None,
-        "Optimisation",
-        "Largest micro-batch; a larger share is accumulated (default: no accumulation).",
+        "Optimization",
+        "Largest micro-batch on one device; more images accumulate gradients (default: no accumulation).",
     )
-    max_train_images: int = _field(40_000, "Optimisation", "Length of the run.")
-    learning_rate: float = _field(1e-3, "Optimisation", "Highest learning rate.")
+    max_train_images: int = _field(
+        40_000, "Optimization", "Length of the run in images, counting an image each time it is used."
+    )
+    learning_rate: float = _field(1e-3, "Optimization", "Learning rate after the warm-up.")
     lr_scheduler: Literal["constant", "linear", "cosine"] = _field(
-        "cosine", "Optimisation", "Course of the learning rate after the warm-up; linear and cosine end at 0."
+        "cosine", "Optimization", "Decay of the learning rate after the warm-up; linear and cosine end at 0."
     )
-    lr_warmup_images: int = _field(2_000, "Optimisation", "Images over which it rises from 0.")
-    adam_beta1: float = _field(0.9, "Optimisation", "AdamW's decay of the mean of the gradient.")
-    adam_beta2: float = _field(0.999, "Optimisation", "AdamW's decay of the mean of its square.")
-    adam_weight_decay: float = _field(0.0, "Optimisation", "AdamW's weight decay; at 0 it is Adam.")
-    adam_epsilon: float = _field(1e-8, "Optimisation", "AdamW's epsilon.")
-    max_grad_norm: float = _field(1.0, "Optimisation", "Clip the gradient to this norm; 0: do not.")
-    use_ema: bool = _field(True, "Optimisation", "Keep an EMA of the weights, sample from it and save it.")
-    ema_half_life_images: int = _field(4_000, "Optimisation", "Half-life of the EMA.")
+    lr_warmup_images: int = _field(
+        2_000, "Optimization", "Length of the warm-up in images, during which the learning rate rises from 0."
+    )
+    adam_beta1: float = _field(0.9, "Optimization", "AdamW's beta1, the decay rate of the mean of the gradient.")
+    adam_beta2: float = _field(
+        0.999, "Optimization", "AdamW's beta2, the decay rate of the mean of the squared gradient."
+    )
+    adam_weight_decay: float = _field(0.0, "Optimization", "AdamW's weight decay; 0 makes it Adam.")
+    adam_epsilon: float = _field(1e-8, "Optimization", "AdamW's epsilon, added to the denominator.")
+    max_grad_norm: float = _field(
+        1.0, "Optimization", "Norm to which larger gradients are clipped; 0 turns clipping off."
+    )
+    use_ema: bool = _field(
+        True,
+        "Optimization",
+        "Keep an exponential moving average (EMA) of the weights, for sampling and for the finished pipeline.",
+    )
+    ema_half_life_images: int = _field(4_000, "Optimization", "Half-life of the EMA in images.")
     ema_rampup_ratio: float = _field(
         0.1,
-        "Optimisation",
-        "Largest half-life of the EMA, as a share of the images seen; keeps an early EMA young.",
+        "Optimization",
+        "Upper limit of the EMA's half-life as a fraction of the images seen, so that an early EMA stays recent.",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _field(
         None,
-        "Optimisation",
-        "Precision of the network (default: what `accelerate launch` says). All else is float32.",
+        "Optimization",
+        "Precision of the network; the rest is float32 (default: the setting of `accelerate launch`).",
     )
 
     validation_split: str | None = _field(
-        None, "Validation", "Split of the held-out pictures (default: some of `dataset_split` are set aside)."
+        None, "Validation", "Split of held-out images (default: images set aside from `dataset_split`)."
     )
-    num_validation_images: int = _field(64, "Validation", "Held-out pictures; 0: no held-out loss.")
+    num_validation_images: int = _field(64, "Validation", "Number of held-out images; 0 turns validation off.")
     validate_every_images: int = _field(
-        10_000, "Validation", "Measure the held-out loss every so many images; 0: only at the end."
+        10_000, "Validation", "Interval between measurements of the held-out loss, in images; 0: only at the end."
     )
     early_stopping_patience: int | None = _field(
         None,
         "Validation",
-        "End after so many validations without a better loss, with the best weights (default: never).",
+        "Number of validations without a better loss after which to stop with the best weights (default: never).",
     )
     sample_every_images: int = _field(
-        10_000, "Validation", "Draw a grid of samples every so many images; 0: only at the end."
+        10_000, "Validation", "Interval between sample grids, in images; 0: only at the end."
     )
-    num_samples: int = _field(16, "Validation", "Pictures in a grid.")
+    num_samples: int = _field(16, "Validation", "Number of samples in a grid.")
     sample_inference_steps: int = _field(
-        20, "Validation", "Steps of DPM-Solver++ for the grids on the way; the last grid takes all T of DDPM."
+        20,
+        "Validation",
+        "Number of DPM-Solver++ steps for grids during training; the final grid uses all T steps of DDPM.",
     )
     sample_sigma_min: float = _field(
         0.02,
         "Validation",
-        "Noise to picture at the last of these steps; 0.1 makes cleaner pictures of a short training.",
+        "Ratio of noise to signal at the last of these steps; 0.1 gives cleaner images after a short run.",
     )
 
     evaluate_every_images: int = _field(
         0,
         "Validation",
-        "Measure samples beside the held-out pictures every so many images, as `ddpm-faces evaluate`; 0: never.",
+        "Interval between evaluations of samples as by `ddpm-faces evaluate`, in images; 0: never.",
     )
     audit_every_images: int = _field(
-        0, "Validation", "Search samples for copies of training pictures every so many images; 0: never."
+        0, "Validation", "Interval between searches of samples for copies of training images, in images; 0: never."
     )
     stop_on_copies: bool = _field(
-        False, "Validation", "End when copies are found, with the weights of the last audit that found none."
+        False, "Validation", "Stop when an audit finds copies, with the weights of the last audit that found none."
     )
-    num_evaluation_samples: int = _field(200, "Validation", "Samples that are measured and searched.")
+    num_evaluation_samples: int = _field(200, "Validation", "Number of samples to evaluate and to audit.")
 
-    output_dir: str = _field("ddpm-faces-model", "Run", "Folder of checkpoints, pictures and the finished pipeline.")
+    output_dir: str = _field(
+        "ddpm-faces-model", "Run", "Folder for checkpoints, sample grids, the log and the finished pipeline."
+    )
     guidance_scale: float = _field(
         1.0,
         "Run",
-        "Save an early EMA as the guide (autoguidance); 1: no guide, 1.2 to 1.5 is strong.",
+        "Strength of autoguidance by an early EMA, saved as the guide; 1: no guide, 1.2 to 1.5 is strong.",
     )
     guide_images: int | None = _field(
-        None, "Run", "Images after which the EMA is kept as the guide (default: a quarter of the run)."
+        None, "Run", "Number of images after which the EMA is kept as the guide (default: a quarter of the run)."
     )
     resume: Literal["auto", "never"] = _field(
-        "auto", "Run", "auto: go on from the newest checkpoint in `output_dir`, if any; never: refuse to."
+        "auto",
+        "Run",
+        "Checkpoints already in `output_dir`: auto resumes from the newest, never refuses to start.",
     )
-    checkpoint_every_images: int = _field(10_000, "Run", "Save a checkpoint every so many images; 0: never.")
+    checkpoint_every_images: int = _field(10_000, "Run", "Interval between checkpoints, in images; 0: never save any.")
     checkpoints_total_limit: int = _field(
-        2, "Run", "Newest checkpoints to keep; that of the best held-out loss is kept beside them."
+        2, "Run", "Number of recent checkpoints to keep, in addition to the one with the best held-out loss."
     )
     time_limit_minutes: float | None = _field(
-        None, "Run", "Save and stop before the process is this old; the same command goes on (default: no limit)."
+        None, "Run", "Minutes after which to save and stop; the same command resumes the run (default: no limit)."
     )
     max_nonfinite_steps: int = _field(
-        20, "Run", "Stop after so many steps in a row whose gradient is not finite; each is skipped and logged."
+        20, "Run", "Number of consecutive steps with a non-finite gradient before the run stops; each is skipped."
     )
-    log_every_images: int = _field(1_000, "Run", "Log loss, learning rate, speed and memory every so many images.")
-    report_to: Literal["tensorboard", "trackio", "wandb", "none"] = _field("tensorboard", "Run", "Tracker of the log.")
+    log_every_images: int = _field(
+        1_000, "Run", "Interval between log entries (loss, learning rate, speed, memory), in images."
+    )
+    report_to: Literal["tensorboard", "trackio", "wandb", "none"] = _field(
+        "tensorboard", "Run", "Experiment tracker that receives the log."
+    )
     dry_run: bool = _field(
         False,
         "Run",
-        "Check it all (data, memory, a step, a save, a sample, the Hub), print the plan, leave nothing behind.",
+        "Try everything (data, memory, steps, saving, sampling, the Hub), print the plan, and leave nothing behind.",
     )
 
     push_to_hub: bool = _field(
-        False, "Hub", "Publish the finished pipeline; that the Hub lets you is checked before training."
+        False, "Hub", "Publish the finished pipeline on the Hub; your permission is checked before training."
     )
     hub_model_id: str | None = _field(
-        None, "Hub", "Repository, as `user/name` or `name` (default: the name of `output_dir`)."
+        None, "Hub", "Repository to publish to, `user/name` or `name` (default: the name of `output_dir`)."
     )
-    hub_private_repo: bool = _field(False, "Hub", "Make a new repository private, whatever your account says.")
-    hub_license: str | None = _field(None, "Hub", "Licence of the model, such as cc-by-nc-sa-4.0.")
-    hub_dataset_license: str | None = _field(None, "Hub", "Licence of the pictures, for the card.")
+    hub_private_repo: bool = _field(
+        False, "Hub", "Make a new repository private, whatever the default of your account."
+    )
+    hub_license: str | None = _field(None, "Hub", "License of the model as the Hub names it, such as cc-by-nc-sa-4.0.")
+    hub_dataset_license: str | None = _field(None, "Hub", "License of the training images, stated in the model card.")
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             _check_value(name, getattr(self, name), hint)
-        # Shells leave `--output_dir=~/model` as it is, and so does YAML.
+        # Neither a shell nor YAML expands the tilde in `--output_dir=~/model`.
         self.output_dir = os.path.expanduser(self.output_dir)
         self.cache_dir = None if self.cache_dir is None else os.path.expanduser(self.cache_dir)
-        if self.seed >= 2**31:  # NumPy takes no more than 32 bits
+        if self.seed >= 2**31:  # NumPy seeds have at most 32 bits
             raise ValueError(f"`seed` must be below 2**31, got {self.seed}.")
         for name in ("learning_rate", "ema_rampup_ratio", "time_limit_minutes", "adam_epsilon"):
             value = getattr(self, name)
@@ -259,7 +311,7 @@ class TrainingConfig:
         for name in ("adam_weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
-        if not self.snr_gamma >= 0:  # inf has a meaning, nan has none
+        if not self.snr_gamma >= 0:  # inf is allowed, nan is not
             raise ValueError(f"`snr_gamma` must be at least 0 (or inf), got {self.snr_gamma}.")
         for name in ("adam_beta1", "adam_beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
@@ -271,11 +323,13 @@ class TrainingConfig:
             raise ValueError(f"`augment_probability` must lie in [0, 1], got {self.augment_probability}.")
         if self.augment_probability and self.random_flip:
             raise ValueError(
-                "`random_flip` mirrors pictures without telling the network, and `augment_probability` mirrors them "
-                "and tells it: leave `random_flip` out."
+                "`augment_probability` already mirrors images, and tells the network about it, which `random_flip` "
+                "does not: leave `random_flip` out."
             )
         if len(self.resolution) not in (1, 2):
-            raise ValueError(f"`resolution` must be a side or a height and a width in pixels, got {self.resolution}.")
+            raise ValueError(
+                f"`resolution` must be one side or a height and a width in pixels, got {self.resolution}."
+            )
         multiple = 2 ** (len(self.block_out_channels) - 1)
         if any(side % multiple for side in self.resolution):
             raise ValueError(
@@ -283,7 +337,9 @@ class TrainingConfig:
                 f"{self.resolution}."
             )
         if self.snr_gamma and self.loss_type != "l2":
-            raise ValueError(f"`loss_type` {self.loss_type!r} takes no Min-SNR weights: set `snr_gamma` to 0.")
+            raise ValueError(
+                f"`loss_type` {self.loss_type!r} cannot be combined with Min-SNR weights: set `snr_gamma` to 0."
+            )
         self._check_data()
         if self.early_stopping_patience is not None and not (
             self.num_validation_images and self.validate_every_images and self.checkpoint_every_images
@@ -296,11 +352,11 @@ class TrainingConfig:
         if not 1 <= self.guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` must be at least 1 (no guide) and finite, got {self.guidance_scale}.")
         if self.guide_images is not None and self.guidance_scale == 1:
-            raise ValueError(f"`guide_images` ({self.guide_images}) needs a `guidance_scale` above 1: 1.5, say.")
+            raise ValueError(f"`guide_images` ({self.guide_images}) needs a `guidance_scale` above 1, such as 1.5.")
         if self.guide_images is not None and self.guide_images >= self.max_train_images:
             raise ValueError(
                 f"`guide_images` ({self.guide_images}) must be below `max_train_images` ({self.max_train_images}): a "
-                "guide is weaker than what it guides."
+                "guide has to be weaker than the model it guides."
             )
         if self.sample_inference_steps > self.num_train_timesteps:
             raise ValueError(
@@ -312,7 +368,9 @@ class TrainingConfig:
                 raise ValueError(f"`{name}` needs `push_to_hub`.")
         check_license("hub_license", self.hub_license)
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
-            raise ValueError(f"`output_dir` must be a folder, or the name of a new one, got {self.output_dir!r}.")
+            raise ValueError(
+                f"`output_dir` must be a folder or a path where one can be made, got the file {self.output_dir!r}."
+            )
 
     def _check_assessment(self) -> None:
         if self.stop_on_copies and not (self.audit_every_images and self.checkpoint_every_images):
@@ -324,11 +382,11 @@ class TrainingConfig:
                 if getattr(self, number) < least:
                     raise ValueError(f"`{name}` needs `{number}` of at least {least}, got {getattr(self, number)}.")
         if self.evaluate_every_images and self.in_channels == 4:
-            raise ValueError("`evaluate_every_images` measures pictures of 1 or 3 `in_channels`, got 4.")
+            raise ValueError("`evaluate_every_images` needs `in_channels` of 1 or 3, got 4.")
         if self.audit_every_images and (self.in_channels != 3 or self.streaming or self.crop == "random"):
             raise ValueError(
-                "`audit_every_images` looks at all training pictures: it needs 3 `in_channels`, `crop` center and no "
-                "`streaming`."
+                "`audit_every_images` compares samples with every training image: it needs `in_channels` 3, `crop` "
+                "center and no `streaming`."
             )
 
     def _check_data(self) -> None:
@@ -337,45 +395,49 @@ class TrainingConfig:
             raise ValueError("Give either `dataset_name` or `train_data_dir`, not both.")
         for name in ("dataset_config_name", "image_column", "validation_split"):
             if is_drawn and getattr(self, name) is not None:
-                raise ValueError(f"`{name}` {getattr(self, name)!r} needs a data set: drawn faces have none.")
+                raise ValueError(f"`{name}` {getattr(self, name)!r} needs a `dataset_name` or a `train_data_dir`.")
         if self.validation_split == self.dataset_split:
-            raise ValueError(f"`validation_split` {self.validation_split!r} is what is trained on, `dataset_split`.")
+            raise ValueError(
+                f"`validation_split` {self.validation_split!r} must differ from the training split, `dataset_split`."
+            )
         if self.num_class_embeds is not None and self.label_column is None:
             raise ValueError(f"`num_class_embeds` ({self.num_class_embeds}) needs a `label_column`.")
         if not self.streaming:
             return
         if is_drawn:
             raise ValueError(
-                "`streaming` needs a `dataset_name` or a `train_data_dir`: drawn faces are made, not read."
+                "`streaming` needs a `dataset_name` or a `train_data_dir`: drawn faces are not read from anywhere."
             )
         if self.max_train_samples is not None:
-            raise ValueError("`max_train_samples` is not for `streaming`, which knows no first pictures.")
+            raise ValueError("`max_train_samples` cannot be combined with `streaming`.")
         if self.label_column is not None and self.num_class_embeds is None:
-            raise ValueError("`streaming` with a `label_column` needs `num_class_embeds`: a stream cannot be counted.")
+            raise ValueError(
+                "`streaming` with a `label_column` needs `num_class_embeds`: a stream's classes cannot be counted."
+            )
         if self.num_validation_images and self.validation_split is None:
             raise ValueError(
-                "`streaming` sets no pictures aside: name a `validation_split`, or set `num_validation_images` to 0."
+                "`streaming` cannot set images aside: name a `validation_split`, or set `num_validation_images` to 0."
             )
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of the pictures in pixels"""
+        """Height and width of the images in pixels."""
         return self.resolution[0], self.resolution[-1]
 
     @property
     def max_train_steps(self) -> int:
-        """Optimizer steps of the run; the last may take it a little beyond `max_train_images`."""
+        """Number of optimizer steps; the last may take the run slightly beyond `max_train_images`."""
         return math.ceil(self.max_train_images / self.train_batch_size)
 
     @property
     def guide_after_images(self) -> int | None:
-        """After how many images the weights are kept as a guide, if there is to be one."""
+        """Number of images after which the EMA is kept as the guide, or `None` if the run keeps no guide."""
         if self.guidance_scale == 1:
             return None
         return math.ceil(self.max_train_images / 4) if self.guide_images is None else self.guide_images
 
     def learning_rate_at(self, images_seen: int) -> float:
-        """The learning rate of a step that begins after `images_seen` images."""
+        """Return the learning rate of the step that begins after `images_seen` images."""
         if images_seen < self.lr_warmup_images:
             return self.learning_rate * images_seen / self.lr_warmup_images
         last_image = self.max_train_steps * self.train_batch_size
@@ -384,12 +446,12 @@ class TrainingConfig:
         return self.learning_rate * course[self.lr_scheduler]
 
     def ema_decay_at(self, images_seen: int) -> float:
-        """How much of the EMA stays, in the step that ends at `images_seen` images."""
+        """Return the decay of the EMA in the step that ends at `images_seen` images, 0 to 1."""
         half_life = min(self.ema_half_life_images, self.ema_rampup_ratio * images_seen)
         return 0.5 ** (self.train_batch_size / half_life) if half_life else 0.0
 
     def unet_config(self) -> dict:
-        """The arguments of [`DDPMFacesUNet`]."""
+        """Return the arguments of [`DDPMFacesUNet`]."""
         from ..data.augmentation import AUGMENT_DIM
 
         config = self._arguments_of("unet")
@@ -403,7 +465,7 @@ class TrainingConfig:
         }
 
     def scheduler_config(self) -> dict:
-        """The arguments of [`DDPMFacesScheduler`]."""
+        """Return the arguments of [`DDPMFacesScheduler`]."""
         return self._arguments_of("scheduler")
 
     def _arguments_of(self, what: str) -> dict:
@@ -415,13 +477,13 @@ class TrainingConfig:
         return {name: ours[name] for name in inspect.signature(cls.__init__).parameters if name in ours}
 
     def save(self, path: str | Path) -> None:
-        """Write all fields to a YAML file that `--config` takes."""
+        """Write all fields to a YAML file that `--config` accepts."""
         import yaml
 
         Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False), "utf-8")
 
 
-# Whole numbers are at least 1, but for these, whose 0 means something.
+# Integers must be at least 1, except for these, where 0 has a meaning.
 _MAY_BE_ZERO = (
     "seed",
     "lr_warmup_images",
@@ -447,7 +509,7 @@ def _check_value(name: str, value, hint) -> None:
 
 
 def is_a(value, hint) -> bool:
-    """Whether a value is of the type of its field. A whole number will do for a float, but True is no number."""
+    """Whether a value has the type of its field. A float field accepts an `int`, but no number field a `bool`."""
     if get_origin(hint) in (Union, UnionType):
         return any(is_a(value, part) for part in get_args(hint))
     if get_origin(hint) is Literal:

@@ -1,4 +1,4 @@
-"""How many CPU cores a process may use."""
+"""The number of CPU cores that a process may use."""
 
 import math
 import os
@@ -12,20 +12,20 @@ OWN_GROUP = Path("/proc/self/cgroup")
 
 
 def available_cores() -> int:
-    """The cores that this process may use: its affinity, and the limit of its container."""
+    """Return the number of cores that this process may use, by its affinity and the limit of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, cgroup_limit() or cores))
 
 
 def cgroup_limit() -> int | None:
-    """The limit of this process's control group (Docker, Kubernetes, Slurm) in cores, rounded up, if there is one."""
+    """Return the limit of this process's control group (Docker, Kubernetes, Slurm) in cores, rounded up, if any."""
     limits = []
     try:
         own = next((line.rpartition(":")[2] for line in OWN_GROUP.read_text().splitlines()), "/")
     except OSError:
         return None
     group = CGROUPS / own.strip().lstrip("/")
-    for folder in (group, *group.parents):  # a limit of a parent group holds as well
+    for folder in (group, *group.parents):  # limits of parent groups apply too
         if not folder.is_relative_to(CGROUPS):
             break
         limits.append(_quota(folder / "cpu.max"))  # version 2: "QUOTA PERIOD" or "max PERIOD"
@@ -43,10 +43,10 @@ def _quota(*paths: Path) -> int | None:
 
 
 def use_all_cores() -> None:
-    """Undo the thread counts of `accelerate launch`: one for each process, or as many as the machine has cores.
+    """Correct the number of threads that `accelerate launch` sets: one per process, or one per core of the machine.
 
-    The former leaves cores idle; the latter wait for one another where the process may use fewer. One thread that a
-    user asked for looks the same from here: to keep a process on one core, use `taskset`.
+    The former leaves cores idle; with the latter, threads wait for each other if the process may use fewer cores.
+    A user's own choice of one thread looks the same from here: to keep a process on one core, use `taskset`.
     """
     cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if torch.get_num_threads() == 1 or torch.get_num_threads() > cores:

@@ -1,4 +1,4 @@
-"""The pictures of a training run: where they come from, and what is held out."""
+"""The training images of a run, and the held-out ones."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from ..data.loading import load_faces
 from .config import LEAST_PICTURES, TrainingConfig
 
 
-NUM_NEIGHBOURS = 50  # by which an audit judges
+NUM_NEIGHBOURS = 50  # the audit compares with this many nearest neighbors
 
 
 if TYPE_CHECKING:
@@ -23,32 +23,32 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainingData:
-    """Where the pictures of a run come from, and what is known of them."""
+    """The training data of a run, with its held-out images and statistics."""
 
     batches: "FaceBatches | FaceStream"
-    share: slice  # of each batch, for this process
+    share: slice  # the part of each batch that this process trains on
     held_out: FaceDataset | None
     fingerprint: str
     color_statistics: tuple[torch.Tensor, torch.Tensor] | None
     num_classes: int | None
     description: str
-    num_held_out: int  # distinct images that were set aside; 0 where `validation_split` names others
+    num_held_out: int  # distinct images set aside from the training data; 0 with `validation_split`
 
 
 def load_training_data(
     config: TrainingConfig, accelerator: Accelerator, num_held_out: int | None = None
 ) -> TrainingData:
-    """Open the images; the first process that comes here decodes them, unless it was done before.
+    """Open the images. The first process to get here decodes them, unless they are in the cache.
 
     Args:
-        config ([`TrainingConfig`]): Where the images are.
+        config ([`TrainingConfig`]): The run's configuration.
         accelerator ([`~accelerate.Accelerator`]): The processes that share each batch.
         num_held_out (`int`, *optional*):
-            Distinct images that the run to be resumed has set aside. The same number keeps images that it has trained
-            on out of the held-out set, whatever has been added to the folder.
+            Number of distinct images that the resumed run has set aside. Keeping this number ensures that no image
+            that the run has trained on becomes a held-out image, whatever has been added to the folder.
 
     Raises:
-        ValueError: Pictures, classes or sizes that cannot work.
+        ValueError: The images, classes or sizes do not fit the configuration.
     """
     share = share_of(config.train_batch_size, accelerator.process_index, accelerator.num_processes)
     source: dict[str, Any] = {
@@ -77,13 +77,13 @@ def load_training_data(
         data = _stream(config, source, held_out, share, accelerator)
     else:
         data = _decoded(config, source, held_out, share, num_held_out)
-    for name, least in LEAST_PICTURES.items():  # of few pictures, fewer are held out than were asked for
+    for name, least in LEAST_PICTURES.items():  # a small dataset sets fewer aside than requested
         count = len(data.held_out or [])
         if getattr(config, name) and count < least:
-            raise ValueError(f"`{name}` needs at least {least} held-out pictures, and there are {count}.")
+            raise ValueError(f"`{name}` needs at least {least} held-out images, and there are {count}.")
     if config.audit_every_images and len(data.batches.dataset) <= NUM_NEIGHBOURS:
         raise ValueError(
-            f"`audit_every_images` needs more than {NUM_NEIGHBOURS} training pictures, and there are "
+            f"`audit_every_images` needs more than {NUM_NEIGHBOURS} training images, and there are "
             f"{len(data.batches.dataset)}."
         )
     return data
@@ -111,7 +111,7 @@ def _stream(
     share: slice,
     accelerator: Accelerator,
 ) -> TrainingData:
-    from ..data.stream import open_stream  # which takes datasets, and its time to import
+    from ..data.stream import open_stream  # imports datasets, which takes time
 
     stream = open_stream(
         **source,
@@ -127,7 +127,7 @@ def _stream(
     )
     if held_out is not None and config.label_column is not None:
         feature = (stream.dataset.features or {}).get(config.label_column)
-        numbers = [str(number) for number in range(config.num_class_embeds or 0)]  # a stream is not searched for names
+        numbers = [str(number) for number in range(config.num_class_embeds or 0)]  # a stream keeps no labels
         held_out = held_out.relabelled(getattr(feature, "names", None) or numbers)
     identity = [config.dataset_name or config.train_data_dir, config.dataset_config_name, config.dataset_split]
     fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
@@ -150,13 +150,13 @@ def _decoded(
         split=config.dataset_split,
         crop=config.crop,
         max_images=config.max_train_samples,
-        # Held-out faces are drawn on top of those that are asked for.
+        # Held-out faces are drawn in addition to `num_drawn_images`.
         num_drawn_images=config.num_drawn_images + (num_held_out if is_drawn else 0),
     )
     if held_out is None:
-        if num_remembered is not None:  # all others may have been trained on
+        if num_remembered is not None:  # the run may have trained on all others
             num_held_out = min(num_held_out, num_remembered)
-        elif not is_drawn:  # of few images, all but a tenth are needed to learn from
+        elif not is_drawn:  # at most a tenth of a small dataset
             num_held_out = min(num_held_out, len(set(dataset.digests)) // 10)
         if num_held_out:
             dataset, held_out = hold_out(dataset, num_held_out)
@@ -169,7 +169,9 @@ def _decoded(
     if dataset.class_names is not None:
         num_labels = len(dataset.class_names)
         if num_classes is not None and num_classes < num_labels:
-            raise ValueError(f"`num_class_embeds` is {num_classes}, but there are {num_labels} classes.")
+            raise ValueError(
+                f"`num_class_embeds` must be at least the number of classes ({num_labels}), got {num_classes}."
+            )
         num_classes = num_classes or num_labels
     kind = "drawn faces" if is_drawn else "images"
     description = f"{len(dataset)} {kind} ({len(held_out or [])} more held out)"

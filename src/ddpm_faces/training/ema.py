@@ -8,7 +8,7 @@ from torch import nn
 
 
 def averaged_tensors(unet: nn.Module) -> dict[str, torch.Tensor]:
-    """What an EMA averages: parameters and floating-point buffers, by name."""
+    """Return the tensors that an EMA averages: parameters and floating-point buffers, by name."""
     buffers = {name: buffer for name, buffer in unet.named_buffers() if buffer.is_floating_point()}
     return {**dict(unet.named_parameters()), **buffers}
 
@@ -16,7 +16,7 @@ def averaged_tensors(unet: nn.Module) -> dict[str, torch.Tensor]:
 class EMA:
     """The EMA of all parameters and floating-point buffers of a network, such as BatchNorm's running statistics.
 
-    Averaged weights want averaged statistics: those of the raw weights normalise other activations.
+    Averaged weights need averaged statistics, because the raw statistics describe the activations of the raw weights.
 
     Args:
         unet (`torch.nn.Module`):
@@ -31,22 +31,23 @@ class EMA:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Start again from the weights that the network has now."""
+        """Restart the EMA from the current weights of the network."""
         for name, tensor in self.live.items():
             self.shadow[name].copy_(tensor)
 
     @torch.no_grad()
     def update(self, decay: float, is_finite: torch.Tensor) -> None:
-        """Move a step towards the weights: shadow = decay * shadow + (1 - decay) * weights.
+        """Update the EMA: shadow = decay * shadow + (1 - decay) * weights.
 
         Args:
-            decay (`float`): How much of the EMA stays, 0 to 1.
+            decay (`float`): The decay of the EMA, 0 to 1.
             is_finite (`torch.Tensor` of shape `()`, `torch.bool`):
-                Whether the optimizer took its step. Where it did not, nothing moves; the CPU does not wait to know.
+                Whether the optimizer took its step. If it did not, the EMA stays unchanged. The flag is used on the
+                device, so the CPU does not wait for it.
         """
         weight = (1 - decay) * is_finite.float()  # a tensor on the device
         shadow, live = list(self.shadow.values()), list(self.live.values())
-        if self._is_sharded:  # there are no foreach kernels for shards
+        if self._is_sharded:  # shards have no foreach kernels
             number = weight.item()
             for average, tensor in zip(shadow, live, strict=True):
                 average.add_((tensor.detach() - average) * number)
@@ -57,7 +58,7 @@ class EMA:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Give the network the averaged weights for as long as this lasts."""
+        """Give the network the EMA weights within this context."""
         self._swap()
         try:
             yield

@@ -1,4 +1,4 @@
-"""The end of a run: the pipeline first, then its pictures and summary, then the Hub."""
+"""The end of a run: save the pipeline, then its images and summary, then publish it."""
 
 import json
 import logging
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 def finish(run: Run) -> None:
-    """Save the pipeline, and beside it a grid of samples in all T steps, the loss curve and a summary; publish it.
+    """Save the pipeline with a grid of samples in all T steps, the loss curve and a summary; publish it.
 
-    What is not the model only warns if it fails.
+    A failure to draw the grid or the loss curve is only a warning.
     """
     run.log.bar.close()
     returns_to = _choose_weights(run)
@@ -40,7 +40,7 @@ def finish(run: Run) -> None:
     weights = run.whole_weights()
     scheduler = DDPMFacesScheduler(**run.config.scheduler_config())
     if run.accelerator.is_main_process:
-        for name in ("samples.png", "loss_curve.png"):  # those of other weights
+        for name in ("samples.png", "loss_curve.png"):  # they show other weights
             (run.output_dir / name).unlink(missing_ok=True)
         pipeline = DDPMFacesPipeline(
             run.network(weights),
@@ -57,7 +57,9 @@ def finish(run: Run) -> None:
         with _only_warning("The loss curve could not be drawn"):
             draw_loss_curve(run)
         grid = run.output_dir / "samples.png"
-        print(f"The pipeline is in {run.output_dir}" + (f", pictures from it in {grid}" if grid.exists() else ""))
+        print(
+            f"The pipeline is in {run.output_dir}" + (f", and samples from it are in {grid}" if grid.exists() else "")
+        )
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     if run.config.push_to_hub and run.accelerator.is_main_process:
@@ -66,7 +68,7 @@ def finish(run: Run) -> None:
 
 @contextmanager
 def _only_warning(message: str) -> Iterator[None]:
-    """Whatever a decoration raises, the model is saved."""
+    """Turn any exception into a warning, because the model is saved already."""
     try:
         yield
     except Exception as error:
@@ -74,24 +76,24 @@ def _only_warning(message: str) -> Iterator[None]:
 
 
 def _draw_last_grid(run: Run, scheduler: DDPMFacesScheduler) -> None:
-    """Draw samples in all T steps. Where one process fails, none waits for it."""
+    """Draw samples in all T steps. If one process fails, the others do not wait for it."""
     share = None
     with _only_warning("The last grid of samples could not be drawn"):
         share = draw_share(run, scheduler=scheduler)
     if any_failed(run.accelerator, share is None):
         return
     samples = gather_shares(run, share)
-    with _only_warning("The last grid of samples could not be shown"):
+    with _only_warning("The last grid of samples could not be saved"):
         grid = show(run, {"weights": samples})
         if run.accelerator.is_main_process:
             grid.save(run.output_dir / "samples.png")
 
 
 def _choose_weights(run: Run) -> int | None:
-    """Go back to the checkpoint for whose sake the run stopped, if it did; return after how many images that was."""
+    """If the run stopped early, return to the best or last clean checkpoint, and return its number of images."""
     state = run.state
     if run.stopped_on_copies:
-        images_seen, reason = state.clean_images_seen, "samples are copies of training pictures"
+        images_seen, reason = state.clean_images_seen, "samples are copies of training images"
     elif run.stopped_early:
         images_seen = state.best_images_seen
         best = "never finite" if images_seen is None else f"best after {images_seen} images, {state.best_loss:.4f}"
@@ -102,7 +104,7 @@ def _choose_weights(run: Run) -> int | None:
     problem = None
     if run.accelerator.is_main_process:
         if path is None or not path.is_dir():
-            problem = "There is no checkpoint from before"
+            problem = "There is no earlier checkpoint to return to"
         else:
             try:
                 check_whole(path)
@@ -110,7 +112,7 @@ def _choose_weights(run: Run) -> int | None:
                 problem = str(error).removesuffix(".")
     (problem,) = broadcast_object_list([problem])
     if problem is not None or path is None:
-        run.accelerator.print(f"Stopped early: {reason}. {problem}; these weights stay.")
+        run.accelerator.print(f"Stopped early: {reason}. {problem}; the pipeline has the latest weights.")
         return None
     run.accelerator.print(f"Stopped early: {reason}. The pipeline has the weights after {images_seen} images.")
     load_weights(run.accelerator, path, run.unet)
@@ -119,23 +121,23 @@ def _choose_weights(run: Run) -> int | None:
 
 
 def _choose_guide(run: Run, returns_to: int | None) -> None:
-    """Go without a guide that is no weaker than the weights of the pipeline, and say why there is none."""
+    """Drop a guide that is not weaker than the pipeline's weights, and tell the user if there is no guide."""
     guide_after = run.config.guide_after_images
     images_seen = run.state.images_seen if returns_to is None else returns_to
     if run.guide is not None and (run.state.guide_images_seen or 0) >= images_seen:
         run.guide = None
     if guide_after is not None and run.guide is None:
         run.accelerator.print(
-            f"Note: the pipeline has no guide: none was kept after {guide_after} images, or not before the weights "
-            "that it has."
+            f"Note: the pipeline has no guide, because the run kept none after {guide_after} images, or ends with "
+            "weights that are not later than the guide."
         )
 
 
 def publish(run: Run) -> None:
-    """Put the finished pipeline on the Hub; what was trained stays whole if that fails.
+    """Publish the finished pipeline on the Hub. A failure leaves the local pipeline intact.
 
     Raises:
-        SystemExit: With 1, if it could not be published; the command for another attempt is printed.
+        SystemExit: With code 1 if publishing failed, after printing the command that tries again.
     """
     from ..hub import push
 
@@ -155,14 +157,14 @@ def publish(run: Run) -> None:
         command += ["--license", config.hub_license] if config.hub_license else []
         command += ["--dataset-license", config.hub_dataset_license] if config.hub_dataset_license else []
         print(
-            f"{error}\nThe pipeline is whole. To publish it later: {shlex.join(command)}", file=sys.stderr, flush=True
+            f"{error}\nThe pipeline is saved. To publish it later: {shlex.join(command)}", file=sys.stderr, flush=True
         )
         raise SystemExit(1) from error
     print(f"Published: {url}")
 
 
 def summarize(run: Run, returns_to: int | None) -> None:
-    """Write what the card says of the training, and what a person may want to know years later."""
+    """Write training_summary.json, which the model card and later readers rely on."""
     is_cuda = run.accelerator.device.type == "cuda"
     source = run.config.dataset_name or run.config.train_data_dir
     pretrained = run.config.pretrained_model_name_or_path
@@ -175,7 +177,7 @@ def summarize(run: Run, returns_to: int | None) -> None:
         "fingerprint": run.data.fingerprint,
         "images_seen": run.state.images_seen if returns_to is None else returns_to,
         "guide_images_seen": None if run.guide is None else run.state.guide_images_seen,
-        "guidance_scale": run.guidance_scale,  # by which samples.png is drawn
+        "guidance_scale": run.guidance_scale,  # used for samples.png
         "skipped_steps": run.state.skipped_steps,
         "held_out_loss": _held_out_loss(run, returns_to),
         "hours": run.seconds / 3600,
@@ -187,20 +189,20 @@ def summarize(run: Run, returns_to: int | None) -> None:
     with replacing(run.output_dir / "training_summary.json") as path:
         path.write_text(json.dumps(summary, indent=2) + "\n")
     verdicts = {audit["images_seen"]: audit["verdict"] for audit in run.state.audits}
-    if summary["images_seen"] in verdicts:  # the verdict on these weights, and not on others on the way
+    if summary["images_seen"] in verdicts:  # an audit of exactly these weights
         verdict = {"verdict": verdicts[summary["images_seen"]]}
         write_metrics(run.output_dir / METRICS_NAME, {"memorisation": verdict})
 
 
 def _held_out_loss(run: Run, images_seen: int | None) -> float | None:
-    """The last one that was measured, or that after `images_seen` images."""
+    """Return the held-out loss after `images_seen` images, or the last one measured."""
     entries = [entry for entry in read_jsonl(run.log.path) if "held_out_loss" in entry]
     losses = [entry["held_out_loss"] for entry in entries if images_seen in (None, entry["images_seen"])]
     return losses[-1] if losses else None
 
 
 def draw_loss_curve(run: Run) -> None:
-    """Draw losses and held-out losses of the log."""
+    """Draw the losses and held-out losses in the log."""
     log = read_jsonl(run.log.path)
     curves = {
         name: [(entry["images_seen"], entry[name]) for entry in log if entry.get(name) is not None]

@@ -1,4 +1,4 @@
-"""Steps whose gradient is NaN or infinite, which must leave no trace in the weights."""
+"""Skips steps with a NaN or infinite gradient, so that they leave no trace in the weights."""
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -6,14 +6,14 @@ from torch import nn
 
 
 class NonFiniteGuard:
-    """Lets an optimizer skip a step whose gradient is not finite; the CPU does not wait for the GPU to know.
+    """Makes an optimizer skip steps with a non-finite gradient, without the CPU waiting for the GPU.
 
-    A loss that is not finite makes its gradient so as well: there is one thing to look at.
+    A non-finite loss has a non-finite gradient, so checking the gradient is enough.
 
     Args:
-        unet (`torch.nn.Module`): The network, whose BatchNorm statistics such a step would spoil, too.
+        unet (`torch.nn.Module`): The network. Its BatchNorm statistics are restored after a skipped step.
         optimizer ([`~accelerate.optimizer.AcceleratedOptimizer`]):
-            As `accelerator.prepare` gives it, and fused: then it looks at a flag that is on the device.
+            The fused optimizer, as returned by `accelerator.prepare`. A fused optimizer reads a flag on the device.
     """
 
     def __init__(self, unet: nn.Module, optimizer: AcceleratedOptimizer) -> None:
@@ -22,15 +22,15 @@ class NonFiniteGuard:
         self.last_good = [buffer.clone() for buffer in self.buffers]
 
     def step(self, grad_norm: torch.Tensor) -> torch.Tensor:
-        """Take the optimizer's step, if `grad_norm`, of shape `()`, is finite; return whether it is, of shape `()`."""
+        """Take the optimizer's step if `grad_norm`, of shape `()`, is finite; return whether it is, of shape `()`."""
         is_finite = grad_norm.isfinite()
         inner, scaler = self.optimizer.optimizer, self.optimizer.scaler
         if scaler is None and hasattr(inner.param_groups[0]["params"][0], "full_tensor"):
-            # Fused steps on sharded parameters take no flag.
+            # Fused steps on sharded parameters do not support the flag.
             if is_finite:
                 self.optimizer.step()
         else:
-            if scaler is None:  # which looks at the gradients itself
+            if scaler is None:  # the scaler checks the gradients itself
                 inner.found_inf = (~is_finite).float()
             self.optimizer.step()
         for buffer, good in zip(self.buffers, self.last_good, strict=True):
@@ -39,6 +39,6 @@ class NonFiniteGuard:
         return is_finite
 
     def remember(self) -> None:
-        """Take the statistics as they are for good; after loading them."""
+        """Record the current statistics as good ones. Call this after loading them."""
         for buffer, good in zip(self.buffers, self.last_good, strict=True):
             good.copy_(buffer)

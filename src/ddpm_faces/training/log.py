@@ -1,4 +1,4 @@
-"""The log of a run, on the disk and in a tracker, and its progress bar."""
+"""The log of a run, in a file and in a tracker, and its progress bar."""
 
 import contextlib
 import hashlib
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingLog:
-    """Writes entries to log.jsonl and to the tracker, and ends the process where it has to end.
+    """Writes entries to log.jsonl and to the tracker, and ends the process when it must stop.
 
     Args:
         config ([`TrainingConfig`]): The run's configuration.
         accelerator ([`~accelerate.Accelerator`]): Holds the trackers.
-        state ([`RunState`]): The run's state, which tells how many images an entry comes after.
+        state ([`RunState`]): The run's state, with the number of images seen at each entry.
     """
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator, state: RunState) -> None:
@@ -40,9 +40,9 @@ class TrainingLog:
         self.skipped_path = Path(config.output_dir, "skipped_steps.jsonl")
 
     def open(self) -> None:
-        """Cut off what an interrupted run wrote after its last checkpoint, and open the trackers."""
-        # What was written after the last checkpoint will be written again. Skipped steps are written before each save,
-        # entries of the log when they are due.
+        """Drop the entries that an interrupted run wrote after its last checkpoint, and open the trackers."""
+        # The resumed run writes these entries again. Skipped steps are written before each save, log entries when they
+        # are due.
         logged = self.state.images_seen - (0 if self.state.is_maintained else 1)
         if self.accelerator.is_main_process:
             for path, last in {self.path: logged, self.skipped_path: self.state.images_seen}.items():
@@ -57,12 +57,12 @@ class TrainingLog:
             initial=self.state.images_seen,
             unit="img",
             desc="Training",
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # a job's log file keeps every line
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # a job's log keeps every update as a line
             disable=not self.accelerator.is_local_main_process,
         )
 
     def _tracker_settings(self, logged: int) -> dict[str, dict]:
-        """A resumed run goes on in the same place of the tracker."""
+        """Return the settings that let a resumed run continue its entry in the tracker."""
         folder = Path(self.config.output_dir).resolve()
         identity = hashlib.blake2b(str(folder).encode(errors="surrogateescape"), digest_size=8).hexdigest()
         return {
@@ -74,7 +74,7 @@ class TrainingLog:
     # Entries
 
     def write(self, values: dict[str, Any]) -> None:
-        """Write an entry after the images seen so far, to the file and the tracker."""
+        """Write an entry for the images seen so far to the file and the tracker."""
         scalars: dict[str, Any] = {}
         for name, value in values.items():
             parts = {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
@@ -99,14 +99,14 @@ class TrainingLog:
 
             tracker.log({"samples": trackio.Image(image)}, step=self.state.images_seen)
 
-    # The end
+    # Ending the run
 
     def close(self) -> None:
         self.bar.close()
         self.accelerator.end_training()
 
     def leave(self, code: int, message: str) -> NoReturn:
-        """End the process with a code of docs/guides/resume.md, and say why."""
+        """Print a message and end the process with one of the exit codes of docs/guides/resume.md."""
         self.bar.close()
         if self.accelerator.is_main_process:
             print(message, file=sys.stderr if code != EXIT_PREEMPTED else sys.stdout, flush=True)
@@ -115,7 +115,7 @@ class TrainingLog:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The entries of a log, less a last line that was cut off while it was written."""
+    """Read the entries of a log, without a last line that was cut off."""
     entries = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):

@@ -1,4 +1,4 @@
-"""`--dry_run`: try each thing that a run will do, and print the plan."""
+"""`--dry_run`: try everything that a run will do, and print the plan."""
 
 import shutil
 import time
@@ -17,20 +17,20 @@ from .run import Run
 def rehearse(
     config: TrainingConfig, accelerator: Accelerator, train: Callable[[TrainingConfig, Accelerator], Run]
 ) -> None:
-    """Try data, steps, validation, a sample, a save and a pipeline; leave nothing behind but the printed plan.
+    """Try data, steps, validation, a sample, a save and a pipeline, print the plan, and leave nothing behind.
 
     Args:
-        config ([`TrainingConfig`]): Of the run that is planned.
-        accelerator ([`~accelerate.Accelerator`]): Its processes.
-        train (`Callable`): Trains by a configuration, and returns the finished run.
+        config ([`TrainingConfig`]): The configuration of the planned run.
+        accelerator ([`~accelerate.Accelerator`]): The processes of the run.
+        train (`Callable`): Trains with a configuration and returns the finished run.
     """
     folder = Path(config.output_dir, "dry-run")
     if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)  # left behind by a rehearsal that was killed
+        shutil.rmtree(folder, ignore_errors=True)  # left behind by a dry run that was killed
     rehearsal = replace(
         config,
         output_dir=str(folder),
-        max_train_images=3 * config.train_batch_size,  # the first step is slower than all others
+        max_train_images=3 * config.train_batch_size,  # the first step is the slowest
         log_every_images=config.train_batch_size,
         checkpoint_every_images=3 * config.train_batch_size,
         num_samples=min(config.num_samples, accelerator.num_processes),
@@ -43,7 +43,7 @@ def rehearse(
         hub_dataset_license=None,
         time_limit_minutes=None,
         early_stopping_patience=None,
-        guide_images=None,  # a quarter of the rehearsal
+        guide_images=None,  # the default: a quarter of the dry run
         audit_every_images=0,
         stop_on_copies=False,
         num_evaluation_samples=20,
@@ -59,7 +59,7 @@ def rehearse(
 
 
 def plan(config: TrainingConfig, run: Run, seconds: float) -> str:
-    """What the run will do and take, from what a rehearsal of `seconds` has measured."""
+    """Describe what the run will do and need, from the measurements of a dry run that took `seconds`."""
     step_images, last_image = config.train_batch_size, config.max_train_steps * config.train_batch_size
     log = [entry for entry in read_jsonl(run.log.path) if "loss" in entry]
     speed = log[-1]["images_per_second"]
@@ -68,14 +68,14 @@ def plan(config: TrainingConfig, run: Run, seconds: float) -> str:
     kept = config.checkpoints_total_limit + bool(run.data.held_out)
     free_gb = shutil.disk_usage(config.output_dir).free / 1e9
     num_parameters = sum(parameter.numel() for parameter in run.unet.parameters())
-    # In float32: weights, gradient, two moments of Adam, and the EMA.
+    # Weights, gradient, Adam's two moments and the EMA, all in float32.
     state_gb = 4 * num_parameters * (5 if config.use_ema else 4) / 1e9
 
     def every(images: int, otherwise: str = "only at the end") -> str:
         return f"every {images} images, {last_image // images} times" if images else otherwise
 
     lines = [
-        f"All of it works: data, steps, validation, samples, a checkpoint, a pipeline. That took {seconds:.0f} s.",
+        f"Everything works: data, steps, validation, samples, checkpoint and pipeline. This took {seconds:.0f} s.",
         f"  data         {run.data.description}; fingerprint {run.data.fingerprint[:12]}",
         f"  run          {last_image} images in {config.max_train_steps} steps of {step_images}",
         f"  time         {last_image / speed / 3600:.1f} h at {speed:.0f} images/s, without validation and samples",
@@ -88,5 +88,5 @@ def plan(config: TrainingConfig, run: Run, seconds: float) -> str:
     if config.push_to_hub:
         lines.append(f"  Hub          {config.hub_model_id}, at the end; this token may write there")
     if (kept + 1) * checkpoint_gb > free_gb:
-        lines.append("  Warning: that does not fit on the disk.")
+        lines.append("  Warning: the checkpoints do not fit on the disk.")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What the parts of a training run share."""
+"""The state that the parts of a training run share."""
 
 import time
 from collections.abc import Iterator
@@ -29,16 +29,16 @@ class Run:
     """The objects of a run, for the functions that log, validate, sample, save and finish it.
 
     Args:
-        config ([`TrainingConfig`]): With the number of classes resolved.
+        config ([`TrainingConfig`]): The configuration, with the number of classes filled in.
         accelerator ([`~accelerate.Accelerator`]): Holds the prepared network and optimizer.
-        unet (`torch.nn.Module`): The network, prepared.
-        optimizer (`torch.optim.Optimizer`): Its optimizer, prepared.
-        ema ([`EMA`], *optional*): The averaged weights of `unet`.
+        unet (`torch.nn.Module`): The prepared network.
+        optimizer (`torch.optim.Optimizer`): The prepared optimizer.
+        ema ([`EMA`], *optional*): The EMA of the weights of `unet`.
         objective ([`DDPMFacesObjective`]): The loss.
-        data ([`TrainingData`]): Where the images come from.
-        preemption ([`Preemption`]): Knows whether the run has to make room.
-        log ([`TrainingLog`]): Where metrics go.
-        steps ([`StepRecorder`]): What the steps since the last entry of the log have measured.
+        data ([`TrainingData`]): The training and held-out images.
+        preemption ([`Preemption`]): Tells whether the run has to stop.
+        log ([`TrainingLog`]): The log that receives losses and metrics.
+        steps ([`StepRecorder`]): Measurements of the steps since the last log entry.
         state ([`RunState`]): How far the run has come; shared with the log.
         guide ([`DDPMFacesUNet`], *optional*): An earlier EMA of this run, for autoguidance.
     """
@@ -63,17 +63,17 @@ class Run:
 
     @property
     def last_image(self) -> int:
-        """Images seen when the run has its full length."""
+        """Number of images seen at the end of the full run."""
         return self.config.max_train_steps * self.config.train_batch_size
 
     @property
     def seconds(self) -> float:
-        """How long the run's processes have been at work, in all its parts."""
+        """Seconds that the run has taken so far, including before it was resumed."""
         return self.state.seconds + time.time() - self.began
 
     @property
     def micro_batch_size(self) -> int:
-        """Images of a forward pass in training, which memory suffices for."""
+        """Number of images in a forward pass of training, which is known to fit in memory."""
         share = self.config.train_batch_size // self.accelerator.num_processes
         return min(share, self.config.device_batch_size or share)
 
@@ -97,11 +97,11 @@ class Run:
 
     @contextmanager
     def evaluating(self, averaged: bool = True) -> Iterator[torch.nn.Module]:
-        """The network in evaluation mode, with its EMA weights if it has any, for as long as this lasts."""
+        """Put the network into evaluation mode within this context, with its EMA weights if it has any."""
         unet = self.accelerator.unwrap_model(self.unet)
         unet.eval()
         try:
-            # A compiled network would be compiled anew for evaluation, and for each size of a batch.
+            # Otherwise a compiled network would be recompiled for evaluation and for each batch size.
             with (
                 self.ema.swapped_in() if averaged and self.ema is not None else nullcontext(),
                 torch.compiler.set_stance("force_eager"),
@@ -116,21 +116,19 @@ class Run:
             unet.train()
 
     def network(self, weights: dict[str, torch.Tensor]) -> DDPMFacesUNet:
-        """A network of its own with these weights, beside the one that is trained."""
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # its random initial weights take nothing from the training's generator
+        """Build a separate network with these weights."""
+        with torch.random.fork_rng(devices=[]):  # initial weights must not advance the training's random state
             unet = DDPMFacesUNet(**self.config.unet_config())
         unet.load_state_dict(weights)
         return unet.eval().requires_grad_(False)
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
-        """The EMA weights, or the raw ones where there is no EMA, copied to the CPU; whole on the main process."""
+        """Copy the EMA weights, or the raw ones without an EMA, to the CPU. Only the main process has all of them."""
         with self.evaluating():
             return {k: v.cpu().clone() for k, v in self.accelerator.get_state_dict(self.unet).items()}
 
     def set_guide(self, weights: dict[str, torch.Tensor]) -> None:
-        """Take these weights as the guide."""
+        """Use these weights as the guide."""
         guide = self.network(weights).to(self.accelerator.device, memory_format=torch.channels_last)
-        guide.forward = self.accelerator.autocast()(guide.forward)  # in the precision of what it guides
+        guide.forward = self.accelerator.autocast()(guide.forward)  # same precision as the network
         self.guide = guide

@@ -1,4 +1,4 @@
-"""Samples that a run draws on the way, and the grids that show them."""
+"""Samples that a run draws during training, and grids of them."""
 
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def draw_samples(run: "Run", averaged: bool = True, num_samples: int | None = None) -> torch.Tensor:
-    """Draw the samples of the run's seeds in a few steps of the fast solver. Called by every process.
+    """Draw samples from the run's seeds in a few steps of the fast solver. Called by every process.
 
     Args:
-        run ([`Run`]): Whose weights and guide.
-        averaged (`bool`, defaults to `True`): By the EMA weights, or the raw ones.
-        num_samples (`int`, *optional*): By default `num_samples` of the configuration.
+        run ([`Run`]): The run whose weights and guide draw the samples.
+        averaged (`bool`, defaults to `True`): Whether to use the EMA weights or the raw ones.
+        num_samples (`int`, *optional*): Number of samples; defaults to `num_samples` of the configuration.
 
     Returns:
         `torch.Tensor` of shape `(num_samples, channels, height, width)`: x_0, on the CPU of each process.
@@ -34,13 +34,13 @@ def draw_samples(run: "Run", averaged: bool = True, num_samples: int | None = No
 def draw_share(
     run: "Run", averaged: bool = True, num_samples: int | None = None, scheduler: DDPMFacesScheduler | None = None
 ) -> torch.Tensor:
-    """Draw this process's share of the samples; processes do not wait for each other here.
+    """Draw this process's share of the samples. Processes do not wait for each other here.
 
     Args:
-        run ([`Run`]): Whose weights and guide.
-        averaged (`bool`, defaults to `True`): By the EMA weights, or the raw ones.
-        num_samples (`int`, *optional*): By default `num_samples` of the configuration.
-        scheduler ([`DDPMFacesScheduler`], *optional*): All its T steps; by default a few of the fast solver.
+        run ([`Run`]): The run whose weights and guide draw the samples.
+        averaged (`bool`, defaults to `True`): Whether to use the EMA weights or the raw ones.
+        num_samples (`int`, *optional*): Number of samples; defaults to `num_samples` of the configuration.
+        scheduler ([`DDPMFacesScheduler`], *optional*): Scheduler to use in all T steps; defaults to the fast solver.
 
     Returns:
         `torch.Tensor` of shape `(share, channels, height, width)`: x_0, equally many on each process.
@@ -70,7 +70,7 @@ def draw_share(
 
 
 def gather_shares(run: "Run", share: torch.Tensor, num_samples: int | None = None) -> torch.Tensor:
-    """Bring the shares of all processes together, in the order of the seeds. Called by every process."""
+    """Gather the samples of all processes in the order of the seeds. Called by every process."""
     num_processes = run.accelerator.num_processes
     gathered = run.accelerator.gather(share.contiguous())
     gathered = gathered.view(num_processes, len(share), *gathered.shape[1:]).transpose(0, 1)
@@ -78,7 +78,7 @@ def gather_shares(run: "Run", share: torch.Tensor, num_samples: int | None = Non
 
 
 def sample_grid(run: "Run") -> None:
-    """Draw the grid on the way: a few steps of the fast solver, by raw and EMA weights side by side."""
+    """Draw a grid during training, with raw and EMA weights side by side, in a few steps of the fast solver."""
     samples = {}
     with run.steps.paused():
         if run.ema is not None:
@@ -88,11 +88,12 @@ def sample_grid(run: "Run") -> None:
 
 
 def show(run: "Run", samples: dict[str, torch.Tensor]) -> Image.Image:
-    """Log grids and colours of samples; return the last grid.
+    """Log grids and color statistics of samples; return the last grid.
 
     Args:
-        run ([`Run`]): Whose log.
-        samples (`dict[str, torch.Tensor]`): By title, of shape `(num_samples, channels, height, width)` in [-1, 1].
+        run ([`Run`]): The run whose log receives them.
+        samples (`dict[str, torch.Tensor]`):
+            Samples by title, each of shape `(num_samples, channels, height, width)` in [-1, 1].
     """
     last = list(samples.values())[-1]
     run.log.write(_colors(run, last))
@@ -109,7 +110,7 @@ def show(run: "Run", samples: dict[str, torch.Tensor]) -> Image.Image:
 
 
 def _colors(run: "Run", samples: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation of each channel, in [-1, 1], beside those of the training images."""
+    """Return mean and standard deviation of each channel in [-1, 1], of the samples and the training images."""
     channels = "rgba" if samples.shape[1] > 1 else "y"
     pixels = samples.clamp(-1, 1).transpose(0, 1).flatten(1)
     statistics = {"samples": (pixels.mean(dim=1), pixels.std(dim=1)), "data": run.data.color_statistics}

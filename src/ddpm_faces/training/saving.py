@@ -1,4 +1,4 @@
-"""Checkpoints on the way, and making room."""
+"""Checkpoints during training, and preemption."""
 
 import logging
 import time
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 def keep_guide(run: Run) -> None:
-    """Keep the weights of now, EMA ones where there are any, to guide what comes out of this run."""
+    """Keep the current EMA weights, or the raw ones without an EMA, as the guide of the finished pipeline."""
     with run.steps.paused():
         weights = run.whole_weights()
-        if is_sharded(run.unet):  # the main process alone has all of them
+        if is_sharded(run.unet):  # only the main process has all of them
             (weights,) = broadcast_object_list([weights])
         run.set_guide(weights)
     run.state.guide_images_seen = run.state.images_seen
@@ -26,7 +26,7 @@ def keep_guide(run: Run) -> None:
 
 
 def save(run: Run, checkpoints: CheckpointIO, required: bool = False) -> bool:
-    """Save a checkpoint and prune the old ones; return whether it is saved. If not, only `required` ends the run."""
+    """Save a checkpoint and delete old ones; return whether it was saved. A failure ends the run if `required`."""
     began, is_saved = time.time(), False
     run.steps.collect()
     path = checkpoint_path(run.output_dir, run.state.images_seen)
@@ -40,13 +40,13 @@ def save(run: Run, checkpoints: CheckpointIO, required: bool = False) -> bool:
         except OSError as error:
             if required:
                 raise
-            logger.warning("%s. The run goes on, and tries again with the next checkpoint.", error)
+            logger.warning("%s. The run continues and tries again with the next checkpoint.", error)
     run.preemption.note_save(time.time() - began)
     return is_saved
 
 
 def prune(run: Run) -> None:
-    """Delete old checkpoints, except for those that the run may end with."""
+    """Delete old checkpoints, except for those that the run may return to at its end."""
     if not run.accelerator.is_main_process:
         return
     state, spared = run.state, {run.state.best_images_seen}
@@ -57,7 +57,7 @@ def prune(run: Run) -> None:
 
 
 def leave_if_asked(run: Run, checkpoints: CheckpointIO) -> None:
-    """Save and end the process, if a signal or the time limit asks for it.
+    """Save and end the process if a signal or the time limit requires it.
 
     Raises:
         SystemExit: With `EXIT_PREEMPTED`.
@@ -68,8 +68,8 @@ def leave_if_asked(run: Run, checkpoints: CheckpointIO) -> None:
     save(run, checkpoints, required=True)
     run.log.leave(
         EXIT_PREEMPTED,
-        f"Stopped after {run.state.images_seen} of {run.last_image} images, for {reason}. The checkpoint is saved; "
-        "run the same command to resume.",
+        f"Preempted after {run.state.images_seen} of {run.last_image} images: {reason}. The checkpoint is saved; run "
+        "the same command to resume.",
     )
 
 
@@ -85,6 +85,6 @@ def check_finite(run: Run) -> None:
     if bool(run.accelerator.reduce(bad, reduction="sum")):
         run.log.leave(
             EXIT_NONFINITE,
-            f"Weights are not finite after {run.state.images_seen} images. They are not saved; the last good "
-            "checkpoint stands. Try a lower `learning_rate`.",
+            f"The weights are not finite after {run.state.images_seen} images and were not saved. The last good "
+            "checkpoint is kept. Try a lower `learning_rate`.",
         )

@@ -1,4 +1,4 @@
-"""How far a training run has come."""
+"""The progress of a training run."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -6,21 +6,21 @@ from typing import Any
 
 @dataclass
 class RunState:
-    """All that a run remembers beside its tensors: plain values, saved as JSON with each checkpoint.
+    """The progress of a run besides its tensors: plain values, saved as JSON with each checkpoint.
 
     Args:
         images_seen (`int`): Images trained on so far.
-        num_held_out (`int`, *optional*): Distinct images that are set aside; a folder that grows does not change it.
+        num_held_out (`int`, *optional*): Distinct images set aside; stays the same when images are added to the data.
         skipped_steps (`int`): Steps that were skipped because their gradient was not finite.
-        nonfinite_in_a_row (`int`): How many of them were the latest steps.
+        nonfinite_in_a_row (`int`): Number of the most recent steps that were skipped, without a good one in between.
         best_loss (`float`, *optional*): The best held-out loss so far.
-        best_images_seen (`int`, *optional*): After how many images that was.
-        validations_since_best (`int`): How many validations have not been better.
+        best_images_seen (`int`, *optional*): Images seen at the best held-out loss.
+        validations_since_best (`int`): Number of validations since the best one.
         audits (`list[dict]`): The verdict of each audit so far, and whether its checkpoint could be saved.
-        guide_images_seen (`int`, *optional*): Images seen by the weights that are kept as a guide.
-        is_maintained (`bool`): Whether what is due after `images_seen` images has been done.
-        unlogged_steps (`list[dict]`): Steps since the last entry of the log.
-        seconds (`float`): Time that the run's processes have been at work, up to the last save.
+        guide_images_seen (`int`, *optional*): Images seen by the weights that are kept as the guide.
+        is_maintained (`bool`): Whether the tasks due after `images_seen` images are done.
+        unlogged_steps (`list[dict]`): Steps since the last log entry.
+        seconds (`float`): Seconds that the run had taken at the last save.
     """
 
     images_seen: int = 0
@@ -38,7 +38,7 @@ class RunState:
 
     @property
     def clean_images_seen(self) -> int | None:
-        """Images seen at the last audit that found no copies, if that was saved."""
+        """Images seen at the last audit that found no copies and whose checkpoint was saved."""
         clean = [audit for audit in self.audits if not audit["found_copies"] and audit.get("is_saved", True)]
         return clean[-1]["images_seen"] if clean else None
 
@@ -47,10 +47,10 @@ class RunState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunState":
-        """The state that [`to_json`] described.
+        """Restore the state from the output of [`to_json`].
 
         Raises:
-            ValueError: A field that this version does not know.
+            ValueError: There is a field that this version does not know.
         """
         unknown = sorted(values.keys() - {f.name for f in fields(cls)})
         if unknown:

@@ -1,4 +1,4 @@
-"""What each step measured: losses, gradient norms, speed and memory."""
+"""Measurements of each step: losses, gradient norms, speed and memory."""
 
 import logging
 import math
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 class StepRecorder:
-    """Keeps what a step measured on its device, and brings all processes' together when an entry of the log is due.
+    """Keeps the measurements of each step on the device, and gathers them from all processes for a log entry.
 
     Args:
         config ([`TrainingConfig`]): The run's configuration.
-        accelerator ([`~accelerate.Accelerator`]): Gathers losses.
-        state ([`RunState`]): The run's state; steps that are not in the log yet are kept there.
-        log ([`TrainingLog`]): Where entries go.
+        accelerator ([`~accelerate.Accelerator`]): Gathers the losses.
+        state ([`RunState`]): The run's state, which keeps the steps that are not in the log yet.
+        log ([`TrainingLog`]): The log that receives the entries.
     """
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator, state: RunState, log: TrainingLog) -> None:
@@ -42,19 +42,19 @@ class StepRecorder:
         self.accelerator = accelerator
         self.state = state
         self.log = log
-        self._steps: list[dict] = []  # since the last exchange; their tensors are still on the device
+        self._steps: list[dict] = []  # since the last `collect`; their tensors are on the device
         self.restart_clock()
 
     def note_wait(self, seconds: float) -> None:
-        """Count time that the run has waited for a batch."""
+        """Count the seconds that the run waited for a batch."""
         self._waited += seconds
 
     def record(self, batch: "Batch", losses: Sequence[torch.Tensor], grad_norm: torch.Tensor) -> None:
-        """Count the step, and keep what it measured; this does not wait for the device.
+        """Count the step and keep its measurements, without waiting for the device.
 
         Args:
             batch ([`Batch`]): The images of this process.
-            losses (`list[torch.Tensor]`): Their losses, a tensor for each micro-batch.
+            losses (`list[torch.Tensor]`): Their losses, one tensor per micro-batch.
             grad_norm (`torch.Tensor` of shape `()`): Norm of the gradient over all processes, before clipping.
         """
         self.state.images_seen += self.config.train_batch_size
@@ -72,7 +72,7 @@ class StepRecorder:
         )
 
     def collect(self) -> None:
-        """Bring the losses of all processes to the host. This waits for the device; nothing else between logs does."""
+        """Bring the losses of all processes to the CPU. Between log entries, only this waits for the device."""
         if not self._steps:
             return
         steps, self._steps = self._steps, []
@@ -109,8 +109,8 @@ class StepRecorder:
             culprits = [i for i, loss in enumerate(entry["losses"]) if not math.isfinite(loss)] or range(len(names))
             listed = ", ".join(f"{names[i]} at timestep {entry['timesteps'][i]}" for i in list(culprits)[:5])
             logger.warning(
-                "The step that ended at %d images is skipped: its gradient norm is %s. Images with a loss that is "
-                "not finite, or all (%d): %s%s. See %s.",
+                "Skipped the step that ended at %d images, because its gradient norm is %s. Images with a non-finite "
+                "loss, or all if there are none (%d): %s%s. See %s.",
                 *(entry["images_seen"], entry["grad_norm"], len(culprits), listed),
                 *(", ..." if len(culprits) > 5 else "", self.log.skipped_path),
             )
@@ -118,13 +118,13 @@ class StepRecorder:
             newest = list_checkpoints(self.config.output_dir)
             self.log.leave(
                 EXIT_NONFINITE,
-                f"{self.state.nonfinite_in_a_row} steps in a row had a gradient that is not finite, and were skipped. "
-                f"The last good checkpoint stands: {newest[-1] if newest else 'none yet'}. Try a lower "
-                "`learning_rate`, or `mixed_precision` bf16 or no.",
+                f"{self.state.nonfinite_in_a_row} steps in a row had a non-finite gradient and were skipped. Last "
+                f"good checkpoint: {newest[-1] if newest else 'none yet'}. Try a lower `learning_rate`, or "
+                "`mixed_precision` bf16 or no.",
             )
 
     def write_entry(self) -> None:
-        """Write an entry on the steps since the last one."""
+        """Write a log entry for the steps since the last one."""
         self.collect()
         steps, self.state.unlogged_steps = self.state.unlogged_steps, []
         losses, timesteps = (np.array([step[name] for step in steps]).ravel() for name in ("losses", "timesteps"))
@@ -148,7 +148,7 @@ class StepRecorder:
             "memory_gb": self._memory_gb(),
         }
         if self.state.images_seen == self._clock_images:
-            values["images_per_second"] = values["data_wait"] = None  # after resuming just before the entry
+            values["images_per_second"] = values["data_wait"] = None  # the run was resumed just before this entry
         self.log.write(values)
         loss = math.nan if values["loss"] is None else values["loss"]
         self.log.bar.set_postfix(loss=f"{loss:.4f}", epoch=last["epoch"])
@@ -156,7 +156,7 @@ class StepRecorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done within does not count as training time."""
+        """Exclude the time spent within this context from training time."""
         began = time.perf_counter()
         yield
         self._clock_start += time.perf_counter() - began
@@ -166,7 +166,7 @@ class StepRecorder:
         self._clock_start, self._clock_images, self._waited = time.perf_counter(), self.state.images_seen, 0.0
 
     def _memory_gb(self) -> float:
-        """The most memory that was in use so far: of the GPU, or of this process."""
+        """Return the peak memory so far, of the GPU or of this process, in GB."""
         if self.accelerator.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 1e9
         try:
