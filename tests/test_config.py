@@ -137,8 +137,8 @@ def test_help_is_grouped_and_fits_the_terminal(capsys, monkeypatch, columns):
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= columns
-    # Each flag is listed exactly once, without `--no_flag` or `--with-hyphens` variants.
-    names = [f.name for f in fields(TrainingConfig)]
+    # Each flag is listed exactly once, without `--no-flag` or `--with_underscores` variants.
+    names = [f.name.replace("_", "-") for f in fields(TrainingConfig)]
     assert re.findall(r"(?<!\S)--[\w-]+", text) == [f"--{name}" for name in ("help", "config", *names)]
     assert re.findall(r"^(\w+):$", text, re.MULTILINE) == ["options", *GROUPS]
     assert all(about in " ".join(text.split()) for about in GROUPS.values())
@@ -149,8 +149,8 @@ def test_help_shows_defaults_and_choices(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         parse_training_config(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    parts = re.split(r" --(?=\w+ )", text)
-    of_flag = {part.split()[0]: part for part in parts}
+    parts = re.split(r" --(?=[\w-]+ )", text)
+    of_flag = {part.split()[0].replace("-", "_"): part for part in parts}
     for f in fields(TrainingConfig):
         default = getattr(TrainingConfig(), f.name)
         assert of_flag[f.name].count("(default: ") == (default is not None or "(default" in f.metadata["help"]), f.name
@@ -252,8 +252,8 @@ def test_half_life_of_the_ema(batch_size):
     [
         ("learning_rat: 1", "unknown field learning_rat; did you mean learning_rate?"),
         ("zzzz: 1", "unknown field zzzz; see --help"),
-        ("learning_rate: fast", "argument --learning_rate.*: invalid float value: 'fast'"),
-        ("loss_type: l3", "argument --loss_type.*: invalid choice: 'l3'"),
+        ("learning_rate: fast", "argument --learning-rate.*: invalid float value: 'fast'"),
+        ("loss_type: l3", "argument --loss-type.*: invalid choice: 'l3'"),
         ("seed: null", "`seed` must have a value"),
         ("block_types: []", "`block_types` must be a value or a list of values"),
         ("optimizer: {lr: 1}", "unknown field optimizer"),
@@ -312,8 +312,8 @@ def test_half_life_of_the_ema(batch_size):
         ("snr_gamma: .nan", "`snr_gamma` must be at least 0"),
         ("num_train_timesteps: 0", "`num_train_timesteps` must be at least 1, got 0"),
         ("checkpoints_total_limit: 0", "`checkpoints_total_limit` must be at least 1, got 0"),
-        ("in_channels: 2", "argument --in_channels.*: invalid choice: 2"),
-        ("use_ema: maybe", "argument --use_ema.*: .*got maybe"),
+        ("in_channels: 2", "argument --in-channels.*: invalid choice: 2"),
+        ("use_ema: maybe", "argument --use-ema.*: .*got maybe"),
     ],
 )
 def test_bad_file(tmp_path, capsys, text, message):
@@ -329,7 +329,7 @@ def test_bad_file(tmp_path, capsys, text, message):
     ("argv", "message"),
     [
         (["--config", "no_such.yaml"], "existing file, got 'no_such.yaml'"),
-        (["--learning_rat", "1"], "unknown argument --learning_rat; did you mean --learning_rate?"),
+        (["--learning_rat", "1"], "unknown argument --learning-rat; did you mean --learning-rate?"),
         (
             ["--loss_type", "l1", "--snr_gamma", "5"],
             "`loss_type` 'l1' cannot be combined with Min-SNR weights: set `snr_gamma` to 0",

@@ -121,7 +121,12 @@ def test_type_checkers_see_each_lazy_name_where_python_finds_it(package):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_MODULE_OF"
     ]
     (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    seen = {alias.asname: node.module for node in block.body for alias in node.names if alias.asname == alias.name}
+    seen = {
+        alias.asname: "." * (node.level - 1) + node.module
+        for node in block.body
+        for alias in node.names
+        if alias.asname == alias.name
+    }
     assert seen == module_of
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging
 
-from .hub.errors import explaining
+from .errors import explaining
 from .pipeline_ddpm_faces import DDPMFacesPipeline
 
 

@@ -19,7 +19,7 @@ def info(
 
     Without a model: versions, devices, threads and the cache of this installation.
     """
-    from ..description import describe_installation, describe_model
+    from ..hub.description import describe_installation, describe_model
 
     if model is None and revision is not None:
         raise ValueError(f"`revision` needs a model, got {revision!r} without one.")

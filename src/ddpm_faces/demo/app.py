@@ -7,7 +7,6 @@ ddpm-faces package is not installed there: the code of the pipeline comes with t
 
 import base64
 import contextlib
-import importlib
 import io
 import math
 import queue
@@ -35,8 +34,10 @@ IN_TURN = -1  # the class of which each image has the next
 FRAME_MS, PAUSE_MS = 90, 700  # of a walk: between two images, and at both ends
 Event = tuple[str, str | None]  # what to show, and the file to download, once there is one
 SOFTWARE = "ddpm-faces"
-with contextlib.suppress(ImportError):  # in a Space
-    SOFTWARE += f" {importlib.import_module('ddpm_faces').__version__}"
+with contextlib.suppress(ImportError):  # a Space does without the package
+    from ddpm_faces import __version__
+
+    SOFTWARE += f" {__version__}"
 
 
 class Solver(DPMSolverMultistepScheduler):

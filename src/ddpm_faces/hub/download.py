@@ -5,8 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 
+from ..errors import HubError, explaining, retry
 from ..pipeline_ddpm_faces import DDPMFacesPipeline
-from .errors import HubError, explaining, retry
 from .model_folder import MODEL_FILES, VARIANTS
 from .transport import check_repo_id, verify
 

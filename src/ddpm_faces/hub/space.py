@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import CommitInfo
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from .errors import explaining, retry
+from ..errors import explaining, retry
 from .transport import _api, check_repo_id, publish
 
 

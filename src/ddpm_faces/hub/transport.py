@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import REASONS, TOKEN, HubError, explaining, http_status, is_transient, reason_of, retry
+from ..errors import REASONS, TOKEN, HubError, explaining, http_status, is_transient, reason_of, retry
 
 
 def publish(

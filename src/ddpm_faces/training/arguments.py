@@ -33,7 +33,7 @@ def parse_training_config(
     file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     file_parser.add_argument("--config")
     file_args, flags = file_parser.parse_known_args(argv)
-    flags = [_underscored(flag) for flag in flags]
+    flags = [_hyphenated(flag) for flag in flags]
     try:
         if file_args.config is not None:
             # Turning the file into flags applies the rules of the command line to it.
@@ -69,10 +69,10 @@ def _config_path(name: str) -> Path:
     raise ValueError(f"`--config` must be one of {', '.join(config_names())}, or an existing file, got {name!r}.")
 
 
-def _underscored(flag: str) -> str:
-    """Turn `--output-dir` into `--output_dir`."""
+def _hyphenated(flag: str) -> str:
+    """Turn `--output_dir` into `--output-dir`."""
     name, equals, value = flag.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else flag
+    return name.replace("_", "-") + equals + value if name.startswith("--") else flag
 
 
 def _make_parser(command: str) -> argparse.ArgumentParser:
@@ -96,7 +96,7 @@ def _make_parser(command: str) -> argparse.ArgumentParser:
     groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
     types = get_type_hints(TrainingConfig)
     for f in fields(TrainingConfig):
-        groups[f.metadata["group"]].add_argument(f"--{f.name}", **_argument_of(f, types[f.name]))
+        groups[f.metadata["group"]].add_argument(_hyphenated(f"--{f.name}"), **_argument_of(f, types[f.name]))
     return parser
 
 
@@ -168,15 +168,15 @@ def _flags_of_yaml(path: Path) -> list[str]:
 def _flag(name: str, items: list) -> list[str]:
     words = ["no" if item is False else str(item) for item in items]  # YAML reads `no` as false
     if len(words) == 1:  # one word, because the value may begin with a dash
-        return [f"--{name}={words[0]}"]
-    return [f"--{name}", *words]
+        return [_hyphenated(f"--{name}={words[0]}")]
+    return [_hyphenated(f"--{name}"), *words]
 
 
 def _flags_of_pretrained(flags: list[str]) -> list[str]:
     """Return size, network and schedule of the pretrained pipeline, or of the run itself if it resumes."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--pretrained_model_name_or_path", default="")
-    peek.add_argument("--output_dir", default=TrainingConfig.output_dir)
+    peek.add_argument("--pretrained-model-name-or-path", default="")
+    peek.add_argument("--output-dir", default=TrainingConfig.output_dir)
     given, _ = peek.parse_known_args(flags)
     name = given.pretrained_model_name_or_path
     if not name.strip():
@@ -206,7 +206,7 @@ def _flags_of_pretrained(flags: list[str]) -> list[str]:
 
 
 def _unknown(what: str, name: str, prefix: str = "") -> str:
-    names = [f.name for f in fields(TrainingConfig)]
+    names = [_hyphenated(prefix + f.name).removeprefix(prefix) for f in fields(TrainingConfig)]
     nearest = difflib.get_close_matches(name.removeprefix(prefix).split("=")[0], names, n=1)
     suggestion = f"; did you mean {prefix}{nearest[0]}?" if nearest else "; see --help for a list."
     return f"unknown {what} {name}{suggestion}"

@@ -57,13 +57,23 @@ def finish(run: Run) -> None:
         with _only_warning("The loss curve could not be drawn"):
             draw_loss_curve(run)
         grid = run.output_dir / "samples.png"
-        print(
-            f"The pipeline is in {run.output_dir}" + (f", and samples from it are in {grid}" if grid.exists() else "")
-        )
+        samples = f", and samples from it are in {grid}" if grid.exists() else ""
+        print(f"The pipeline is in {run.output_dir}{samples}.\n{next_commands(run)}")
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     if run.config.push_to_hub and run.accelerator.is_main_process:
         publish(run)
+
+
+def next_commands(run: Run) -> str:
+    """Return the commands that a user may want to run next."""
+    folder, data = shlex.quote(str(run.output_dir)), run.config.dataset_name
+    commands = [f"ddpm-faces generate {folder}"]
+    if data is not None:  # both need a dataset with splits
+        commands += [f"ddpm-faces {verb} {folder} {shlex.quote(data)}" for verb in ("evaluate", "audit")]
+    if not run.config.push_to_hub:
+        commands.append(f"ddpm-faces push {folder} USER/NAME")
+    return "\n  ".join(["Next:", *commands])
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from . import __version__
-from .files import read_json_object
-from .hub.card_values import duration
-from .models import best_device, check_model
-from .pipeline_ddpm_faces import DDPMFacesPipeline
+from .. import __version__
+from ..files import read_json_object
+from ..models import best_device, check_model
+from ..pipeline_ddpm_faces import DDPMFacesPipeline
+from .card_values import duration
 
 
 PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "huggingface-hub", "safetensors", "gradio")
@@ -97,7 +97,7 @@ def _download_records(repo_id: str, revision: str | None) -> tuple[Path, dict[st
     """Download everything but weights and images; return the folder, and the size of each published file."""
     from huggingface_hub import HfApi, snapshot_download
 
-    from .hub.errors import explaining, retry
+    from ..errors import explaining, retry
 
     with explaining(repo_id, ""):
         info = retry(lambda: HfApi().repo_info(repo_id, revision=revision, files_metadata=True))
@@ -111,7 +111,7 @@ def _count_parameters(class_name: str, config: dict[str, Any]) -> int:
     """The number of parameters of a network that is built without memory for them."""
     import diffusers
 
-    from .unet_ddpm_faces import DDPMFacesUNet
+    from ..unet_ddpm_faces import DDPMFacesUNet
 
     cls = DDPMFacesUNet if class_name == "DDPMFacesUNet" else getattr(diffusers, class_name)
     with torch.device("meta"):
