@@ -113,7 +113,7 @@ def test_faces(page):
     # A seed that somebody has told you.
     page.get_by_label("Seed").first.fill("42")
     page.click("#generate")
-    page.wait_for_selector("#faces figcaption:has-text('49')")
+    page.wait_for_selector("#faces figcaption:text-is('49')")
     assert finished(page, "#faces") == first
 
 

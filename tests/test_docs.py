@@ -192,7 +192,7 @@ exec(compile(text, "page", "exec"), {"__name__": "__main__"})
 
 @pytest.fixture(scope="module")
 def published(client, workplace) -> None:
-    code = "DDPMFacesPipeline.from_pretrained(model).push_to_hub('owner/faces')"
+    code = "DDPMFacesPipeline.from_pretrained(model).push_to_hub('owner/pasted')"
     assert client.run(code, OWNER_TOKEN, model=str(workplace / "my-model")).error is None
 
 
@@ -208,7 +208,8 @@ def test_code_runs_as_it_is_pasted(path, is_real, workplace, published, client, 
     (tmp_path / "models/faces64").symlink_to(ROOT / "models/faces64" if is_real else workplace / "small-model")
     text = "\n".join(blocks(path, "python"))
     # The Hub of the tests knows a user of this name, and one model of theirs; fewer faces suffice.
-    for part, ours in {"user/my-faces": "user/faces", "user/": "owner/", "num_images=1200": "num_images=12"}.items():
+    names = {"user/my-faces": "owner/pasted", "user/faces": "owner/pasted", "user/": "owner/"}
+    for part, ours in {**names, "num_images=1200": "num_images=12"}.items():
         text = text.replace(part, ours)
     outcome = client.run(PAGE, OWNER_TOKEN, text=text, folder=str(tmp_path))
     assert outcome.error is None, outcome.output
