@@ -1022,3 +1022,47 @@ def test_dry_run_asks_the_hub(hub, tmp_path, monkeypatch):
     output = fail(tmp_path / "run", dry_run="true", push_to_hub="true", hub_model_id="owner/other")
     assert "owner/other: the token of owner is read-only: use one with write access." in output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_typed_command(tmp_path, num_processes):
+    """`ddpm-faces train` does what the script does, and says what to do next."""
+    flags = command(tmp_path / "typed", max_train_images=32)[2:]
+    typed = [Path(sys.executable).with_name("ddpm-faces"), "train", "--num-processes", str(num_processes)]
+    environ = {**environment(), "HF_HOME": str(tmp_path / "home")}  # without `accelerate config`
+    arguments = [*typed, "--config", "drawn32", *flags]
+    result = subprocess.run(arguments, env=environ, capture_output=True, text=True, start_new_session=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith(
+        f"Next:\n  ddpm-faces generate {tmp_path / 'typed'}\n  ddpm-faces push {tmp_path / 'typed'} USER/NAME\n"
+    )
+    succeed(tmp_path / "script", num_processes, max_train_images=32)
+    assert weights(tmp_path / "typed").keys() == weights(tmp_path / "script").keys()
+    for name, weight in weights(tmp_path / "script").items():
+        torch.testing.assert_close(weights(tmp_path / "typed")[name], weight)
+
+
+def test_typed_command_hands_on_signals_and_exit_codes(tmp_path):
+    flags = command(tmp_path / "run", max_train_images=10**9)[2:]
+    environ = {**environment(), "HF_HOME": str(tmp_path / "home"), "PYTHONUNBUFFERED": "1"}
+    executable = Path(sys.executable).with_name("ddpm-faces")
+    with subprocess.Popen(
+        [executable, "train", *flags], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert any("images per step" in line for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        text = process.stdout.read()
+    assert process.returncode == 75, text
+    assert "Preempted after" in text
+    for arguments, says in (
+        (["--num-processes", "0"], "error: `num_processes` must be at least 1, got 0."),
+        (["--learning-rat", "1"], "error: unknown argument --learning-rat; did you mean --learning-rate?"),
+        (
+            ["--config", "faces46"],
+            "error: `--config` must be one of article64, drawn32, faces32-cpu, faces64, guide64",
+        ),
+    ):
+        result = subprocess.run([executable, "train", *arguments], env=environ, capture_output=True, text=True)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith(says)
+        assert len(result.stderr.splitlines()) == 1

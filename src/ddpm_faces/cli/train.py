@@ -12,7 +12,7 @@ def train(
     context: typer.Context,
     num_processes: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of processes, one per GPU (default: those of `accelerate config`, or all)."),
+        typer.Option(help="Number of processes, one per GPU (default: those of `accelerate config`, or all)."),
     ] = None,
 ) -> None:
     """Train a model on your own images, or on drawn faces. Run the same command again to resume.
@@ -21,29 +21,35 @@ def train(
     """
     from ..training.arguments import parse_training_config, training_folder
 
+    if num_processes is not None and num_processes < 1:
+        raise ValueError(f"`num_processes` must be at least 1, got {num_processes}.")
     arguments = context.args
     parse_training_config(arguments, "ddpm-faces train [--num-processes N]")  # so that mistakes need no launch
-    script = training_folder() / "train.py"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch_options(num_processes), str(script)]
-    command += arguments
-    if os.name == "posix":  # the launcher takes over this process, and so receives its signals
+    command = [sys.executable, *launcher(num_processes), str(training_folder() / "train.py"), *arguments]
+    if os.name == "posix":  # the run takes over this process, and so receives its signals
         sys.stdout.flush()
         os.execv(sys.executable, command)
     raise typer.Exit(subprocess.run(command).returncode)
 
 
-def launch_options(num_processes: int | None) -> list[str]:
-    """Return options of `accelerate launch`. What `accelerate config` has set stays, except for what is given."""
+def launcher(num_processes: int | None) -> list[str]:
+    """Return the arguments of Python that launch the script.
+
+    Without `accelerate config`, one process needs no launcher, which would turn each exit code into 1. What
+    `accelerate config` has set stays, except for a number of processes that is given.
+    """
     from accelerate.commands.config.config_args import default_config_file
 
+    launch = ["-m", "accelerate.commands.launch"]
     if os.path.isfile(default_config_file):
-        return [] if num_processes is None else ["--num_processes", str(num_processes)]
+        return launch if num_processes is None else [*launch, "--num_processes", str(num_processes)]
     import torch
 
     num_gpus = torch.cuda.device_count()
     if num_processes is None:
         num_processes = max(1, num_gpus)
-    kind = [] if num_processes == 1 else ["--multi_gpu"] if num_gpus else ["--cpu"]
-    # All of these, because Accelerate warns about each one that it has to guess.
+    if num_processes == 1:
+        return []
+    # Accelerate warns about each option that it has to guess.
     rest = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [*kind, "--num_processes", str(num_processes), *rest]
+    return [*launch, "--multi_gpu" if num_gpus else "--cpu", "--num_processes", str(num_processes), *rest]
