@@ -136,7 +136,7 @@ def test_installed_wheel_runs_and_holds_what_the_command_needs(installed, tmp_pa
             assert (home / "_training" / path.relative_to(ROOT / "training")).read_bytes() == path.read_bytes()
     template = run(python, "-c", "from ddpm_faces.hub import card; print(card.template_path())", cwd=tmp_path).strip()
     assert Path(template) == home / "model_card.md"
-    assert "--train_data_dir" in run(python, home / "_training" / "train.py", "--help", cwd=tmp_path)
+    assert "--train-data-dir" in run(python, home / "_training" / "train.py", "--help", cwd=tmp_path)
 
 
 @pytest.mark.slow
