@@ -1,11 +1,11 @@
 """The command `ddpm-faces`: what you can do without writing Python. Each command calls one function of the package."""
 
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from .. import __version__
 from .demo import demo, push_space
 from .info import info
 from .make import convert, generate, guide, prepare
@@ -48,7 +48,7 @@ for group, commands in GROUPS.items():
 
 def show_version(value: bool) -> None:
     if value:
-        typer.echo(f"ddpm-faces {version('ddpm-faces')}")
+        typer.echo(f"ddpm-faces {__version__}")
         raise typer.Exit
 
 
@@ -83,10 +83,10 @@ def main() -> None:
 def describe(error: typer.BadParameter) -> str:
     """Return the message of a usage error as a sentence, with the options that may have been meant."""
     possibilities = getattr(error, "possibilities", None)
-    if possibilities:
-        return f"{error.message.rstrip('.')}. Did you mean {' or '.join(possibilities)}?"
-    message = error.format_message()
-    return message if message.endswith("?") else f"{message.rstrip('.')}."
+    message = error.message if possibilities else error.format_message()
+    message, _, meant = message.partition(" Did you mean ")  # which some versions of typer and click add to it
+    meant = meant.rstrip("?") or " or ".join(possibilities or [])
+    return f"{message.rstrip('.')}." + (f" Did you mean {meant}?" if meant else "")
 
 
 def fail(message: str, code: int) -> None:
