@@ -90,15 +90,15 @@ def load_training_data(
 
 
 def share_of(train_batch_size: int, process_index: int, num_processes: int) -> slice:
-    """The images of each batch that a process trains on.
+    """Return the part of each batch that a process trains on.
 
     Raises:
         ValueError: `train_batch_size` is not a multiple of `num_processes`.
     """
     if train_batch_size % num_processes:
         raise ValueError(
-            f"`train_batch_size` is shared out evenly: {train_batch_size} is no multiple of the number of "
-            f"processes, {num_processes}."
+            f"`train_batch_size` must be a multiple of the number of processes ({num_processes}), got "
+            f"{train_batch_size}."
         )
     size = train_batch_size // num_processes
     return slice(process_index * size, (process_index + 1) * size)
