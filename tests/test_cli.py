@@ -370,6 +370,8 @@ def test_what_cannot_be_generated(command, model, tmp_path):
         ((tmp_path / "empty",), "holds no model (no model_index.json)"),
         ((tmp_path / "unfinished",), "is an unfinished training; run its command again"),
         ((photo,), "is a file; give the folder of a model, or USER/NAME"),
+        (("~nobody/model",), "`model` '~nobody/model' must be an existing folder"),
+        ((model, "--output", photo / "grid.png"), "cannot be written because"),
         (("nowhere",), "`model` 'nowhere' must be an existing folder, or USER/NAME on the Hub"),
         ((model, "--num-images", 0), "`num_images` must be at least 1, got 0"),
         ((model, "--steps", 0), "`steps` must be at least 1, got 0"),
@@ -391,6 +393,10 @@ def test_what_cannot_be_generated(command, model, tmp_path):
         code, text = command("generate", *arguments, *extra)
         assert (code, says in text, len(text.splitlines())) == (2, True, 1), text
         assert not out.exists()
+    code, text = command()
+    assert code == 2
+    assert "Usage: ddpm-faces" in text
+    assert "error:" not in text
     code, text = command("genrate")
     assert (code, "No such command 'genrate'. Did you mean 'generate'?" in text) == (2, True)
     code, text = command("generate", "owner/none", "--output", out)

@@ -246,6 +246,7 @@ def test_push_space(server, published, bare_client, tmp_path):
     assert set(files) == {".gitattributes", "README.md", "app.py", "requirements.txt"}
     metadata = yaml.safe_load(files["README.md"].split("---")[1])
     assert metadata["models"] == [published]
+    assert metadata["python_version"] == "3.11"  # as text: 3.10 as a number would be 3.1
     assert (metadata["sdk"], metadata["app_file"], metadata["title"]) == ("gradio", "app.py", "faces-demo")
     assert f"gradio=={metadata['sdk_version']}\n" in (ROOT / "constraints.txt").read_text()
     lowest = lowest_versions() | {"torch": "2.6"}

@@ -1033,6 +1033,7 @@ def test_typed_command(tmp_path, num_processes):
     arguments = [*typed, "--config", "drawn32", *flags]
     result = subprocess.run(arguments, env=environ, capture_output=True, text=True, start_new_session=True)
     assert result.returncode == 0, result.stderr
+    assert f"on {num_processes} x cpu" in result.stdout
     assert result.stdout.endswith(
         f"Next:\n  ddpm-faces generate {tmp_path / 'typed'}\n  ddpm-faces push {tmp_path / 'typed'} USER/NAME\n"
     )

@@ -141,9 +141,11 @@ def check_output(output: str | os.PathLike, overwrite: bool = False) -> None:
         raise ValueError(f"`output` {str(output)!r} is a {'folder' if is_file else 'file'}; choose another name.")
     if not overwrite and output.exists() and (is_file or any(output.iterdir())):
         raise ValueError(f"`output` {str(output)!r} exists; choose another name, or add --overwrite.")
-    folder = output.absolute()
-    while not folder.is_dir():
+    folder = output.absolute().parent if is_file else output.absolute()
+    while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"`output` {str(output)!r} cannot be written because {str(folder)!r} is a file.")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"`output` {str(output)!r} cannot be written because {str(folder)!r} is read-only.")
 

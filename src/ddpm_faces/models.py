@@ -22,7 +22,7 @@ def check_model(model: str | os.PathLike) -> None:
     Args:
         model (`str` or `os.PathLike`): A folder, or "user/name". The Hub is not asked whether it has that name.
     """
-    path, shown = Path(model).expanduser(), repr(os.fspath(model))
+    path, shown = Path(os.path.expanduser(model)), repr(os.fspath(model))
     if path.is_file():
         raise ValueError(f"`model` {shown} is a file; give the folder of a model, or USER/NAME on the Hub.")
     if path.is_dir():
@@ -69,7 +69,7 @@ def load_pipeline(
 
 
 def _load(model: str | os.PathLike) -> DDPMFacesPipeline:
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     with _quiet_diffusers():
         if path.is_dir():
             return DDPMFacesPipeline.from_pretrained(path)
@@ -100,5 +100,5 @@ def best_device() -> str:
 
 def model_name(model: str | os.PathLike) -> str:
     """Return the name of a model for a file that may be shared: "user/name", or the name of its folder alone."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     return path.resolve().name if path.is_dir() else os.fspath(model)

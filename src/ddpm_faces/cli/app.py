@@ -72,6 +72,8 @@ def main() -> None:
         typer.echo("Interrupted.", err=True)
         sys.exit(130)
     except UsageError as error:
+        if not error.format_message():  # the help of a command without arguments is printed
+            sys.exit(2)
         command = error.ctx.command_path if error.ctx else "ddpm-faces"
         fail(f"{describe(error)} Run `{command} --help` for help.", 2)
     except (ValueError, OSError, ImportError) as error:  # an ImportError: a package of an extra is missing

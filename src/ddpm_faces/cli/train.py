@@ -50,6 +50,11 @@ def launcher(num_processes: int | None) -> list[str]:
         num_processes = max(1, num_gpus)
     if num_processes == 1:
         return []
-    # Accelerate warns about each option that it has to guess.
-    rest = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [*launch, "--multi_gpu" if num_gpus else "--cpu", "--num_processes", str(num_processes), *rest]
+    if 0 < num_gpus < num_processes:
+        raise ValueError(f"`num_processes` must be at most the number of GPUs, {num_gpus}, got {num_processes}.")
+    if not num_gpus:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    # `--multi_gpu` starts several processes on CPUs too, whereas `--cpu` always starts one. Accelerate warns about
+    # each option that it has to guess.
+    rest = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return [*launch, "--multi_gpu", "--num_processes", str(num_processes), *rest]

@@ -34,7 +34,7 @@ def describe_model(model: str | os.PathLike, revision: str | None = None) -> dic
         HubError: The repository does not exist, or the Hub could not be reached.
     """
     check_model(model)
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"`revision` is for a model on the Hub, and {os.fspath(model)!r} is a folder.")

@@ -82,6 +82,7 @@ def space_files(model: str, title: str) -> dict[str, str]:
         "colorTo": "gray",
         "sdk": "gradio",
         "sdk_version": GRADIO,
+        "python_version": "3.11",  # diffusers needs it, and Spaces may start with an older one
         "app_file": "app.py",
         "license": "apache-2.0",
         "models": [model],

@@ -61,7 +61,7 @@ def config_names() -> list[str]:
 
 def _config_path(name: str) -> Path:
     """The file of `--config`; a file in the working directory takes precedence over a name."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return path
     if name in config_names():

@@ -58,7 +58,9 @@ def finish(run: Run) -> None:
             draw_loss_curve(run)
         grid = run.output_dir / "samples.png"
         samples = f", and samples from it are in {grid}" if grid.exists() else ""
-        print(f"The pipeline is in {run.output_dir}{samples}.\n{next_commands(run)}")
+        print(f"The pipeline is in {run.output_dir}{samples}.")
+        if not run.config.dry_run:  # which deletes its folder
+            print(next_commands(run))
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     if run.config.push_to_hub and run.accelerator.is_main_process:
