@@ -246,6 +246,8 @@ def test_evaluate(command, model, faces, tmp_path):
     assert (code, text) == (2, "error: `guidance_scale` must be 1 for a model without a guide, got 1.5.\n")
     code, text = command("evaluate", faces, faces, "--guidance-scale", 1.5)
     assert (code, "error: `guidance_scale` needs a pipeline, but" in text) == (2, True)
+    code, text = command("evaluate", model, faces, "--seed", 10**20)
+    assert (code, f"`seed` must be from 0 to {2**62}, got {10**20}" in text) == (2, True)
     code, text = command("evaluate", model, faces, "--num-images", 19)
     assert (code, text) == (2, "error: `num_images` must be an integer of at least 20, got 19.\n")
 
@@ -356,6 +358,10 @@ def test_classes_take_turns(command, tmp_path):
         assert code == 0, text
         with Image.open(output) as image:
             assert image.text["class_labels"] == says
+    output = tmp_path / "singles"
+    assert command("generate", model, "-n", 4, "--seed", 5, "--steps", 2, "--output", output)[0] == 0
+    said = [Image.open(output / f"seed-{seed:08}.png").text["class_labels"] for seed in range(5, 9)]
+    assert said == ["[0]", "[1]", "[2]", "[0]"]
     code, text = command("generate", model, "--class-label", 3, "--output", tmp_path / "none.png")
     assert (code, text) == (2, "error: `class_labels` must be from 0 to 2, got [3].\n")
 
@@ -370,8 +376,8 @@ def test_what_cannot_be_generated(command, model, tmp_path):
         ((tmp_path / "empty",), "holds no model (no model_index.json)"),
         ((tmp_path / "unfinished",), "is an unfinished training; run its command again"),
         ((photo,), "is a file; give the folder of a model, or USER/NAME"),
-        (("~nobody/model",), "`model` '~nobody/model' must be an existing folder"),
-        ((model, "--output", photo / "grid.png"), "cannot be written because"),
+        (("~no-such-user/model",), "`model` '~no-such-user/model' must be an existing folder"),
+        ((model, "--output", photo / "grid.png"), "cannot be a folder because"),
         (("nowhere",), "`model` 'nowhere' must be an existing folder, or USER/NAME on the Hub"),
         ((model, "--num-images", 0), "`num_images` must be at least 1, got 0"),
         ((model, "--steps", 0), "`steps` must be at least 1, got 0"),
@@ -402,6 +408,37 @@ def test_what_cannot_be_generated(command, model, tmp_path):
     code, text = command("generate", "owner/none", "--output", out)
     assert (code, len(text.splitlines())) == (1, 1), text
     assert "owner/none: the repository was not found" in text
+
+
+def test_home_is_expanded_where_a_shell_does_not(client, model, tmp_path):
+    code = f"import os\nos.environ['HOME'] = {str(tmp_path)!r}\n" + COMMAND
+    arguments = ["generate", f"~/{model.name}", "-n", "1", "--steps", "2", "--output=~/home.png"]
+    outcome = client.run(code, None, arguments=arguments)
+    assert (outcome.kind, outcome.error) == ("SystemExit", "0"), outcome.output
+    assert (tmp_path / "home.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "error", ["RuntimeError('CUDA out of memory. Tried')", "MemoryError()", "RuntimeError('bug')"]
+)
+def test_memory_that_runs_out_is_told_in_one_line(client, model, tmp_path, error):
+    code = f"def broken(*args, **kwargs):\n    raise {error}\nDDPMFacesPipeline.__call__ = broken\n" + COMMAND
+    arguments = ["generate", str(model), "-n", "1", "--steps", "2", "--output", str(tmp_path / "x.png")]
+    outcome = client.run(code, None, arguments=arguments)
+    if "bug" in error:
+        assert (outcome.kind, outcome.error) == ("RuntimeError", "bug")
+    else:
+        assert (outcome.kind, outcome.error) == ("SystemExit", "1"), outcome.output
+        says = "error: There is not enough memory. Use a smaller --batch-size, or close other programs.\n"
+        assert outcome.output == says
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_interruption_is_told(client, model, tmp_path):
+    code = "def broken(*args, **kwargs):\n    raise KeyboardInterrupt\nDDPMFacesPipeline.__call__ = broken\n" + COMMAND
+    arguments = ["generate", str(model), "--steps", "2", "--output", str(tmp_path / "x.png")]
+    outcome = client.run(code, None, arguments=arguments)
+    assert (outcome.kind, outcome.error, outcome.output.strip()) == ("SystemExit", "130", "Interrupted.")
 
 
 def test_no_network_and_no_cache(client, model, tmp_path):
@@ -436,17 +473,26 @@ def test_pull(server, client, command, model, tmp_path):
     code = "result = picture(DDPMFacesPipeline.from_pretrained('owner/pulled')).sum().item()"
     assert client.run(code, None, home, offline=True).value is not None
 
-    # To a folder, again after a file was damaged, and half-precision weights alone.
+    # To a folder, which appears once all is there; and what is done to it afterwards is never overwritten.
     output = tmp_path / "downloaded"
-    for _ in range(2):
-        code, text = command("pull", "owner/pulled", "--output", output, "--json")
-        assert code == 0, text
-        assert json.loads(text[text.index("{") :]) == {"repo_id": "owner/pulled", "folder": str(output)}
-        pipeline = DDPMFacesPipeline.from_pretrained(output)
-        expected = DDPMFacesPipeline.from_pretrained(model).unet.state_dict()
-        assert all(torch.equal(weight, expected[name]) for name, weight in pipeline.unet.state_dict().items())
-        path = output / "unet" / "diffusion_pytorch_model.safetensors"
-        path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    server.fail("GET .*model.safetensors", status=403)
+    code, text = command("pull", "owner/pulled", "--output", output)
+    server.heal()
+    assert (code, output.exists()) == (1, False)
+    assert "Run the same command again to resume the download." in text
+    server.fail("GET .*model.safetensors", corrupt=True, times=1)
+    code, text = command("pull", "owner/pulled", "--output", output, "--json")
+    assert code == 0, text
+    assert json.loads(text[text.index("{") :]) == {"repo_id": "owner/pulled", "folder": str(output)}
+    pipeline = DDPMFacesPipeline.from_pretrained(output)
+    expected = DDPMFacesPipeline.from_pretrained(model).unet.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in pipeline.unet.state_dict().items())
+    assert not list(tmp_path.glob(".unfinished*"))
+    assert not (output / ".cache").exists()
+    (output / "metrics.json").write_text("{}")
+    code, text = command("pull", "owner/pulled", "--output", output)
+    assert (code, "must be a new or empty folder" in text) == (2, True)
+    assert (output / "metrics.json").read_text() == "{}"
     assert command("pull", "owner/pulled", "--output", tmp_path / "half", "--variant", "bf16")[0] == 0
     assert [path.name for path in (tmp_path / "half" / "unet").glob("*.safetensors")] == [
         "diffusion_pytorch_model.bf16.safetensors"
@@ -458,7 +504,7 @@ def test_pull(server, client, command, model, tmp_path):
         (("owner/nothing",), 2, "owner/nothing holds no model of ddpm-faces: it has no model_index.json"),
         (("owner/pulled", "--variant", "fp16"), 2, "`variant` 'fp16' is not published in owner/pulled"),
         (("owner/pulled", "--variant", "int8"), 2, "`variant` must be one of bf16, fp16 or None, got 'int8'"),
-        (("owner/pulled", "--output", model), 2, "exists and is not an earlier download"),
+        (("owner/pulled", "--output", model), 2, "must be a new or empty folder"),
         (("pulled",), 2, "`repo_id` must be 'user/name' or 'organization/name'"),
     ):
         code, text = command("pull", *arguments)
@@ -482,6 +528,20 @@ def test_info(server, command, model):
     code, text = command("info", "--json")
     assert code == 0, text
     assert {"ddpm-faces", "python", "torch", "device", "CPU", "cache", "Hub"} <= set(json.loads(text))
+    # Records may come from a stranger, and markup in them is text.
+    summary = {"data": "[bold]faces[/nothing]", "hours": 1, "processes": 1, "device": "cpu"}
+    (model / "training_summary.json").write_text(json.dumps(summary))
+    code, text = command("info", model)
+    assert (code, "[bold]faces[/nothing]" in text) == (0, True), text
+    for name, content in (
+        ("training_summary.json", '{"data": 1.5}'), ("metrics.json", '{"metrics": [3]}'),
+        ("README.md", "---\na: [\n---\n"), ("unet/config.json", "{}"),
+    ):  # fmt: skip
+        before = (model / name).read_bytes() if (model / name).exists() else None
+        (model / name).write_text(content)
+        code, text = command("info", model)
+        assert (code, "has damaged records" in text, len(text.splitlines())) == (2, True, 1), (name, text)
+        (model / name).unlink() if before is None else (model / name).write_bytes(before)
     for arguments, says in (
         ((model.parent,), "holds no model"),
         ((model, "--revision", "main"), "`revision` is for a model on the Hub"),

@@ -100,12 +100,14 @@ def test_solver_takes_the_steps_of_the_fast_solver():
         DDPMFacesScheduler(),
         DDPMFacesScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"),
         DDPMFacesScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+        DDPMFacesScheduler(beta_schedule="squaredcos_cap_v2"),
+        DDPMFacesScheduler(20),  # where several of the wanted noise levels are nearest to the same timestep
     ):
         ours, theirs = (
             cls.from_config(scheduler.config, trained_betas=scheduler.betas.tolist())
             for cls in (app.Solver, ddpm_faces.FastSolver)
         )
-        for steps in (1, 2, 15, 20):
+        for steps in {1, 2, 6, 15, 20, min(50, scheduler.config.num_train_timesteps)}:
             ours.set_timesteps(steps)
             theirs.set_timesteps(steps)
             assert ours.timesteps.tolist() == theirs.timesteps.tolist()
@@ -258,7 +260,7 @@ def test_push_space(server, published, bare_client, tmp_path):
     code = """
         import os, runpy
         page = runpy.run_path(app)
-        pipeline = DiffusionPipeline.from_pretrained(page["MODEL"], trust_remote_code=True)
+        pipeline = DiffusionPipeline.from_pretrained(page["MODEL"], revision=page["REVISION"], trust_remote_code=True)
         maker = page["FaceMaker"](pipeline, page["MODEL"])
         page["build"](maker)
         events = maker.faces(0, 2, 3)
@@ -267,6 +269,10 @@ def test_push_space(server, published, bare_client, tmp_path):
         result = [page["MODEL"], Image.open(path).text["Software"], Image.open(path).tobytes().hex()]
     """
     (tmp_path / "app.py").write_text(files["app.py"])
+    # What the owner of the model changes later does not run in the Space.
+    pinned = server.repos["models", published].branches["main"]
+    assert f'MODEL, REVISION = "{published}", "{pinned}"' in files["app.py"]
+    server.put("models", published, {"pipeline_ddpm_faces.py": b"raise SystemExit('somebody else')"})
     outcome = bare_client.run(textwrap.dedent(code), OWNER_TOKEN, app=str(tmp_path / "app.py"))
     assert outcome.error is None, outcome.output
     maker = app.FaceMaker(DDPMFacesPipeline.from_pretrained(tmp_path / "tiny"), published)

@@ -352,7 +352,7 @@ class Never(MetricNetworks):
     [
         ({"num_images": 19}, "`num_images` must be an integer of at least 20, got 19"),
         ({"num_images": True}, "`num_images` must be an integer of at least 20, got True"),
-        ({"sampler": "euler"}, "`sampler` must be one of 'ddpm', 'dpm-solver\\+\\+', got 'euler'"),
+        ({"sampler": "euler"}, "`sampler` must be one of 'dpm-solver\\+\\+', 'ddpm', got 'euler'"),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be an integer of at least 1, got 0"),
         ({"num_inference_steps": 11}, "`num_inference_steps` must be from 1 to 10, .*, got 11"),
         ({"sigma_min": 0.1}, "`sigma_min` needs the sampler 'dpm-solver\\+\\+', but the sampler is 'ddpm'"),

@@ -84,6 +84,17 @@ def check_new(path: str | os.PathLike) -> None:
         raise ValueError(f"{str(path)!r} must be a new or empty folder.")
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise a `ValueError` unless a folder can be made at `path`, or written to if it exists."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{str(path)!r} cannot be a folder because {str(folder)!r} is a file.")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{str(path)!r} cannot be written because {str(folder)!r} is read-only.")
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a folder to write to. It becomes `path` when the block ends without an error.

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from . import __version__
-from .files import replacing
+from .files import check_writable, replacing
 from .pipeline_ddpm_faces import DDPMFacesPipeline
 from .plots import image_grid
 from .solvers import fast_solver
@@ -20,7 +20,7 @@ from .solvers import fast_solver
 
 SAMPLERS = ("dpm-solver++", "ddpm")
 DEFAULT_STEPS = 20  # of dpm-solver++
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**62  # PyTorch takes seeds below 2^63
 
 
 @dataclass
@@ -57,8 +57,7 @@ class Recipe:
             raise ValueError(f"`num_images` must be at least 1, got {self.num_images}.")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
-        if not 0 <= self.seed <= MAX_SEED - self.num_images:
-            raise ValueError(f"`seed` must be from 0 to 2^63 - 1 - `num_images`, got {self.seed}.")
+        check_seed(self.seed)
         for name in ("sigma_min", "epsilon_scaling"):
             if getattr(self, name) is not None and self.sampler == "ddpm":
                 raise ValueError(
@@ -102,9 +101,9 @@ def generate(pipeline: DDPMFacesPipeline, recipe: Recipe, batch_size: int = 64) 
     recipe = recipe.resolve(pipeline)
     if recipe.sampler == "dpm-solver++":
         solver = fast_solver(pipeline.scheduler, recipe.sigma_min, recipe.epsilon_scaling)
-        pipeline = pipeline.with_scheduler(solver)
     else:
-        pipeline = pipeline.with_scheduler(pipeline.scheduler)
+        solver = pipeline.scheduler
+    pipeline = pipeline.with_scheduler(solver)  # a copy, so that the caller's pipeline keeps its progress bar
     pipeline.set_progress_bar_config(disable=True)  # one bar for all batches instead
     labels = recipe.class_labels
 
@@ -131,6 +130,12 @@ def generate(pipeline: DDPMFacesPipeline, recipe: Recipe, batch_size: int = 64) 
             yield from output[0]
 
 
+def check_seed(seed: int) -> None:
+    """Raise a `ValueError` unless the seeds of any number of images can start at `seed`."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"`seed` must be from 0 to {MAX_SEED}, got {seed}.")
+
+
 def check_output(output: str | os.PathLike, overwrite: bool = False) -> None:
     """Raise a `ValueError` if there is something at `output` already, or if nothing can be written there."""
     output = Path(output)
@@ -141,13 +146,7 @@ def check_output(output: str | os.PathLike, overwrite: bool = False) -> None:
         raise ValueError(f"`output` {str(output)!r} is a {'folder' if is_file else 'file'}; choose another name.")
     if not overwrite and output.exists() and (is_file or any(output.iterdir())):
         raise ValueError(f"`output` {str(output)!r} exists; choose another name, or add --overwrite.")
-    folder = output.absolute().parent if is_file else output.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise ValueError(f"`output` {str(output)!r} cannot be written because {str(folder)!r} is a file.")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"`output` {str(output)!r} cannot be written because {str(folder)!r} is read-only.")
+    check_writable(output.parent if is_file else output)
 
 
 def generate_to(
@@ -193,7 +192,9 @@ def generate_to(
     paths = []
     for seed, image in enumerate(images, start=recipe.seed):
         paths.append(output / f"seed-{seed:08}.png")
-        save_png(image, paths[-1], metadata(model, recipe, seed))
+        labels = recipe.class_labels
+        label = labels and [labels[(seed - recipe.seed) % len(labels)]]
+        save_png(image, paths[-1], metadata(model, replace(recipe, class_labels=label), seed))
     return paths
 
 

@@ -1,5 +1,7 @@
 """The command `ddpm-faces`: what you can do without writing Python. Each command calls one function of the package."""
 
+import os
+import re
 import sys
 from typing import Annotated
 
@@ -25,6 +27,7 @@ EXIT_CODES = (
     "Exit codes: 0 success; 1 failure, such as no network or a full disk; 2 invalid input; 3 the audit found copies; "
     "130 interrupted."
 )
+INTERRUPTED = 130  # by Ctrl-C, as shells have it
 UsageError = typer.BadParameter.__base__  # of click, or of the copy of it that comes with typer
 
 app = typer.Typer(
@@ -64,13 +67,12 @@ def options(
 
 def main() -> None:
     """Run a command. An error is one line on the standard error, unless `--debug` asks for the traceback."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = [expand_home(argument) for argument in sys.argv[1:] if argument != "--debug"]
     is_debugging = len(arguments) < len(sys.argv) - 1
     try:
-        sys.exit(app(args=arguments, prog_name="ddpm-faces", standalone_mode=False) or 0)
+        code = app(args=arguments, prog_name="ddpm-faces", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("Interrupted.", err=True)
-        sys.exit(130)
+        code = INTERRUPTED
     except UsageError as error:
         if not error.format_message():  # the help of a command without arguments is printed
             sys.exit(2)
@@ -80,6 +82,22 @@ def main() -> None:
         if is_debugging:
             raise
         fail(str(error), 2 if isinstance(error, ValueError) else 1)
+    except (RuntimeError, MemoryError) as error:
+        is_memory = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))
+        if is_debugging or not is_memory:
+            raise
+        fail("There is not enough memory. Use a smaller --batch-size, or close other programs.", 1)
+    if code == INTERRUPTED:
+        typer.echo("Interrupted.", err=True)
+    sys.exit(code)
+
+
+def expand_home(argument: str) -> str:
+    """Expand `~` where a shell does not: in quotes, and behind the `=` of an option."""
+    option, equals, value = argument.partition("=")
+    if option.startswith("--") and equals:
+        return option + equals + os.path.expanduser(value)
+    return os.path.expanduser(argument)
 
 
 def describe(error: typer.BadParameter) -> str:

@@ -46,4 +46,4 @@ def show(result: dict[str, Any]) -> None:
             table.add_row(
                 name.replace("_", " "), "\n".join(f"{line:,}" if isinstance(line, int) else line for line in lines)
             )
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)

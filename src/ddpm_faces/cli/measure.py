@@ -51,7 +51,7 @@ def evaluate(
         Path | None, typer.Option(help="File for the metrics (default: metrics.json in the model's folder).")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="Another metrics.json to show beside the result.", exists=True)
+        Path | None, typer.Option(help="Another metrics.json to show beside the result.", exists=True, dir_okay=False)
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -114,13 +114,14 @@ def audit(
     """
     from ..evaluation.copies import audit_model
     from ..evaluation.quality import METRICS_NAME, check_metrics_file, write_metrics
-    from ..files import replacing
+    from ..files import check_writable, replacing
 
     is_folder = Path(source, "model_index.json").is_file()
     if output is None:
         if not is_folder:
             raise ValueError("`output` must be given because the source is not the folder of a model.")
         output = Path(source)
+    check_writable(output)
     if is_folder:
         check_metrics_file(Path(source, METRICS_NAME))
     extractor = None

@@ -25,7 +25,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 
-MODEL = ""  # `push-space` writes the name of the model here.
+# `push-space` writes the name of the model here, and its commit: what changes there later must not run here unseen.
+MODEL, REVISION = "", ""
 # No visitor may ask for more than this at once, and no more visitors may wait.
 MAX_IMAGES, MAX_FRAMES, MAX_STEPS, MAX_WAITING = 16, 16, 50, 20
 MIN_FRAMES, DEFAULT_STEPS = 3, 15
@@ -52,8 +53,11 @@ class Solver(DPMSolverMultistepScheduler):
             log_sigmas = 0.5 * np.log((1 - alphas_cumprod) / alphas_cumprod)  # of each timestep, rising
             first, last = np.clip(np.log([120, 0.02]), log_sigmas[0], log_sigmas[-1])
             wanted = np.linspace(first, last, num_inference_steps)[:, None]
-            nearest = np.abs(log_sigmas - wanted).argmin(axis=1)
-            timesteps = sorted({int(timestep) for timestep in nearest}, reverse=True)
+            nearest = np.abs(log_sigmas - wanted).argmin(axis=1).tolist()
+            timesteps = []
+            for i, timestep in enumerate(nearest):  # distinct, with room for those that follow
+                highest = timesteps[-1] - 1 if timesteps else len(log_sigmas) - 1
+                timesteps.append(min(max(timestep, num_inference_steps - 1 - i), highest))
         super().set_timesteps(device=device, timesteps=timesteps)
 
 
@@ -398,5 +402,5 @@ def launch(maker: FaceMaker, **settings: Any) -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    pipeline = DiffusionPipeline.from_pretrained(MODEL, trust_remote_code=True)
+    pipeline = DiffusionPipeline.from_pretrained(MODEL, revision=REVISION, trust_remote_code=True)
     launch(FaceMaker(pipeline.to("cuda" if torch.cuda.is_available() else "cpu"), MODEL))

@@ -11,12 +11,10 @@ from PIL import Image
 
 from ..data.folders import image_suffixes
 from ..data.images import picture_to_tensor
+from ..generation import SAMPLERS, check_seed
 from ..models import load_pipeline
 from ..pipeline_ddpm_faces import DDPMFacesPipeline
 from ..solvers import fast_solver
-
-
-SAMPLERS = ("ddpm", "dpm-solver++")
 
 
 def open_samples(
@@ -60,6 +58,7 @@ def open_samples(
     for name, value, minimum in bounds:
         if type(value) is not int or value < minimum:
             raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+    check_seed(seed)
     for name, option in {"sigma_min": sigma_min, "epsilon_scaling": epsilon_scaling}.items():
         if option is not None and sampler == "ddpm":
             raise ValueError(f"`{name}` needs the sampler 'dpm-solver++', but the sampler is 'ddpm'.")

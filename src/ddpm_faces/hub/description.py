@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from .. import __version__
 from ..files import read_json_object
@@ -34,6 +35,15 @@ def describe_model(model: str | os.PathLike, revision: str | None = None) -> dic
         HubError: The repository does not exist, or the Hub could not be reached.
     """
     check_model(model)
+    try:
+        return _describe(model, revision)
+    except (AttributeError, KeyError, TypeError, yaml.YAMLError) as error:  # records may come from a stranger
+        raise ValueError(
+            f"`model` {os.fspath(model)!r} has damaged records: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _describe(model: str | os.PathLike, revision: str | None) -> dict[str, Any]:
     folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         if revision is not None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, ModelInfo
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from ..errors import explaining, retry
@@ -23,7 +23,7 @@ REQUIREMENTS = (
     "torch>=2.6",
 )
 _APP = Path(__file__).parents[1] / "demo" / "app.py"
-_MODEL_LINE = 'MODEL = ""'
+_MODEL_LINE = 'MODEL, REVISION = "", ""'
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ def push_space(
 ) -> Space:
     """Publish the demo of a model as a Space.
 
+    The Space runs code of the model's repository. It therefore loads the commit that is the newest now; after a change
+    of the model, publish the Space again.
+
     Args:
         model (`str`): "user/name" of a model that [`push`] has published.
         repo_id (`str`): "user/name" of the Space. If it exists, its three files are replaced and all others stay.
@@ -59,18 +62,18 @@ def push_space(
     title = repo_id.split("/")[1] if title is None else title
     if not title.strip() or "\n" in title:
         raise ValueError(f"`title` must be one line of text, got {title!r}.")
-    needs_token = not _is_public(model, token)
+    info = _model_info(model, token)
 
     def write(folder: Path, old_card: str | None) -> None:
-        for name, text in space_files(model, title).items():
+        for name, text in space_files(model, info.sha, title).items():
             (folder / name).write_text(text, "utf-8")
 
     message = f"Publish the demo of {model}"
     commit = publish(write, repo_id, "space", SPACE_FILES, message, private, token)
-    return Space(commit, f"{_api(token).endpoint}/spaces/{repo_id}", needs_token)
+    return Space(commit, f"{_api(token).endpoint}/spaces/{repo_id}", bool(info.private or info.gated))
 
 
-def space_files(model: str, title: str) -> dict[str, str]:
+def space_files(model: str, revision: str | None, title: str) -> dict[str, str]:
     """Return the content of the three files of a Space by their names."""
     app = _APP.read_text("utf-8")
     if app.count(_MODEL_LINE) != 1:
@@ -89,14 +92,14 @@ def space_files(model: str, title: str) -> dict[str, str]:
     }
     text = f"Faces that [{model}](https://huggingface.co/{model}) makes out of noise, and walks between them.\n"
     return {
-        "app.py": app.replace(_MODEL_LINE, f'MODEL = "{model}"'),
+        "app.py": app.replace(_MODEL_LINE, f'MODEL, REVISION = "{model}", "{revision}"'),
         "requirements.txt": "\n".join(REQUIREMENTS) + "\n",
         "README.md": f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n{text}",
     }
 
 
-def _is_public(model: str, token: str | bool | None) -> bool:
-    """Whether anybody may read the model, which must exist."""
+def _model_info(model: str, token: str | bool | None) -> ModelInfo:
+    """Ask the Hub about the model, which must be one that a Space can load."""
     try:
         check_repo_id(model)
     except ValueError as error:
@@ -115,4 +118,4 @@ def _is_public(model: str, token: str | bool | None) -> bool:
             f"`model` {model} was not published by `ddpm-faces push`: it lacks pipeline_ddpm_faces.py, without which "
             "a Space cannot load it."
         )
-    return not info.private and not info.gated
+    return info
