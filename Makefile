@@ -26,7 +26,7 @@ demo: $(VENV)/.train
 	@echo "  $(BIN)/ddpm-faces generate models/faces64 --seed 100 --output more.png      sixteen other faces"
 	@echo "  $(BIN)/ddpm-faces demo models/faces64      in your browser; first $(BIN)/pip install '.[demo]'"
 	@echo "  make train      train a model of your own, on drawn faces"
-	@echo "docs/tutorial.md takes you from here to your own published model."
+	@echo "docs/tutorial.md shows how to train and publish your own model."
 
 train: $(VENV)/.train
 	$(BIN)/ddpm-faces train --output-dir demo
