@@ -137,10 +137,11 @@ def test_card(server, published):
     assert (metric["type"], metric["value"], result["dataset"]["name"]) == ("fd", 12.5, "user/people, test")
     assert metric["args"]["n"] == 512
     for text in (
-        "| pictures | user/people: 40 pictures |", "| started from | user/base |",
-        "| images seen | 96,000 |", "| time | 1.5 h on 2 x NVIDIA H100 |", "| their licence | cc-by-4.0 |",
+        "| training images | user/people: 40 pictures |", "| base model | user/base |",
+        "| images seen | 96,000 |", "| training time | 1.5 h on 2 x NVIDIA H100 |",
+        "| license of the training images | cc-by-4.0 |",
         "| Frechet distance | 12.5 ± 0.4 | n 512, seed 0, extractor efficientnet-lite0", "EMA weights",
-        "No copies were found among 512 faces.", "the seeds 5, 6, 7 and so on, all 20 steps", "loss_curve.png",
+        "No copies were found among 512 faces.", "seeds 5, 6, 7 and so on, in all 20 steps", "loss_curve.png",
         'DDPMFacesPipeline.from_pretrained("owner/faces")', "## Limits and misuse",
     ):  # fmt: skip
         assert text in card, text
@@ -158,8 +159,8 @@ def test_folders_of_this_machine_are_no_names_on_the_hub(pipeline, tmp_path):
     (tmp_path / "out").mkdir()
     hub.export(tmp_path / "model", tmp_path / "out", "owner/faces", variants=())
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
-    assert "| pictures | people |" in card
-    assert "| started from | base |" in card
+    assert "| training images | people |" in card
+    assert "| base model | base |" in card
     head = yaml.safe_load(card.split("---")[1])
     assert "datasets" not in head
     assert "base_model" not in head
@@ -211,8 +212,8 @@ result = pipeline.push_to_hub("owner/again", commit_message="Once more", private
     assert repo.private
     assert repo.commits[repo.branches["main"]].title == "Once more"
     card = repo.files["README.md"].decode()
-    assert "the seeds 0, 1, 2 and so on, 20 steps of DPM-Solver++" in card
-    assert "Not measured. Assume that some are." in card
+    assert "seeds 0, 1, 2 and so on, in 20 steps of DPM-Solver++" in card
+    assert "Assume that the model can reproduce training images." in card
     assert client.run('pipeline = DDPMFacesPipeline.from_pretrained("owner/again")', OWNER_TOKEN).error is None
 
 
@@ -266,7 +267,7 @@ def test_guide_is_published_too(server, client, bare_client, published, folder, 
     assert "| guide | DDPMFacesUNet, 0.0 M parameters, guidance scale 1.5 |" in card
     assert "steps 20, guidance scale 1 |" in card  # of a figure that was measured before
     assert "steps 19, guidance scale 1.5 |" in card
-    assert "the seeds 0, 1, 2 and so on, 20 steps of DPM-Solver++" in card  # those of the training had no guide
+    assert "seeds 0, 1, 2 and so on, in 20 steps of DPM-Solver++" in card  # those of the training had no guide
     expected = pipeline(2, generator=torch.Generator().manual_seed(0), output_type="pt").images.double()
     for code, by in (
         ("from ddpm_faces import DDPMFacesPipeline as P; pipeline = P.from_pretrained('owner/guided')", client),
@@ -866,14 +867,14 @@ TRAINING = "<!-- generated: training -->\n| | |\n|---|---|\n{rows}\n<!-- end: tr
     ("head", "rows", "expected"),
     [
         # What the old card's own table names was generated, and goes where the new card names none or another.
-        ({"base_model": "user/former"}, "| started from | user/former |", {}),
-        ({"datasets": ["user/former"]}, "| pictures | user/former: 40 pictures |", {}),
-        ({"datasets": ["user/former", "user/theirs"]}, "| pictures | user/former |", {"datasets": ["user/theirs"]}),
-        ({"base_model": ["user/former", "user/x"]}, "| started from | user/former |", {"base_model": ["user/x"]}),
+        ({"base_model": "user/former"}, "| base model | user/former |", {}),
+        ({"datasets": ["user/former"]}, "| training images | user/former: 40 pictures |", {}),
+        ({"datasets": ["user/former", "user/b"]}, "| training images | user/former |", {"datasets": ["user/b"]}),
+        ({"base_model": ["user/former", "user/x"]}, "| base model | user/former |", {"base_model": ["user/x"]}),
         # What it does not name, a person wrote.
-        ({"base_model": "user/theirs"}, "| started from | user/former |", {"base_model": "user/theirs"}),
+        ({"base_model": "user/theirs"}, "| base model | user/former |", {"base_model": "user/theirs"}),
         ({"base_model": "user/theirs"}, "| batch size | 8 |", {"base_model": "user/theirs"}),
-        ({"datasets": "user/theirs"}, "| pictures | people |", {"datasets": "user/theirs"}),
+        ({"datasets": "user/theirs"}, "| training images | people |", {"datasets": "user/theirs"}),
     ],
 )
 def test_what_an_earlier_publishing_generated_goes(head, rows, expected):

@@ -1,4 +1,4 @@
-"""The model card: fill the template `model_card.md`, and merge it with a card that people have edited."""
+"""Model cards: fill the template `model_card.md`, and merge it with a card that people have edited."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 _PACKAGE = "ddpm-faces"
 _SECTION = re.compile(r"<!-- generated: (\w+)[^>]*-->\n(?:(?!<!-- generated: ).)*?<!-- end: \1 -->", re.DOTALL)
 _ROW = re.compile(r"^\| (.+?) \| (.*) \|$", re.MULTILINE)
-# Metadata that only publishing writes. People may write other keys.
+# Metadata keys that only publishing writes. All other keys may be a person's own.
 GENERATED_KEYS = ("library_name", "pipeline_tag", "model-index", "configs", "size_categories", "task_categories")
 TAGS = ["ddpm", "faces", "diffusers", "unconditional-image-generation"]
 
@@ -25,7 +25,7 @@ def check_license(name: str, license: str | None) -> None:
         license (`str`, *optional*): An identifier of https://hf.co/docs/hub/repositories-licenses.
 
     Raises:
-        ValueError: It does not have that form.
+        ValueError: The license does not have this form.
     """
     if license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
         raise ValueError(
@@ -58,7 +58,7 @@ def model_card(
     datasets: list[str] | None = None,
     base_model: str | None = None,
 ) -> ModelCard:
-    """Fill the template.
+    """Fill the template `model_card.md`.
 
     Args:
         repo_id (`str`): "user/name".
@@ -104,11 +104,11 @@ def merge_cards(old: str, new: str) -> str:
     - A generated section that somebody removed from the old card, with its marks, stays removed. If the old card has
       no generated section, a person or another program wrote it, and the new card is appended to it.
     - The license and the base model of the new card replace those of the old one; its tags and datasets are added.
-    - A base model or dataset in the training table of the old card was generated, and is removed unless the new card
-      names it. All others were written by a person, and stay.
+    - A base model or dataset in the training table of the old card was generated. It is removed unless the new card
+      names it. All others were written by a person and stay.
 
     Args:
-        old (`str`): The present card.
+        old (`str`): The current card.
         new (`str`): The new card, by [`model_card`].
 
     Returns:
@@ -122,7 +122,7 @@ def merge_cards(old: str, new: str) -> str:
         old_card, new_card = ModelCard(old, ignore_metadata_errors=True), ModelCard(new)
     except Exception as error:  # YAML raises many kinds of errors
         reason = " ".join(str(error).split())
-        raise ValueError(f"The metadata of the present README.md cannot be read, correct it: {reason}.") from error
+        raise ValueError(f"The metadata of the current README.md cannot be read. Correct it: {reason}.") from error
     text = old_card.text
     if old_sections:
         text = _SECTION.sub(lambda match: new_sections.get(match[1], match[0]), text)
@@ -130,7 +130,10 @@ def merge_cards(old: str, new: str) -> str:
         text = f"{text.rstrip()}\n\n{new_card.text.lstrip()}" if text.strip() else new_card.text
     old_data, new_data = old_card.data.to_dict(), new_card.data.to_dict()
     training = dict(_ROW.findall(old_sections.get("training", "")))
-    generated = {"base_model": training.get("started from"), "datasets": training.get("pictures", "").split(": ")[0]}
+    generated = {
+        "base_model": training.get("base model"),
+        "datasets": training.get("training images", "").split(": ")[0],
+    }
     for key, value in generated.items():
         kept = [name for name in _list(old_data.get(key)) if name != value]
         if not kept:
@@ -151,7 +154,7 @@ def merge_cards(old: str, new: str) -> str:
         data["base_model"] = new_data["base_model"]
     if "datasets" in new_data:
         data["datasets"] = list(dict.fromkeys(new_data["datasets"] + _list(old_data.get("datasets"))))
-    # The metadata is written by hand, because ModelCardData would rearrange a person's model-index.
+    # Not written by ModelCardData, which would rearrange a model-index that a person wrote.
     import yaml
 
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True).strip()

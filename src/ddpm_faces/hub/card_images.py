@@ -26,7 +26,7 @@ def draw_grid(pipeline: DDPMFacesPipeline, path: Path, sigma_min: float | None) 
     scheduler = pipeline.scheduler
     fast = pipeline.with_scheduler(fast_solver(scheduler, sigma_min))
     steps = min(_GRID_STEPS, scheduler.config.num_train_timesteps)
-    fast.set_progress_bar_config(desc="Drawing faces for the card", leave=False)
+    fast.set_progress_bar_config(desc="Generating faces for the card", leave=False)
     labels = _labels(fast, _GRID_FACES)
     output: ImagePipelineOutput = fast(_GRID_FACES, steps, _seeds(_GRID_FACES), class_labels=labels)
     image_grid(output.images, scale=_scale(output.images[0])).save(path)
@@ -46,7 +46,7 @@ def draw_strip(pipeline: DDPMFacesPipeline, path: Path) -> list[int]:
             timesteps.append(int(timestep))
         return {}
 
-    pipeline.set_progress_bar_config(desc="Drawing the strip for the card", leave=False)
+    pipeline.set_progress_bar_config(desc="Generating the denoising strip for the card", leave=False)
     labels = _labels(pipeline, _STRIP_FACES)
     pipeline(_STRIP_FACES, generator=_seeds(_STRIP_FACES), callback_on_step_end=keep, class_labels=labels)
     rows: list[Image.Image] = [frame[face] for face in range(_STRIP_FACES) for frame in frames]

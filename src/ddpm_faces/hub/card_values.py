@@ -7,6 +7,9 @@ import torch
 from ..pipeline_ddpm_faces import DDPMFacesPipeline
 
 
+_NOT_AUDITED = "Not measured. Assume that the model can reproduce training images."
+
+
 def template_values(
     repo_id: str,
     pipeline: DDPMFacesPipeline,
@@ -35,11 +38,11 @@ def template_values(
     guide_images_seen = _thousands(summary.get("guide_images_seen"))
     guide = f"this network after {guide_images_seen} images" if guide_images_seen else _network(pipeline.guide)
     training = {
-        "pictures": ": ".join(filter(None, (source, summary.get("data")))),
-        "started from": config.get("pretrained_model_name_or_path"),
-        "their licence": dataset_license or ("not stated" if config and not is_drawn else None),
+        "training images": ": ".join(filter(None, (source, summary.get("data")))),
+        "base model": config.get("pretrained_model_name_or_path"),
+        "license of the training images": dataset_license or ("not stated" if config and not is_drawn else None),
         "images seen": _thousands(summary.get("images_seen")),
-        "time": summary and f"{duration(summary['hours'])} on {summary['processes']} x {summary['device']}",
+        "training time": summary and f"{duration(summary['hours'])} on {summary['processes']} x {summary['device']}",
         "precision": summary.get("precision"),
         "batch size": config.get("train_batch_size"),
         "learning rate": config.get("learning_rate"),
@@ -47,11 +50,11 @@ def template_values(
         "network": f"{_network(pipeline.unet)}{kind}",
         "guide": pipeline.guide and f"{guide}, guidance scale {pipeline.config.guidance_scale:g}",
         "noise schedule": f"{scheduler.beta_schedule}, T = {scheduler.num_train_timesteps}",
-        "predicts": scheduler.prediction_type,
-        "made with": summary.get("versions"),
+        "prediction type": scheduler.prediction_type,
+        "versions": summary.get("versions"),
     }
     entries = metrics.get("metrics", [])
-    if pipeline.guide is not None:  # state for each metric whether it was measured with the guide
+    if pipeline.guide is not None:  # show for each metric whether it was measured with the guide
         entries = [{**entry, "guidance_scale": entry.get("guidance_scale", 1)} for entry in entries]
     betas = "" if scheduler.beta_schedule != "sigmoid" else ", trained_betas=pipeline.scheduler.betas.tolist()"
     return {
@@ -66,7 +69,7 @@ def template_values(
         "training": [(name, _cell(value)) for name, value in training.items() if value not in (None, {}, "")],
         "has_config": bool(config),
         "metrics": [_metric_row(metric) for metric in entries],
-        "memorisation": metrics.get("memorisation", {}).get("verdict", "Not measured. Assume that some are."),
+        "memorisation": metrics.get("memorisation", {}).get("verdict", _NOT_AUDITED),
     }
 
 

@@ -23,7 +23,7 @@ def convert_checkpoint(path: str | os.PathLike, sample_size: int | tuple[int, in
     """Convert a state dict of the article's U-Net. The names of its modules do not matter.
 
     The role of a layer follows from its shape and from its neighbors. Only the two norms of a block have the same
-    shape; the numbers in their names tell which comes first.
+    shape; the numbers in their names determine their order.
 
     Args:
         path (`str` or `os.PathLike`): File written by `torch.save`. Only tensors are read from it.
@@ -34,7 +34,7 @@ def convert_checkpoint(path: str | os.PathLike, sample_size: int | tuple[int, in
         clipping.
 
     Raises:
-        ValueError: The file is not such a checkpoint. The message says why.
+        ValueError: The file is not such a checkpoint. The message explains why.
     """
     blocks, time_layer, conv_in, conv_out = _article_parts(_read(path), str(path))
     downs = sorted((b for b in blocks if b["conv1"]["weight"].shape[1] < b["width"]), key=lambda b: b["width"])
@@ -103,7 +103,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _article_parts(state: dict[str, torch.Tensor], path: str) -> tuple[list[dict], Module, Module, Module]:
-    """Return the blocks with their layers by role, the linear layer of the timestep, the first and the last layer."""
+    """Return the blocks with their layers by role, the timestep's linear layer, and the first and last layers."""
     modules: dict[str, Module] = {}
     for name, tensor in state.items():
         owner, _, parameter = name.rpartition(".")
@@ -141,7 +141,7 @@ def _kind(module: Module) -> str | None:
 
 def _block(modules: dict[str, Module], kinds: dict[str, str]) -> dict:
     by_kind: dict[str, list[Module]] = {}
-    # The two norms have the same shape. The numbers in their names tell which comes first, not the order in the file.
+    # The two norms have the same shape. The numbers in their names determine their order, not the order in the file.
     for name, module in sorted(modules.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])]):
         by_kind.setdefault(kinds[name], []).append(module)
     # The first convolution changes the width, the second does not.

@@ -21,23 +21,23 @@ _TEXTS = ("README.md", "*.json", "*/*.json", "*.yaml")
 
 
 def describe_model(model: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
-    """Describe a model from its configuration and records; its weights are neither loaded nor downloaded.
+    """Describe a model from its configuration and records; without loading or downloading its weights.
 
     Args:
         model (`str` or `os.PathLike`): A folder, or "user/name" on the Hub.
         revision (`str`, *optional*): Branch, tag or commit of a repository; by default the main branch.
 
     Returns:
-        `dict`: Plain values, ready for JSON. What is not known is `None`.
+        `dict`: Plain values, ready for JSON. Unknown values are `None`.
 
     Raises:
-        ValueError: There is no model.
+        ValueError: There is no such model, or its records are damaged.
         HubError: The repository does not exist, or the Hub could not be reached.
     """
     check_model(model)
     try:
         return _describe(model, revision)
-    except (AttributeError, KeyError, TypeError, yaml.YAMLError) as error:  # records may come from a stranger
+    except (AttributeError, KeyError, TypeError, yaml.YAMLError) as error:  # the records may be malformed
         raise ValueError(
             f"`model` {os.fspath(model)!r} has damaged records: {type(error).__name__}: {error}"
         ) from error
@@ -69,11 +69,11 @@ def _describe(model: str | os.PathLike, revision: str | None) -> dict[str, Any]:
         "weights": index.get("weights"),
         "guide": _guide(folder, index),
         "schedule": f"{scheduler['beta_schedule']}, T = {scheduler['num_train_timesteps']}",
-        "predicts": scheduler["prediction_type"],
+        "prediction type": scheduler["prediction_type"],
         "trained on": summary.get("data"),
         "images seen": summary.get("images_seen"),
         "training time": _training_time(summary),
-        "made with": summary.get("versions"),
+        "versions": summary.get("versions"),
         "metrics": [_metric(entry) for entry in metrics.get("metrics", [])] or None,
         "copies": metrics.get("memorisation", {}).get("verdict", "").partition(":")[0] or None,
         "license": _license(folder / "README.md"),

@@ -1,4 +1,4 @@
-"""Download a published model completely, and check that it arrived as it was published."""
+"""Download a published model, and compare its files with the published checksums."""
 
 import os
 import shutil
@@ -18,13 +18,13 @@ def pull(
 ) -> Path:
     """Download a model from the Hub and compare it with the published checksums.
 
-    What an interrupted download has completed is kept: call this again to resume it.
+    An interrupted download keeps its complete files: call this again to resume it.
 
     Args:
         repo_id (`str`): "user/name" on the Hub.
         output (`str` or `os.PathLike`, *optional*):
-            New or empty folder for the model, which appears once it is complete. Defaults to the Hub client's cache,
-            where `from_pretrained(repo_id)` finds the model, also without a network.
+            New or empty folder for the model. It appears once the download is complete. Defaults to the Hub client's
+            cache, where `from_pretrained(repo_id)` finds the model, even offline.
         revision (`str`, *optional*): Branch, tag or commit; by default the main branch.
         variant (`str`, *optional*): "bf16" or "fp16" for half-precision weights; by default the float32 weights.
 
@@ -32,8 +32,8 @@ def pull(
         `Path`: The folder of the model.
 
     Raises:
-        ValueError: The repository holds no model of this package, or `output` exists.
-        HubError: The Hub could not be reached or refused, or a file differs from what was published.
+        ValueError: The repository is not a model of this package, or `output` exists.
+        HubError: The Hub could not be reached or refused, or a file differs from the published checksums.
     """
     check_repo_id(repo_id)
     if variant not in (None, *VARIANTS):
@@ -62,7 +62,7 @@ def pull(
         )
     differing = verify(repo_id, revision, repair=True, local_dir=folder)
     if differing:
-        raise HubError(f"{repo_id}: these files still differ from what was published: {', '.join(differing)}.")
+        raise HubError(f"{repo_id}: these files still differ from the published checksums: {', '.join(differing)}.")
     DDPMFacesPipeline.load_config(path)  # refuses pipelines of another kind
     if output is None or folder is None:
         return path

@@ -12,8 +12,8 @@ from .transport import _api, check_repo_id, publish
 
 
 SPACE_FILES = ("README.md", "app.py", "requirements.txt")
-GRADIO = "6.31.0"  # which the tests use; the Hub installs it from the metadata
-# What `app.py` and the code of a published model import, as in pyproject.toml; the Hub installs gradio itself.
+GRADIO = "6.31.0"  # the version that the tests use; the Hub installs it from the metadata
+# The imports of `app.py` and of a published model's code, as in pyproject.toml. The Hub installs gradio itself.
 REQUIREMENTS = (
     "accelerate>=1.7",
     "diffusers>=0.42",
@@ -44,8 +44,8 @@ def push_space(
 ) -> Space:
     """Publish the demo of a model as a Space.
 
-    The Space runs code of the model's repository. It therefore loads the commit that is the newest now; after a change
-    of the model, publish the Space again.
+    The Space runs code from the model's repository, and therefore pins the current commit. After you change the model,
+    publish the Space again.
 
     Args:
         model (`str`): "user/name" of a model that [`push`] has published.
@@ -55,8 +55,8 @@ def push_space(
         token (`str`, *optional*): Defaults to the token of `hf auth login` or HF_TOKEN.
 
     Raises:
-        ValueError: There is no such model, or it is no model of this package.
-        HubError: The Hub refuses or cannot be reached. Nothing was published.
+        ValueError: There is no such model, or this package did not publish it.
+        HubError: The Hub refused or could not be reached. Nothing was published.
     """
     check_repo_id(repo_id)
     title = repo_id.split("/")[1] if title is None else title
@@ -85,12 +85,12 @@ def space_files(model: str, revision: str | None, title: str) -> dict[str, str]:
         "colorTo": "gray",
         "sdk": "gradio",
         "sdk_version": GRADIO,
-        "python_version": "3.11",  # diffusers needs it, and Spaces may start with an older one
+        "python_version": "3.11",  # diffusers needs 3.11, and Spaces may default to an older version
         "app_file": "app.py",
         "license": "apache-2.0",
         "models": [model],
     }
-    text = f"Faces that [{model}](https://huggingface.co/{model}) makes out of noise, and walks between them.\n"
+    text = f"Generate faces with [{model}](https://huggingface.co/{model}), and walk between them.\n"
     return {
         "app.py": app.replace(_MODEL_LINE, f'MODEL, REVISION = "{model}", "{revision}"'),
         "requirements.txt": "\n".join(REQUIREMENTS) + "\n",
@@ -99,7 +99,7 @@ def space_files(model: str, revision: str | None, title: str) -> dict[str, str]:
 
 
 def _model_info(model: str, token: str | bool | None) -> ModelInfo:
-    """Ask the Hub about the model, which must be one that a Space can load."""
+    """Ask the Hub about the model, and check that a Space can load it."""
     try:
         check_repo_id(model)
     except ValueError as error:
@@ -109,7 +109,7 @@ def _model_info(model: str, token: str | bool | None) -> ModelInfo:
             info = retry(lambda: _api(token).model_info(model))
         except RepositoryNotFoundError as error:
             raise ValueError(
-                f"`model` {model} does not exist on the Hub, or is not yours to see: publish it first with "
+                f"`model` {model} does not exist on the Hub, or you cannot access it. Publish it first with "
                 f"`ddpm-faces push FOLDER {model}`."
             ) from error
     names = {file.rfilename for file in info.siblings or []}
