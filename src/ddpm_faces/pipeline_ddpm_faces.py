@@ -29,8 +29,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 # Schedulers that use a predicted variance. All others receive only the prediction.
 VARIANCE_SCHEDULERS = {"DDPMFacesScheduler", "DDPMScheduler", "DDPMParallelScheduler"}
-# Schedulers that cannot sample with zero-SNR betas, as measured with diffusers 0.42: they fail in the middle or finish
-# with wrong images.
+# Schedulers that cannot sample with zero-SNR betas (tested with diffusers 0.42): they fail midway or return wrong
+# images.
 NOT_FOR_ZERO_SNR = (
     "PNDMScheduler",
     "HeunDiscreteScheduler",
@@ -40,19 +40,19 @@ NOT_FOR_ZERO_SNR = (
 )
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# The code in a saved folder, in diffusers' layout for custom components: each class in a file of its own beside its
-# configuration. Every published model_index.json has these names, so they never change.
+# The code files of a saved folder, in diffusers' layout for custom components: each class has its own file beside its
+# configuration. Every published model_index.json refers to these names, so they never change.
 CODE_FILES = {
     "DDPMFacesPipeline": "pipeline_ddpm_faces",
     "DDPMFacesUNet": "unet_ddpm_faces",
     "DDPMFacesScheduler": "scheduling_ddpm_faces",
 }
-# Upper bounds for configurations of diffusers' components, which do not check them: untrusted ones must not exhaust
-# the memory. The components of this package check themselves.
+# Upper bounds for the configurations of diffusers' components, which diffusers does not check: an untrusted file must
+# not exhaust the memory. The components of this package check their own configurations.
 MAX_NUMBER = {"unet": 16_384, "guide": 16_384, "scheduler": 1_000_000}
 MAX_LAYERS_PER_BLOCK, MAX_BLOCKS = 64, 12
 MODEL_COMPONENTS = ("unet", "guide")
-# Format of a saved folder. An earlier version of this file refuses a later format by this number. 2 added the guide.
+# Format of a saved folder. Formats with a higher number are refused. Format 2 added the guide.
 FORMAT_VERSION = 2
 
 
@@ -63,8 +63,8 @@ class _Call(NamedTuple):
     guidance_scale: float
 
 
-# The calls in progress, by the `id` of their pipeline. Each thread has a context of its own, so calls in several
-# threads do not see one another's values, even if they share a pipeline.
+# The calls in progress, by the `id` of their pipeline. Each thread has its own context, so calls in different threads
+# do not see each other's values, even if they share a pipeline.
 _CALLS: ContextVar[dict[int, _Call]] = ContextVar("ddpm_faces_calls")
 
 
@@ -73,20 +73,19 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     Args:
         unet ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`]): Network that predicts the noise.
-        scheduler ([`DDPMFacesScheduler`] or another one of that family):
+        scheduler ([`DDPMFacesScheduler`] or another scheduler of its family):
             Scheduler that takes the denoising steps. To use another one:
             `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)`.
         weights (`str`, *optional*):
-            Which weights of the training run these are, `"ema"` or `"raw"` (those of the last step). Kept in
-            `pipeline.config` for the record.
+            Origin of the weights: `"ema"`, or `"raw"` for the weights of the last step. Recorded in `pipeline.config`.
         guide ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`], *optional*):
             Weaker network for autoguidance (https://huggingface.co/papers/2406.02507), trained on images of the same
             shape with the same noise schedule; see [`set_guide`].
-        guidance_scale (`float`, defaults to 1.0): Default of the argument of that name in `__call__`.
+        guidance_scale (`float`, defaults to 1.0): Default `guidance_scale` of `__call__`.
 
     Raises:
-        ValueError: The guide expects images of another shape or other classes; or `guidance_scale` is negative, or is
-            not 1 although there is no guide.
+        ValueError: The guide has another image shape or other classes; or `guidance_scale` is negative, or is not 1
+            although there is no guide.
     """
 
     model_cpu_offload_seq = "guide->unet"
@@ -109,8 +108,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
     def set_guide(self, guide: "DDPMFacesPipeline | None", guidance_scale: float = 1.0) -> None:
         """Set the weaker model that guides this one (autoguidance), or remove it with `None`.
 
-        Both networks tend to make the same mistakes, the weaker one larger ones. Each step therefore extrapolates from
-        the guide's prediction through that of this pipeline (https://huggingface.co/papers/2406.02507, eq. 3):
+        The weaker network tends to make the same mistakes, only larger. Each step therefore extrapolates from the
+        guide's prediction past the one of this pipeline (https://huggingface.co/papers/2406.02507, eq. 3):
 
             guide + guidance_scale (unet - guide)
 
@@ -120,7 +119,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
         Args:
             guide ([`DDPMFacesPipeline`], *optional*): Pipeline of the weaker model. Its network is shared, not copied.
-            guidance_scale (`float`, defaults to 1.0): 1 turns guidance off; 1.2 to 1.5 is strong.
+            guidance_scale (`float`, defaults to 1.0): 1 turns guidance off; 1.2 to 1.5 are typical.
 
         Raises:
             ValueError: The guide differs in image shape, noise schedule or prediction type; or `guidance_scale` is
@@ -187,15 +186,15 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DDPMFacesPipeline":
-        """Load a pipeline from a folder or from the Hub, without running code of the repository.
+        """Load a pipeline from a folder or from the Hub, without running code from the repository.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or `"user/name"` on the Hub.
             kwargs: As in [`~diffusers.DiffusionPipeline.from_pretrained`].
 
         Raises:
-            ValueError: `use_safetensors` is `False` (pickles can run code and are not loaded), or the folder does not
-                contain a pipeline of this class, or a later version saved it.
+            ValueError: `use_safetensors` is `False` (pickles can run code and are not loaded), the folder does not
+                contain a pipeline of this class, or a later version of the package saved it.
             OSError: The folder or repository is not found, not accessible or not reachable, or has no safetensors.
         """
         if kwargs.setdefault("use_safetensors", True) is not True:
@@ -208,10 +207,10 @@ class DDPMFacesPipeline(DiffusionPipeline):
         except Exception as error:
             if not type(error).__module__.startswith(("httpx", "requests")):
                 raise
-            # Some requests of huggingface_hub let the exceptions of the HTTP library through.
+            # For some requests, huggingface_hub does not wrap the exceptions of the HTTP library.
             raise OSError(
-                f"{pretrained_model_name_or_path} could not be loaded because the connection broke off: {error} Load "
-                "it again: files that were downloaded completely are kept."
+                f"{pretrained_model_name_or_path} could not be loaded because the connection was lost: {error} Load "
+                "it again: complete files are kept."
             ) from error
 
     def save_pretrained(
@@ -224,20 +223,21 @@ class DDPMFacesPipeline(DiffusionPipeline):
         repo_id: str | None = None,
         **kwargs,
     ) -> None:
-        """Save so that the folder loads with this package, and without it by `trust_remote_code=True`.
+        """Save a folder that loads with this package, or without it by `trust_remote_code=True`.
 
         Args:
             save_directory (`str` or `os.PathLike`): Folder to save to. A pipeline in it is overwritten.
             safe_serialization (`bool`, defaults to `True`): Must be `True`: only safetensors are written.
             variant (`str`, *optional*): As in [`~diffusers.DiffusionPipeline.save_pretrained`].
             max_shard_size (`int` or `str`, *optional*): As in [`~diffusers.DiffusionPipeline.save_pretrained`].
-            push_to_hub (`bool`, defaults to `False`): Whether to publish the pipeline as well, as [`push_to_hub`].
+            push_to_hub (`bool`, defaults to `False`): Whether to publish the pipeline as well, with [`push_to_hub`].
             repo_id (`str`, *optional*):
                 Repository to publish to. Defaults to the name of the folder in the namespace of the token's owner.
             kwargs: With `push_to_hub=True`, the other arguments of [`push_to_hub`].
 
         Raises:
-            ValueError: `safe_serialization=False`, which would save pickles, or a component that could not be loaded.
+            ValueError: `safe_serialization` is `False` (pickles are not saved), or a component could not be loaded
+                again.
             HubError: As in [`push_to_hub`].
             ImportError: `push_to_hub=True` without the ddpm-faces package.
         """
@@ -275,27 +275,27 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
         Raises:
             ImportError: The ddpm-faces package is not installed.
-            HubError: The Hub refuses, cannot be reached, or the pipeline does not pass the checks.
+            HubError: The Hub refused or could not be reached, or the pipeline failed the checks.
         """
         return _publisher().push(self, repo_id, **kwargs)
 
     def to_json_string(self) -> str:
         """Return the content of `model_index.json`."""
         index = json.loads(super().to_json_string())
-        if self.guide is None:  # versions before guides can load this
+        if self.guide is None:  # earlier versions of the package can load this
             del index["guide"], index["guidance_scale"]
         for name, part in self.components.items():
             if type(part).__name__ in CODE_FILES:
                 index[name] = [CODE_FILES[type(part).__name__], type(part).__name__]
                 if name == "unet":
-                    index["auto_map"] = {"AutoModel": ".".join(index[name])}  # diffusers looks for it here
+                    index["auto_map"] = {"AutoModel": ".".join(index[name])}  # where diffusers looks for it
         index["_class_name"] = [CODE_FILES["DDPMFacesPipeline"], "DDPMFacesPipeline"]
         index["_format_version"] = 1 if self.guide is None else 2
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        """Read `model_index.json`, which may come from a stranger, and present our own classes as diffusers' own.
+        """Read `model_index.json`, which may be untrusted, and present the classes of this package as diffusers' own.
 
         diffusers reads the file to decide what to download, and refuses classes that neither it nor the repository
         defines. To load them, [`load_config`] replaces these entries with the modules of this package.
@@ -314,7 +314,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args, **kwargs):
-        """Load as [`~diffusers.ConfigMixin.load_config`] does, with our own classes taken from this package."""
+        """Load as [`~diffusers.ConfigMixin.load_config`] does, with the classes of this package taken from it."""
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
         if args and os.path.isdir(args[0]):
@@ -328,7 +328,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
-        # `auto_map` is for `AutoModel`, and no argument of ours.
+        # `auto_map` is for `AutoModel` and not an argument of this class.
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     def check_inputs(
@@ -343,7 +343,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         eta: float,
         guidance_scale: float = 1.0,
     ) -> None:
-        """Raise a `ValueError` for arguments of `__call__` that cannot work, before any work starts."""
+        """Raise a `ValueError` for invalid arguments of `__call__`, before any work starts."""
         scheduler_name = type(self.scheduler).__name__
         num_train_timesteps = self.scheduler.config.num_train_timesteps
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -352,15 +352,15 @@ class DDPMFacesPipeline(DiffusionPipeline):
             raise ValueError(f"`num_inference_steps` must be an integer or None, got {num_inference_steps!r}.")
         if not 1 <= num_inference_steps <= num_train_timesteps:
             raise ValueError(
-                f"`num_inference_steps` must be from 1 to {num_train_timesteps}, the timesteps that the network "
-                f"learned, got {num_inference_steps}."
+                f"`num_inference_steps` must be from 1 to {num_train_timesteps}, the number of timesteps in training, "
+                f"got {num_inference_steps}."
             )
         generators = generator if isinstance(generator, list) else [generator]
         # In a list, `None` would silently make that image irreproducible.
         if generator is not None and not all(isinstance(g, torch.Generator) for g in generators):
             raise ValueError(
-                f"`generator` must be a torch.Generator, a list of them, or None, got {generator!r}: make one of a "
-                "seed with torch.Generator().manual_seed(seed)."
+                f"`generator` must be a torch.Generator, a list of them, or None, got {generator!r}: create one "
+                "with torch.Generator().manual_seed(seed)."
             )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
@@ -398,8 +398,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
         self.check_guide(self.guide, guidance_scale)
         if not hasattr(self.scheduler, "betas"):
             raise ValueError(
-                f"`scheduler` {scheduler_name} is not defined by betas: it steps along noise levels of its own and "
-                "expects a network preconditioned for them, which one trained with DDPM is not."
+                f"`scheduler` {scheduler_name} is not defined by betas: it uses its own noise levels, which a network "
+                "that was trained with DDPM does not support."
             )
         config = self.scheduler.config
         is_zero_snr = config.get("rescale_betas_zero_snr") or bool((self.scheduler.alphas_cumprod == 0).any())
@@ -447,7 +447,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """Return x_T: `latents`, or standard normal noise, times the scheduler's `init_noise_sigma`.
 
-        The result is float32 whatever the dtype of the weights, because rounding errors would add up over the steps.
+        The result is float32 for any dtype of the weights, because rounding errors would add up over the steps.
         """
         device = self._execution_device
         if latents is None:
@@ -474,9 +474,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
         Args:
             batch_size (`int`, defaults to 1): Number of images.
-            num_inference_steps (`int`, *optional*): Denoising steps, 1 to T. Defaults to T, the number in training.
+            num_inference_steps (`int`, *optional*): Denoising steps, 1 to T. Defaults to T, as in training.
             generator (`torch.Generator` or a list of one per image, *optional*):
-                Makes the result reproducible. With a list, image i depends on generator i alone, whatever the batch.
+                Makes the result reproducible. With a list, image i depends only on generator i, not on the batch.
             latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
                 Standard normal noise to start from; by default it is drawn from `generator`.
             output_type (`str`, defaults to `"pil"`):
@@ -488,18 +488,18 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 dictionary that it returns replace the current ones. It may read `pipeline.num_timesteps` and
                 `pipeline.guidance_scale`.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
-                Names of the tensors that the callback is given.
+                Names of the tensors that the callback receives.
             class_labels (`list[int]` or `torch.Tensor`, *optional*): Class of each image, for a model with classes.
-            eta (`float`, defaults to 0.0): Amount of noise of DDIM, 0 to 1; other schedulers ignore it.
+            eta (`float`, defaults to 0.0): Noise of DDIM, from 0 to 1. Other schedulers ignore it.
             guidance_scale (`float`, *optional*):
                 Weight of autoguidance, at least 0: 0 is the guide alone, 1 turns guidance off, and larger values move
                 away from the guide. Defaults to the pipeline's `guidance_scale`.
 
         Returns:
-            [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, as `output_type` says.
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, in the form of `output_type`.
 
         Raises:
-            ValueError: An argument, or a combination of network and scheduler, that cannot work.
+            ValueError: An argument is invalid, or the network and the scheduler are incompatible.
         """
         # 0. Check
         if num_inference_steps is None:
@@ -518,8 +518,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
             guidance_scale,
         )
 
-        # 1. Timesteps first: some schedulers know their initial scale only then. A scheduler keeps its place, so this
-        # call takes a copy: threads may share a pipeline.
+        # 1. Timesteps. They come before the noise, because some schedulers need them to know their initial scale. A
+        # scheduler stores the current step, so each call uses a copy: threads may share a pipeline.
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(num_inference_steps)
         step_kwargs = {"generator": generator, "eta": eta}
@@ -533,7 +533,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
         takes_variance = self._scheduler_is_of(VARIANCE_SCHEDULERS)
         if not takes_variance and "variance_type" in scheduler.config:
-            # diffusers' solvers would cut the output to three channels for a learned variance, whatever the image has.
+            # With a learned variance, diffusers' solvers would cut the output to three channels for any kind of image.
             scheduler.register_to_config(variance_type=None)
 
         # 2. Noise
@@ -583,7 +583,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
 @contextmanager
 def _calling(pipeline: DDPMFacesPipeline, call: _Call) -> Iterator[None]:
-    """Let the properties of `pipeline` tell of `call`, in this thread alone."""
+    """Make the properties of `pipeline` return the values of `call`, in this thread only."""
     token = _CALLS.set({**_CALLS.get({}), id(pipeline): call})
     try:
         yield
@@ -591,17 +591,17 @@ def _calling(pipeline: DDPMFacesPipeline, call: _Call) -> Iterator[None]:
         _CALLS.reset(token)
 
 
-# Of each network that is being sampled from: the number of calls, and its modules that were in training mode.
+# For each network in use: the number of calls, and its modules that were in training mode.
 _MODES: dict[torch.nn.Module, tuple[int, list[torch.nn.Module]]] = {}
 _MODES_LOCK = threading.Lock()
 
 
 @contextmanager
 def _evaluating(*networks: torch.nn.Module | None) -> Iterator[None]:
-    """Put networks into evaluation mode, and each of their modules back into the mode that it was in.
+    """Put networks into evaluation mode, and restore the mode of each of their modules afterwards.
 
-    In training mode BatchNorm would mix the images of a batch and write its running statistics; dropout would draw.
-    Threads may share a network: the last call that uses it puts it back.
+    In training mode, BatchNorm would mix the images of a batch and update its running statistics, and dropout would be
+    active. Threads may share a network: the last call that uses it restores the modes.
     """
     present = [network for network in networks if network is not None]
     with _MODES_LOCK:
@@ -633,8 +633,8 @@ def _image_shape(network: ModelMixin) -> tuple[int, int, int]:
 def _publisher() -> ModuleType:
     """Import `ddpm_faces.hub`: the only place where this file depends on the rest of the package.
 
-    `hub` imports this file, and this file also travels to repositories where the package is absent. Hence by name, and
-    only to publish.
+    `hub` imports this file, and published repositories contain this file without the package. It is therefore imported
+    by name, and only for publishing.
     """
     try:
         return importlib.import_module("ddpm_faces.hub")
@@ -642,13 +642,13 @@ def _publisher() -> ModuleType:
         if error.name not in ("ddpm_faces", "ddpm_faces.hub"):
             raise
         raise ImportError(
-            "Publishing needs the ddpm-faces package, which is not installed: run `pip install .` in a checkout of "
+            "Publishing needs the ddpm-faces package, which is not installed: run `pip install .` in a clone of "
             "its repository. Saving and sampling work without it."
         ) from error
 
 
 def _is_installed() -> bool:
-    """Whether this file is that of the package, and not one that came with a repository."""
+    """Whether this file belongs to the installed package, and not to a downloaded repository."""
     return __name__ == f"ddpm_faces.{CODE_FILES['DDPMFacesPipeline']}"
 
 
@@ -658,7 +658,7 @@ def _parts(index: dict[str, Any]) -> dict[str, list]:
 
 
 def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
-    """Refuse what is no `model_index.json` of this class, before anything that it names is looked for."""
+    """Refuse a file that is not a `model_index.json` of this class, before anything that it names is loaded."""
     if not isinstance(index, dict):
         raise ValueError(f"{json_file} must contain a JSON object, got {type(index).__name__}.")
     version = index.get("_format_version", 1)
@@ -692,7 +692,7 @@ def _is_component(name: str, value: Any) -> bool:
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(part, str | None) for part in value):
         return False
     library, class_name = value
-    if (library, class_name) == (None, None):  # saved without; to be passed in
+    if (library, class_name) == (None, None):  # saved without this component, which has to be passed in
         return True
     ours, theirs = ("DDPMFacesUNet", "UNet2DModel") if name in MODEL_COMPONENTS else ("DDPMFacesScheduler", None)
     if class_name == ours:
@@ -705,7 +705,7 @@ def _is_component(name: str, value: Any) -> bool:
 
 
 def _check_components(index: dict[str, Any], folder: Path) -> None:
-    """Refuse configurations of diffusers' components that would take memory; ours check themselves."""
+    """Refuse configurations of diffusers' components that would exhaust the memory."""
     for name in [name for name in (*MODEL_COMPONENTS, "scheduler") if name in index]:
         path = folder / name / ("config.json" if name in MODEL_COMPONENTS else "scheduler_config.json")
         if index[name][1] in (None, *CODE_FILES) or not path.is_file():

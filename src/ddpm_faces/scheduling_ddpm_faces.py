@@ -33,7 +33,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
-MAX_TIMESTEPS = 1_000_000  # far above real values; untrusted configurations must not exhaust the memory
+MAX_TIMESTEPS = 1_000_000  # far above realistic values; an untrusted configuration must not exhaust the memory
 
 
 @dataclass
@@ -52,11 +52,11 @@ class DDPMFacesSchedulerOutput(BaseOutput):
 
 
 class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
-    """DDPM with the article's defaults (300 timesteps, linear betas, posterior variance), as diffusers' DDPMScheduler.
+    """DDPM scheduler with the article's defaults: 300 timesteps, linear betas, posterior variance.
 
-    At equal configuration it takes the same steps as `diffusers.DDPMScheduler`; any scheduler of that family can take
-    its place by `from_config(scheduler.config)`. The terms of the algorithm are attributes, `torch.float32` tensors of
-    shape `(num_train_timesteps,)` under the article's names: `betas`, `alphas`, `alphas_cumprod`,
+    With the same configuration, it takes the same steps as `diffusers.DDPMScheduler`. Other schedulers of that family
+    can replace it with `from_config(scheduler.config)`. The terms of the algorithm are attributes, `torch.float32`
+    tensors of shape `(num_train_timesteps,)` with the article's names: `betas`, `alphas`, `alphas_cumprod`,
     `alphas_cumprod_prev`, `sqrt_recip_alphas`, `sqrt_alphas_cumprod`, `sqrt_one_minus_alphas_cumprod`,
     `posterior_variance`.
 
@@ -66,30 +66,30 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         beta_end (`float`, defaults to 0.02): beta_T-1, in (0, 1).
         beta_schedule (`str`, defaults to `"linear"`):
             `"linear"` (DDPM, the article), `"scaled_linear"`, `"squaredcos_cap_v2"` (cosine, Improved DDPM eq. 17) or
-            `"sigmoid"`. The last exists in few other schedulers: give its values as `trained_betas` to swap freely.
-        trained_betas (`list[float]`, *optional*): The betas themselves, `num_train_timesteps` values in (0, 1).
+            `"sigmoid"`. Few other schedulers know `"sigmoid"`: pass its values as `trained_betas` to use them.
+        trained_betas (`list[float]`, *optional*): Betas to use instead, `num_train_timesteps` values in (0, 1).
         variance_type (`str`, defaults to `"fixed_small"`):
             `"fixed_small"` (posterior variance, eq. 7), `"fixed_large"` (beta_t), `"learned"` or `"learned_range"`
-            (the model predicts it in as many further channels, Improved DDPM eq. 15). The `_log` forms are accepted
-            for DDPMScheduler's configurations and mean the same variances.
+            (the model predicts it in additional channels, Improved DDPM eq. 15). The `_log` forms are accepted for
+            configurations of DDPMScheduler and mean the same variances.
         clip_sample (`bool`, defaults to `True`): Clamp the predicted x_0 to the data range. The article does not.
         prediction_type (`str`, defaults to `"epsilon"`): `"epsilon"`, `"sample"` or `"v_prediction"`.
-        thresholding (`bool`, defaults to `False`): Dynamic thresholding (Imagen, section 2.3) in place of clipping.
-        dynamic_thresholding_ratio (`float`, defaults to 0.995): Its quantile of the absolute values.
-        clip_sample_range (`float`, defaults to 1.0): x_0 is clamped to plus and minus this.
-        sample_max_value (`float`, defaults to 1.0): The largest threshold of dynamic thresholding.
+        thresholding (`bool`, defaults to `False`): Dynamic thresholding (Imagen, section 2.3) instead of clipping.
+        dynamic_thresholding_ratio (`float`, defaults to 0.995): Quantile of the absolute values for the threshold.
+        clip_sample_range (`float`, defaults to 1.0): x_0 is clamped to [-`clip_sample_range`, `clip_sample_range`].
+        sample_max_value (`float`, defaults to 1.0): Largest threshold of dynamic thresholding.
         timestep_spacing (`str`, defaults to `"leading"`):
-            Which timesteps a shorter sampling visits: `"linspace"`, `"leading"` or `"trailing"` (Table 2 of
-            https://huggingface.co/papers/2305.08891).
+            Which timesteps are used when there are fewer steps than T: `"linspace"`, `"leading"` or `"trailing"`
+            (Table 2 of https://huggingface.co/papers/2305.08891).
         steps_offset (`int`, defaults to 0): Added to the timesteps of `"leading"`.
         rescale_betas_zero_snr (`bool`, defaults to `False`):
             Rescale the betas so that the last timestep is pure noise (Algorithm 1 of the same paper). Needs a
-            `prediction_type` other than `"epsilon"`, which says nothing about x_0 there. The same holds for
-            `trained_betas` that end with 1.
+            `prediction_type` other than `"epsilon"`, because the noise does not determine x_0 there. The same applies
+            to `trained_betas` that end with 1.
 
     Raises:
-        ValueError: A value outside what is said above, with the argument and what is allowed; or betas so small that
-            float32 rounds them away, or so large that it rounds alpha_bar_t to 0 before the last timestep.
+        ValueError: An argument has a value that is not allowed (the message names both); or the betas are so small
+            that float32 rounds them away, or so large that it rounds alpha_bar_t to 0 before the last timestep.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
@@ -114,8 +114,8 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ) -> None:
-        # diffusers drops every value that was left at its default when a config moves to another class, and the other
-        # class's default (T = 1000) would silently take its place. Ours count as given from the start.
+        # When a config moves to another class, diffusers drops the values that were left at their defaults, and the
+        # other class's defaults (T = 1000) would silently replace them. So all values count as given.
         self.register_to_config(_use_default_values=[])
 
         # 1. Check
@@ -175,7 +175,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
                     f"`trained_betas` must have `num_train_timesteps` ({num_train_timesteps}) values, got a shape of "
                     f"{tuple(betas.shape)}."
                 )
-            # Zero terminal SNR, written out as betas, ends with exactly 1.
+            # The betas of a schedule with zero terminal SNR end with exactly 1.
             if not ((betas > 0) & (betas <= 1)).all() or not (betas[:-1] < 1).all():
                 raise ValueError(
                     f"`trained_betas` must lie in (0, 1) (the last may be 1), got {betas.min():g} to {betas.max():g}."
@@ -216,15 +216,15 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         self.sqrt_one_minus_alphas_cumprod = (1.0 - self.alphas_cumprod).sqrt()
         self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
 
-        # 4. Sampling state: all timesteps, until `set_timesteps` chooses some
+        # 4. Sampling state: all timesteps, until `set_timesteps` selects some
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self._use_timesteps(range(num_train_timesteps - 1, -1, -1))
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
-        # The way in of what `__init__` does on the way out: `DDPMFacesScheduler.from_config(DDPMScheduler().config)`
-        # means that scheduler's 1000 timesteps, not our 300.
+        # The counterpart of the first line of `__init__`: `DDPMFacesScheduler.from_config(DDPMScheduler().config)`
+        # must keep the 1000 timesteps of that scheduler, not fall back to the 300 of this one.
         config_dict = {key: value for key, value in config_dict.items() if key != "_use_default_values"}
         return super().extract_init_dict(config_dict, **kwargs)
 
@@ -267,10 +267,10 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps (`int`, *optional*): Number of timesteps, 1 to T, laid out by `timestep_spacing`.
             device (`str` or `torch.device`, *optional*): Device of `self.timesteps` (`torch.int64`).
-            timesteps (`Sequence[int]`, *optional*): Descending timesteps to use instead of a number.
+            timesteps (`Sequence[int]`, *optional*): Descending timesteps to use instead of a number of steps.
 
         Raises:
-            ValueError: Both or neither are given, there are more than T, or they do not descend within 0..T-1.
+            ValueError: Both arguments or neither are given, or the timesteps are not descending integers in 0..T-1.
         """
         num_train_timesteps = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
@@ -294,7 +294,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
                 stride = num_train_timesteps // n
                 timesteps = [i * stride + self.config.steps_offset for i in reversed(range(n))]
             else:  # trailing
-                # The stride as numpy.arange rounds it, so that halves fall as they do in DDPMScheduler.
+                # Computed as numpy.arange does, so that halves round the same way as in DDPMScheduler.
                 stride = num_train_timesteps - (num_train_timesteps - num_train_timesteps / n)
                 timesteps = [round(num_train_timesteps - i * stride) - 1 for i in range(n)]
 
@@ -321,7 +321,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
             `int`, or a `torch.Tensor` of the shape, type and device of `timestep`, if that is a tensor.
 
         Raises:
-            ValueError: `timestep` is none of `self.timesteps`.
+            ValueError: `timestep` is not one of `self.timesteps`.
         """
         t = int(timestep)
         if t not in self._previous_timestep:
@@ -345,7 +345,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output (`torch.Tensor` of shape `(batch, channels, height, width)`):
-                Output of the network, as `prediction_type` says; `2 * channels` with a learned variance.
+                Output of the network, defined by `prediction_type`; `2 * channels` with a learned variance.
             timestep (`int` or 0-d `torch.Tensor`): t, one of `self.timesteps`.
             sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t.
             generator (`torch.Generator` or a list of one per image, *optional*): Source of the added noise.
@@ -355,7 +355,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
             `DDPMFacesSchedulerOutput` or `(prev_sample, pred_original_sample)`. No noise is added at the last step.
 
         Raises:
-            ValueError: `timestep` is none of `self.timesteps`, or the shapes do not fit.
+            ValueError: `timestep` is not one of `self.timesteps`, or the shapes do not match.
         """
         # eps, v: predicted noise, velocity  | model_output, by prediction_type
         # x_t, x_t-1, x_0                    | sample, prev_sample, pred_original_sample
@@ -387,12 +387,12 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         # 2. x_0
         pred_original_sample = self.predict_original_sample(model_output, t, sample)
 
-        # 3. Mean of the posterior, eq. 7
+        # 3. Posterior mean, eq. 7
         original_sample_coeff = alpha_prod_t_prev.sqrt() * current_beta_t / (1 - alpha_prod_t)
         current_sample_coeff = current_alpha_t.sqrt() * (1 - alpha_prod_t_prev) / (1 - alpha_prod_t)
         prev_sample = original_sample_coeff * pred_original_sample + current_sample_coeff * sample
 
-        # 4. Noise of the posterior's variance, except at the last step
+        # 4. Noise with the posterior variance, except at the last step
         if prev_t >= 0:
             noise = randn_tensor(
                 model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
@@ -408,16 +408,16 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
     def predict_original_sample(
         self, model_output: torch.Tensor, timesteps: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """Predict x_0, clipped or thresholded if the configuration says so.
+        """Predict x_0, with clipping or thresholding as configured.
 
         Args:
             model_output (`torch.Tensor` of shape `(batch, channels, height, width)`):
-                Output of the network without a learned variance, as `prediction_type` says.
+                Output of the network without a learned variance, defined by `prediction_type`.
             timesteps (`int` or `torch.Tensor` of shape `(batch,)`, integer): t of each image, 0 to T - 1.
             sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t.
 
         Returns:
-            `torch.Tensor` of the shape of `sample`: x_0, of DDPM eq. 15.
+            `torch.Tensor` of the shape of `sample`: x_0 (DDPM eq. 15).
         """
         if isinstance(timesteps, torch.Tensor):
             alpha_prod_t = self.alphas_cumprod.to(sample)[timesteps].view(-1, *[1] * (sample.ndim - 1))
@@ -438,15 +438,15 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
     def variance(
         self, posterior_variance: torch.Tensor, beta: torch.Tensor, predicted_variance: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the variance of p(x_t-1 | x_t) by `variance_type`, never its square root or logarithm.
+        """Return the variance of p(x_t-1 | x_t) for `variance_type`, never its square root or logarithm.
 
         Args:
             posterior_variance (`torch.Tensor`, broadcastable): Variance of q(x_t-1 | x_t, x_0), eq. 7.
             beta (`torch.Tensor`, broadcastable): beta_t.
-            predicted_variance (`torch.Tensor`, *optional*): Additional channels of the network, if it is learned.
+            predicted_variance (`torch.Tensor`, *optional*): Additional channels of the network for a learned variance.
 
         Raises:
-            ValueError: The variance is learned, and there is no `predicted_variance`.
+            ValueError: The variance is learned, but `predicted_variance` is `None`.
         """
         variance_type = self.config.variance_type
         if variance_type in ("fixed_small", "fixed_small_log"):
@@ -463,7 +463,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
 
     def _threshold_sample(self, sample: torch.Tensor) -> torch.Tensor:
         """Dynamic thresholding, Imagen section 2.3 (https://huggingface.co/papers/2205.11487)."""
-        magnitudes = sample.flatten(start_dim=1).abs().float()  # no quantile in half precision
+        magnitudes = sample.flatten(start_dim=1).abs().float()  # torch.quantile does not support half precision
         s = torch.quantile(magnitudes, self.config.dynamic_thresholding_ratio, dim=1)
         s = s.clamp(min=1, max=self.config.sample_max_value).to(sample.dtype)
         s = s.view(-1, *[1] * (sample.ndim - 1))
@@ -498,7 +498,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         self, sample: torch.Tensor, timesteps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply `sample`."""
-        # Looked up in float32 and rounded last: 1 - alpha_bar_t in half precision is zero at the first timesteps.
+        # Looked up in float32 and cast last: in half precision, 1 - alpha_bar_t is zero at the first timesteps.
         self.sqrt_alphas_cumprod = self.sqrt_alphas_cumprod.to(sample.device)
         self.sqrt_one_minus_alphas_cumprod = self.sqrt_one_minus_alphas_cumprod.to(sample.device)
         timesteps = torch.as_tensor(timesteps, device=sample.device)
@@ -520,7 +520,7 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _betas_argument(trained_betas: Sequence[float] | None) -> str:
-    """Return the beginning of a sentence about the betas that names their arguments."""
+    """Return the start of an error message, with the arguments that define the betas."""
     return "`beta_start` and `beta_end` are" if trained_betas is None else "`trained_betas` are"
 
 

@@ -2,11 +2,11 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The network that predicts the noise on an image: a U-Net whose blocks are chosen by name.
+"""The network that predicts the noise in an image: a U-Net with configurable types of blocks.
 
-A *level* is a width and a resolution: level i has `block_out_channels[i]` channels at 1 / 2**i of the sample's size.
-Between two levels is a pair of blocks of one type, `block_types[i]`: the down block goes from level i to level i + 1
-and outputs skips, and the mirrored up block goes back and takes them. The mid block works at the last level.
+A *level* has a width and a resolution: level i has `block_out_channels[i]` channels at 1 / 2**i of the sample's size.
+A pair of blocks of the type `block_types[i]` connects two levels: the down block goes from level i to level i + 1 and
+outputs skip connections, and the up block goes back and uses them. The mid block works at the last level.
 
     sample -> conv_in -> down 0 -> down 1 -> ... -> mid -> ... -> up 1 -> up 0 -> conv_out
                             |         `------------ skips -----------'      |
@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 # Smallest and largest integers in a configuration. Real networks are far from these limits. Untrusted files that
-# exceed them are refused before they take memory or time.
+# exceed them are refused before they cost memory or time.
 BOUNDS = {
     "in_channels": (1, 1024),
     "out_channels": (1, 1024),
@@ -71,36 +71,37 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
 
     Args:
         sample_size (`int` or `(int, int)`, defaults to 64):
-            Height and width that a pipeline generates. The network takes any size that its levels divide: multiples
-            of `2 ** (len(block_out_channels) - 1)`.
+            Height and width that a pipeline generates. The network accepts any multiple of
+            `2 ** (len(block_out_channels) - 1)`.
         in_channels (`int`, defaults to 3): Channels of the noisy image.
         out_channels (`int`, defaults to 3): Channels of the prediction.
         block_out_channels (`tuple[int]`, defaults to `(64, 128, 256, 512, 1024)`): Width of each level, at least two.
         block_types (`str` or `tuple[str]`, defaults to `"conv"`):
-            The type of the blocks between two levels: `"conv"` (the article's convolution, ReLU, BatchNorm),
+            Type of the blocks between two levels: `"conv"` (the article's convolution, ReLU, BatchNorm),
             `"resnet"` (residual, GroupNorm, SiLU, scale and shift by time) or `"resnet_attn"` (the same with
-            self-attention). One name applies to all levels; a tuple has one name for each pair of adjacent levels. The
-            configuration always holds one name per pair.
+            self-attention). A single name applies to all levels; a tuple has a name for each pair of adjacent levels.
+            The configuration always stores one name per pair.
         mid_block_type (`str`, *optional*): `"resnet"`, `"resnet_attn"`, or `None` for no block at the last level.
         out_block_type (`str`, defaults to `"conv"`):
-            `"conv"`, the article's 1x1 convolution, or `"norm_conv"`: GroupNorm, SiLU, 3x3 convolution starting at 0.
-        layers_per_block (`int`, defaults to 1): Residual layers in each resnet block; a conv block has its own two.
+            `"conv"` (the article's 1x1 convolution) or `"norm_conv"` (GroupNorm, SiLU, zero-initialized 3x3
+            convolution).
+        layers_per_block (`int`, defaults to 1): Residual layers in each resnet block. Conv blocks ignore it.
         time_proj_dim (`int`, defaults to 32): Length of the sinusoidal embedding of the timestep, even.
         time_embedding_dim (`int`, defaults to 32): Size of the time embedding that each block receives.
-        time_embedding_layers (`int`, defaults to 1): Linear layers with activation between the two.
+        time_embedding_layers (`int`, defaults to 1): Linear layers, each with an activation, that compute it.
         act_fn (`str`, defaults to `"relu"`): Activation of the time embedding, `"relu"` or `"silu"`.
-        norm_num_groups (`int`, defaults to 32): Groups of each GroupNorm; divides the widths it works on.
-        attention_head_dim (`int`, defaults to 64): Channels of an attention head; divides the widths it works on.
+        norm_num_groups (`int`, defaults to 32): Groups of each GroupNorm. Must divide the width of its level.
+        attention_head_dim (`int`, defaults to 64): Channels of an attention head. Must divide the width of its level.
         dropout (`float`, defaults to 0.0): Probability of dropout within a residual layer.
-        num_class_embeds (`int`, *optional*): Number of classes, for generation by class.
+        num_class_embeds (`int`, *optional*): Number of classes, for class-conditional generation.
         augment_dim (`int`, *optional*):
-            Length of the labels of augmentation, for training on augmented images. Sampling needs no labels.
+            Length of the augmentation labels, for training on augmented images. Sampling needs no labels.
 
     Raises:
-        ValueError: An argument has a value that is not allowed. The message names the argument and what is allowed.
+        ValueError: An argument has a value that is not allowed. The message names the argument and the allowed values.
     """
 
-    _auto_class = "AutoModel"  # loads it with `trust_remote_code=True` if this package is not installed
+    _auto_class = "AutoModel"  # without this package, `AutoModel` loads it with `trust_remote_code=True`
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["norm"]
     _repeated_blocks = ["ConvBlock", "ResnetLayer", "AttentionLayer"]  # for `compile_repeated_blocks`
@@ -179,7 +180,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         """Load as [`~diffusers.ModelMixin.from_pretrained`] does, but from safetensors only.
 
         Raises:
-            ValueError: `use_safetensors=False`, or a configuration that this version does not know.
+            ValueError: `use_safetensors` is `False`, or this version does not know the configuration.
             OSError: The folder or repository is not found, not accessible or not reachable, or has no safetensors.
         """
         if kwargs.get("use_safetensors") is False:
@@ -188,7 +189,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
 
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, files, name, loaded_keys, *args, **kwargs):
-        # diffusers reads a shard by its suffix, and leaves a weight that is missing without a value.
+        # diffusers would read pickled shards, and would leave missing weights uninitialized.
         pickles = [str(file) for file in files if not str(file).endswith(".safetensors")]
         if pickles:
             raise ValueError(
@@ -217,7 +218,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         """Save as [`~diffusers.ModelMixin.save_pretrained`] does, as safetensors only, with this file beside them.
 
         Raises:
-            ValueError: `safe_serialization=False`, which would save a pickle.
+            ValueError: `safe_serialization` is `False`: pickles are not saved.
         """
         if push_to_hub:
             self.push_to_hub()
@@ -226,7 +227,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         if safe_serialization is not True:
             raise ValueError("`safe_serialization` must be True: other weights are pickles, which can run code.")
         if not is_main_process:
-            return  # all processes have the same weights, and one writes them
+            return  # all processes have the same weights, and one of them writes
         if Path(save_directory).is_file():
             raise ValueError(f"`save_directory` must be a folder, got the file {str(save_directory)!r}.")
         Path(save_directory).mkdir(parents=True, exist_ok=True)
@@ -328,23 +329,23 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
             sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): x_t.
             timestep (`int`, `float` or `torch.Tensor` of shape `()`, `(1,)` or `(batch,)`): t of each image.
             class_labels (`torch.Tensor` of shape `(batch,)`, integer, *optional*):
-                The class of each image, 0 to `num_class_embeds - 1`; required if the network has classes.
+                Class of each image, 0 to `num_class_embeds - 1`. Required if the network has classes.
             return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
             augment_labels (`torch.Tensor` of shape `(batch, augment_dim)`, *optional*):
-                How each image was augmented. No labels mean the same as labels of 0: not augmented. Training must
-                always give them, because a distributed run needs each parameter in each forward pass.
+                How each image was augmented. Without labels, as with labels of 0, images count as not augmented.
+                Training must always pass them, because a distributed run needs each parameter in each forward pass.
 
         Raises:
-            ValueError: The network does not accept a shape or an argument. The message says what it accepts.
+            ValueError: A shape or an argument is not allowed. The message names the allowed values.
         """
         self._check_inputs(sample, class_labels, augment_labels)
 
         # 1. time
         if isinstance(timestep, torch.Tensor):
             timesteps = timestep.to(sample.device).expand(sample.shape[0])
-        else:  # a tensor is not a constant of the graph, so `torch.compile` compiles only once
+        else:  # as a tensor, it is not a constant of the graph, so `torch.compile` compiles only once
             timesteps = torch.full((sample.shape[0],), timestep, device=sample.device)
-        # The article's embedding: sine then cosine, frequencies from 1 to 1 / 10000, in float32 whatever the weights.
+        # The article's embedding: sine then cosine, frequencies from 1 to 1 / 10000, always in float32.
         t_emb = get_timestep_embedding(timesteps, self.config.time_proj_dim)  # (batch, time_proj_dim)
         dtype = self.dtype  # layerwise casting may store weights in another dtype
         temb = self.time_embedding(t_emb.to(dtype))  # (batch, time_embedding_dim)
@@ -380,16 +381,16 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         return DDPMFacesUNetOutput(sample=sample)
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
-        """Keep only the inputs of each block, and recompute the rest in the backward pass."""
+        """Store only the inputs of each block, and recompute the rest in the backward pass."""
         super().enable_gradient_checkpointing(gradient_checkpointing_func or _checkpoint)
 
     def set_attention_backend(self, backend: str) -> None:
         """Accept `"native"` only: attention is always PyTorch's `scaled_dot_product_attention`.
 
-        PyTorch chooses its kernel; `torch.nn.attention.sdpa_kernel` restricts the choice.
+        PyTorch chooses the kernel. `torch.nn.attention.sdpa_kernel` restricts the choice.
 
         Raises:
-            ValueError: `backend` is not `"native"`, and this network would not use it.
+            ValueError: `backend` is not `"native"`.
         """
         if backend != "native":
             raise ValueError(
@@ -438,7 +439,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
 
 
 class ConvBlock(nn.Module):
-    """Two 3x3 convolutions, each with ReLU and BatchNorm, the timestep added between them, then a change of size."""
+    """Two 3x3 convolutions with ReLU and BatchNorm, the time embedding added between them, then resampling."""
 
     def __init__(self, in_channels: int, out_channels: int, temb_dim: int, resample: nn.Module) -> None:
         super().__init__()
@@ -457,7 +458,7 @@ class ConvBlock(nn.Module):
 
 
 class ConvDownBlock(nn.Module):
-    """The article's down block. Its skip is its output, at half the size."""
+    """The article's down block. Its skip connection is its output, at half the size."""
 
     def __init__(self, in_channels: int, out_channels: int, temb_dim: int, **kwargs) -> None:
         super().__init__()
@@ -470,7 +471,7 @@ class ConvDownBlock(nn.Module):
 
 
 class ConvUpBlock(nn.Module):
-    """The article's up block, applied to its input concatenated with the skip."""
+    """The article's up block, applied to its input concatenated with the skip connection."""
 
     def __init__(self, in_channels: int, out_channels: int, temb_dim: int, **kwargs) -> None:
         super().__init__()
@@ -512,7 +513,7 @@ class AttentionLayer(nn.Module):
 
     def __init__(self, channels: int, num_groups: int, head_dim: int) -> None:
         super().__init__()
-        # A level narrower than a head has one head of its own width.
+        # A level that is narrower than a head has one head of its own width.
         head_dim = min(head_dim, channels)
         if channels % head_dim:
             raise ValueError(f"`attention_head_dim` ({head_dim}) must divide the width of its level ({channels}).")
@@ -532,7 +533,7 @@ class AttentionLayer(nn.Module):
 
 
 class ResnetMidBlock(nn.Module):
-    """A residual layer, attention, a residual layer, at the last level."""
+    """Residual layer, attention, residual layer, at the last level."""
 
     def __init__(
         self,
@@ -556,7 +557,7 @@ class ResnetMidBlock(nn.Module):
 
 
 class ResnetDownBlock(nn.Module):
-    """Residual layers at one level, each with a skip, then a strided convolution to the next level."""
+    """Residual layers at one level, each with a skip connection, then a strided convolution to the next level."""
 
     def __init__(
         self,
@@ -588,7 +589,7 @@ class ResnetDownBlock(nn.Module):
 
 
 class ResnetUpBlock(nn.Module):
-    """Upsampling to the level above, then residual layers, each applied to its input concatenated with a skip."""
+    """Upsampling, then residual layers, each applied to its input concatenated with a skip connection."""
 
     def __init__(
         self,
@@ -621,7 +622,7 @@ class ResnetUpBlock(nn.Module):
 def _checkpoint(block: nn.Module, *inputs):
     if (
         torch.compiler.is_compiling()
-    ):  # contexts are not supported and not needed: a compiled graph updates buffers once
+    ):  # contexts are neither supported nor needed: a compiled graph updates buffers once
         return checkpoint(block, *inputs, use_reentrant=False)
     contexts = nullcontext(), _RunningStatisticsKept(block)
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: contexts)
@@ -669,7 +670,7 @@ def _group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
 
 
 def _zero_init(layer: nn.Module) -> nn.Module:
-    """Make a branch start at zero, so that a deep network starts like a shallow one."""
+    """Initialize a layer with zeros, so that a deep network starts like a shallow one."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
