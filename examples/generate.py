@@ -28,7 +28,7 @@ def main() -> None:
         help="noise-to-signal ratio at the last step; 0.1 suits short training runs",
     )
     parser.add_argument(
-        "--epsilon_scaling", type=float, default=None, help="divisor of the noise that is predicted in these steps"
+        "--epsilon_scaling", type=float, default=None, help="divisor of the predicted noise in these steps"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the first face; face i uses seed + i")
     parser.add_argument("--output", default="faces.png", help="PNG file to write")

@@ -231,7 +231,7 @@ def test_copies_are_found_by_features(mirrored_copies):
 def test_fresh_pictures_are_no_copies(faces):
     report = audit(**faces, extractor=RandomProjection())
     assert not report.found_copies
-    assert report.verdict.startswith("No more copies than among unseen real faces: by pixels ")
+    assert report.verdict.startswith("No more copies than among held-out real faces: by pixels ")
     for space in report.spaces:
         assert space.num_plain_copies == 0
         assert space.held_out_copy_rate == 0.01
@@ -335,8 +335,9 @@ def test_verdict_quotes_numbers_and_intervals(faces):
     space = replace(report.spaces[0], copy_rate=6 / 512, interval=wilson_interval(6, 512), p_value=0.5)
     report = replace(report, spaces=[space], num_samples=512)
     assert report.verdict.startswith(
-        "No more copies than among unseen real faces: by pixels 1.2 % (0.5 to 2.5 %) of 512 samples, of 100 held-out "
-        "faces 1.0 % (0.2 to 5.4 %), p = 0.5, plain copies 0. A face counts if it is as near to one of 300 training"
+        "No more copies than among held-out real faces: by pixels 1.2 % (0.5 to 2.5 %) of 512 samples, of 100 "
+        "held-out faces 1.0 % (0.2 to 5.4 %), p = 0.5, plain copies 0. A face counts if it is as near to one of 300 "
+        "training"
     )
 
 

@@ -131,7 +131,7 @@ def test_convert(command, tmp_path):
     network = ArticleUNet().eval()
     torch.save(network.state_dict(), tmp_path / "article.pt")
     code, text = command("convert", tmp_path / "article.pt", tmp_path / "out", "--sample-size", 32)
-    says = f"The model is in {tmp_path / 'out'}. It predicts what the checkpoint predicts."
+    says = f"The model is in {tmp_path / 'out'}. It has the same outputs as the checkpoint."
     assert (code, text.splitlines()[-1]) == (0, says)
     pipeline = DDPMFacesPipeline.from_pretrained(tmp_path / "out")
     x, t = torch.randn(1, 3, 32, 32), torch.tensor([100])
@@ -269,7 +269,7 @@ def test_audit(command, model, tmp_path):
     assert results["sigma_min"] == memorisation["sigma_min"] == 0.1
     assert results["epsilon_scaling"] == memorisation["epsilon_scaling"] == 1.01
     assert memorisation["verdict"] == results["verdict"] == text.splitlines()[-2]
-    assert memorisation["verdict"].startswith("No more copies than among unseen real faces")
+    assert memorisation["verdict"].startswith("No more copies than among held-out real faces")
     assert "On 8 held-out faces the loss is higher by" in memorisation["verdict"]
     assert Image.open(model / "audit.png").width > 400
     guidance = ["--guide", model, "--guidance-scale", 1.5]

@@ -291,7 +291,7 @@ def test_a_space_of_a_private_model_needs_a_token(server, published, tmp_path):
     server.put("models", "owner/hidden", server.repos["models", published].files, private=True)
     code, output, _ = command(server, tmp_path, "push-space", "owner/hidden", "owner/hidden-demo")
     assert code == 0
-    assert "owner/hidden is private: add a token that may read it as the secret HF_TOKEN" in output
+    assert "owner/hidden is private: add a token with read access as the secret HF_TOKEN" in output
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,7 @@ def test_data_set_with_splits(tmp_path):
     alone = evaluate(tiny(), str(tmp_path / "set"), baseline_split=None, **load)
     assert "real_faces" not in alone["metrics"][1]
     swapped = evaluate(tiny(), str(tmp_path / "set"), split="train", baseline_split=None, **load)
-    with pytest.raises(ValueError, match=r"not measured alike.*`reference` set, train \(.*\) and set, test \("):
+    with pytest.raises(ValueError, match=r"different settings.*`reference` set, train \(.*\) and set, test \("):
         check_comparable(swapped["metrics"], alone["metrics"])
     check_comparable(results["metrics"], alone["metrics"])
 
@@ -389,7 +389,7 @@ def test_no_likelihood(folder):
 
 
 def test_bad_pictures(folder, tmp_path):
-    with pytest.raises(ValueError, match="makes pictures of 4 channels; 1 or 3 can be measured"):
+    with pytest.raises(ValueError, match="generates images of 4 channels; 1 or 3 can be measured"):
         evaluate(tiny(channels=4), str(folder), networks=Never())
     for path in sorted(folder.iterdir())[19:]:
         path.unlink()

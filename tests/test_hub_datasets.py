@@ -84,7 +84,12 @@ def test_what_is_published(server, published):
         {"split": "train", "path": "data/train-*"},
         {"split": "test", "path": "data/test-*"},
     ]
-    for text in ("10 faces of 16x16 pixels (RGB)", "`train`: 8 images", "Classes: old, young", "Whose faces"):
+    for text in (
+        "10 faces of 16x16 pixels (RGB)",
+        "`train`: 8 images",
+        "Classes: old, young",
+        "## People in the images",
+    ):
         assert text in card
     for text in ("{{", "None", OWNER_TOKEN):
         assert text not in card

@@ -876,7 +876,7 @@ def test_run_stops_on_copies_with_the_weights_from_before(tmp_path):
     assert_equal_weights(averaged, {name: weights(run)[name] for name in averaged})
     assert json.loads((run / "training_summary.json").read_text())["images_seen"] == 32
     verdict = json.loads((run / "metrics.json").read_text())["memorisation"]["verdict"]
-    assert verdict.startswith("No more copies than among unseen real faces: by pixels")
+    assert verdict.startswith("No more copies than among held-out real faces: by pixels")
     assert Image.open(run / "audits" / "0000000048.png").width > 400
     assert "Note: the pipeline has no guide, because the run kept none after 33 images, or ends with weights" in output
     assert DDPMFacesPipeline.from_pretrained(run).guide is None
@@ -1016,7 +1016,7 @@ def test_finished_run_is_published(hub, tmp_path):
 @slow
 def test_dry_run_asks_the_hub(hub, tmp_path, monkeypatch):
     output = succeed(tmp_path / "run", dry_run="true", push_to_hub="true")
-    assert re.search(r"Hub +owner/run, at the end; this token may write there", output)
+    assert re.search(r"Hub +owner/run, at the end; this token has write access", output)
     assert hub.repos == {}
     monkeypatch.setenv("HF_TOKEN", READER_TOKEN)
     output = fail(tmp_path / "run", dry_run="true", push_to_hub="true", hub_model_id="owner/other")

@@ -220,7 +220,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" or config.dry_run else config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
-        dynamo_backend="no",  # it would rename the weights; `train` compiles in place instead
+        dynamo_backend="no",  # it would rename the weights, so `train` compiles in place instead
     )
     if accelerator.device.type == "cpu":
         use_all_cores()
@@ -234,7 +234,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def describe(run: Run) -> None:
-    """Print what is going to be trained."""
+    """Print the data, the network and the layout of the run."""
     config, accelerator = run.config, run.accelerator
     num_parameters = sum(parameter.numel() for parameter in run.unet.parameters())
     num_parts = math.ceil(config.train_batch_size / accelerator.num_processes / run.micro_batch_size)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported on first use, which keeps `import ddpm_faces` cheap and the optional packages optional.
+# Imported on first use, so that `import ddpm_faces` is fast and optional packages stay optional.
 _MODULE_OF = {
     "DDPMFacesObjective": "objective",
     "DDPMFacesPipeline": "pipeline_ddpm_faces",

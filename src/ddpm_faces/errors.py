@@ -14,7 +14,7 @@ _ATTEMPTS = 5
 REASONS = {
     401: "the token is missing or invalid: log in with `hf auth login`, or set HF_TOKEN",
     403: "the token has no permission for this: use one with write access, or a repository of your own",
-    404: "the repository was not found, or is private: check the name, and that your token may read it",
+    404: "the repository was not found, or is private: check the name and the permissions of your token",
     409: "somebody else is changing the repository: run this again",
     412: "somebody else changed the repository in the meantime: look at the change, and run this again",
     429: "the Hub received too many requests: run this again later",
@@ -55,7 +55,7 @@ def is_transient(error: BaseException) -> bool:
         return False
     if type(error).__name__ in ("UnsupportedProtocol", "LocalProtocolError"):  # the URL is wrong
         return False
-    # Python or the HTTP library of the client reports that there was no answer.
+    # Python or the client's HTTP library reports that there was no answer.
     return isinstance(error, ConnectionError) or type(error).__module__.startswith(("httpx", "requests"))
 
 

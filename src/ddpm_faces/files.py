@@ -13,7 +13,7 @@ UNFINISHED = ".unfinished-"
 
 
 def unfinished_path(path: str | os.PathLike) -> Path:
-    """Return the hidden name beside `path` that it has while it is being written or deleted."""
+    """Return the hidden temporary name of `path`, in the same folder, for writing and deleting."""
     path = Path(path)
     return path.with_name(UNFINISHED + path.name)
 
@@ -21,20 +21,20 @@ def unfinished_path(path: str | os.PathLike) -> Path:
 def commit(path: str | os.PathLike, unfinished: str | os.PathLike | None = None) -> None:
     """Move a finished folder to its final name, then delete the folder that it replaces.
 
-    An interruption leaves the old folder, the new one or neither, but never a partial one. The files become readable
-    for everybody who may read the folder.
+    An interruption leaves the old folder, the new one or neither, but never a partial one. Everybody who may read the
+    folder can read its files.
 
     Args:
         path (`str` or `os.PathLike`): Final name of the folder.
-        unfinished (`str` or `os.PathLike`, *optional*): Present name of the folder; defaults to [`unfinished_path`].
+        unfinished (`str` or `os.PathLike`, *optional*): Current name of the folder; defaults to [`unfinished_path`].
     """
     path = Path(path)
     unfinished = Path(unfinished or unfinished_path(path))
     for root, _, names in os.walk(unfinished):
-        for name in names:  # safetensors ignores the umask and writes for the owner alone
+        for name in names:  # safetensors ignores the umask, so only the owner could read its files
             file, mode = os.path.join(root, name), os.stat(root).st_mode & 0o666
             if os.stat(file).st_mode & 0o666 != mode:
-                with suppress(OSError):  # on file systems without modes
+                with suppress(OSError):  # file systems without modes
                     os.chmod(file, mode)
         for name in (*names, "."):
             sync(os.path.join(root, name))
@@ -85,7 +85,7 @@ def check_new(path: str | os.PathLike) -> None:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Raise a `ValueError` unless a folder can be made at `path`, or written to if it exists."""
+    """Raise a `ValueError` unless a folder can be created at `path`, or written to if it exists."""
     folder = Path(path).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -129,7 +129,7 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a JSON object from a file, which may come from a stranger.
+    """Read a JSON object from a file that may be untrusted.
 
     Raises:
         ValueError: The file does not contain a JSON object.

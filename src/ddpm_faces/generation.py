@@ -1,4 +1,4 @@
-"""Generate images into files: a grid, or a folder of single images, each with its recipe in its PNG metadata."""
+"""Generate images into files: a grid or a folder of single images, with the recipe in the PNG metadata."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -25,11 +25,11 @@ MAX_SEED = 2**62  # PyTorch takes seeds below 2^63
 
 @dataclass
 class Recipe:
-    """How images are generated.
+    """Settings for generating images.
 
     Args:
         num_images (`int`, defaults to 16): Number of images.
-        seed (`int`, defaults to 0): Seed of the first image; image i uses `seed + i` and depends on nothing else.
+        seed (`int`, defaults to 0): Seed of the first image; image i uses `seed + i`.
         sampler (`str`, defaults to `"dpm-solver++"`): `"dpm-solver++"`, or `"ddpm"` for the scheduler of the pipeline.
         steps (`int`, *optional*): Sampling steps, 1 to T. Defaults to 20 for dpm-solver++ and to all T for ddpm.
         sigma_min (`float`, *optional*): For dpm-solver++, see [`fast_solver`].
@@ -65,10 +65,10 @@ class Recipe:
                 )
 
     def resolve(self, pipeline: DDPMFacesPipeline) -> "Recipe":
-        """Return the recipe with the defaults that depend on the model.
+        """Return the recipe, with the defaults of the model filled in.
 
         Raises:
-            ValueError: A class that the model does not have.
+            ValueError: The recipe has a class that the model does not have.
         """
         num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
         most = DEFAULT_STEPS if self.sampler == "dpm-solver++" else num_train_timesteps
@@ -89,9 +89,9 @@ def generate(pipeline: DDPMFacesPipeline, recipe: Recipe, batch_size: int = 64) 
     """Generate images one after the other, with a progress bar.
 
     Args:
-        pipeline ([`DDPMFacesPipeline`]): The model. It stays as it is.
+        pipeline ([`DDPMFacesPipeline`]): The model. It is not changed.
         recipe ([`Recipe`]): What to generate.
-        batch_size (`int`, defaults to 64): Images that are generated at once.
+        batch_size (`int`, defaults to 64): Number of images to generate at once.
 
     Raises:
         ValueError: The recipe does not suit the model, such as too many steps or a class that it does not have.
@@ -137,7 +137,7 @@ def check_seed(seed: int) -> None:
 
 
 def check_output(output: str | os.PathLike, overwrite: bool = False) -> None:
-    """Raise a `ValueError` if there is something at `output` already, or if nothing can be written there."""
+    """Raise a `ValueError` if `output` exists already or cannot be written."""
     output = Path(output)
     is_file = output.suffix.lower() == ".png"
     if output.suffix.lower() in Image.registered_extensions() and not is_file:
@@ -163,11 +163,11 @@ def generate_to(
         pipeline ([`DDPMFacesPipeline`]): The model.
         recipe ([`Recipe`]): What to generate.
         output (`str` or `os.PathLike`):
-            If it ends in ".png": a grid, in which small images are enlarged; of one image, that image. Otherwise a
-            folder of images named after their seeds, such as `seed-00000042.png`. They appear one by one, so those
-            that are there when you interrupt are complete.
+            A name that ends in ".png" is a grid in which small images are enlarged, or the image itself if there is
+            only one. Any other name is a folder of images named after their seeds, such as `seed-00000042.png`. If you
+            interrupt, the images that are already in the folder are complete.
         model (`str`): Name of the model for the metadata.
-        batch_size (`int`, defaults to 64): Images that are generated at once.
+        batch_size (`int`, defaults to 64): Number of images to generate at once.
         overwrite (`bool`, defaults to `False`): Whether existing files may be replaced.
 
     Returns:
@@ -199,7 +199,7 @@ def generate_to(
 
 
 def metadata(model: str, recipe: Recipe, seed: int | str) -> dict[str, Any]:
-    """Return the text chunks of a PNG file: who made it, and the recipe to make it again."""
+    """Return the text chunks of a PNG file: the program, the model and the recipe."""
     settings = asdict(recipe)
     settings = {k: v for k, v in settings.items() if v is not None and k not in ("num_images", "seed")}
     return {

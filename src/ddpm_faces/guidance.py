@@ -15,7 +15,7 @@ def save_guide(
 ) -> None:
     """Write a guide into the folder of a pipeline, replacing an existing guide, or remove the guide.
 
-    The weights of the pipeline itself are not touched. An interruption leaves the old guide, the new one, or a folder
+    The weights of the pipeline itself do not change. An interruption leaves the old guide, the new one, or a folder
     whose loading reports that the guide is missing.
 
     Args:

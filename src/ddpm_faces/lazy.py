@@ -6,7 +6,7 @@ from typing import Any
 
 
 def attach(package: str, module_of: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Create `__getattr__`, `__dir__` and `__all__` of a package.
+    """Create `__getattr__`, `__dir__` and `__all__` for a package.
 
     Args:
         package (`str`): The package's `__name__`.

@@ -17,10 +17,10 @@ _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check_model(model: str | os.PathLike) -> None:
-    """Raise a `ValueError`, which says what to do, if `model` is neither a pipeline's folder nor a name on the Hub.
+    """Raise a `ValueError` if `model` is neither the folder of a pipeline nor a name on the Hub.
 
     Args:
-        model (`str` or `os.PathLike`): A folder, or "user/name". The Hub is not asked whether it has that name.
+        model (`str` or `os.PathLike`): A folder, or "user/name". Whether this name exists on the Hub is not checked.
     """
     path, shown = Path(os.path.expanduser(model)), repr(os.fspath(model))
     if path.is_file():
@@ -31,7 +31,7 @@ def check_model(model: str | os.PathLike) -> None:
         if any(path.glob("checkpoint-*")):
             raise ValueError(f"`model` {shown} is an unfinished training; run its command again to finish it.")
         raise ValueError(
-            f"`model` {shown} holds no model (no model_index.json); give the output folder of a training, or "
+            f"`model` {shown} holds no model (no model_index.json); give the output folder of a training run, or "
             "USER/NAME on the Hub."
         )
     if os.fspath(model).startswith(".") or not _REPO_ID.fullmatch(os.fspath(model)):
@@ -53,7 +53,7 @@ def load_pipeline(
         device (`str` or `torch.device`, *optional*): Device of the networks. Defaults to the fastest one.
 
     Raises:
-        ValueError: There is no pipeline, or the guide does not fit it.
+        ValueError: There is no pipeline, or the guide does not match it.
         OSError: The repository does not exist, or the Hub cannot be reached.
     """
     device = device or best_device()
@@ -79,7 +79,7 @@ def _load(model: str | os.PathLike) -> DDPMFacesPipeline:
 
 @contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Hide the bar that counts components, and warnings that the error says again. Downloads keep their bars."""
+    """Hide the progress bar of components, and warnings that an error repeats. Downloads keep their bars."""
     had_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -99,6 +99,6 @@ def best_device() -> str:
 
 
 def model_name(model: str | os.PathLike) -> str:
-    """Return the name of a model for a file that may be shared: "user/name", or the name of its folder alone."""
+    """Return the name of a model without local paths: "user/name", or the name of its folder."""
     path = Path(os.path.expanduser(model))
     return path.resolve().name if path.is_dir() else os.fspath(model)

@@ -28,17 +28,17 @@ class ObjectiveOutput(NamedTuple):
 class DDPMFacesObjective:
     """Training objective: add noise to images at random timesteps and measure the error of the network's prediction.
 
-    Everything but the network runs in float32; in bfloat16 the first timesteps would get no noise at all.
+    Everything except the network runs in float32. In bfloat16, the first timesteps would get no noise at all.
 
     Args:
         scheduler ([`DDPMFacesScheduler`] or [`~diffusers.DDPMScheduler`]):
-            Its `prediction_type` decides what is predicted: `"epsilon"` (the noise, as in the article), `"sample"`
+            Its `prediction_type` defines the prediction: `"epsilon"` (the noise, as in the article), `"sample"`
             (x_0) or `"v_prediction"` (the velocity). With the `variance_type` `"learned_range"`, the network predicts
             the variance too.
         loss_type (`str`, defaults to `"l2"`): `"l2"` (DDPM, the article), `"l1"` or `"huber"`.
         snr_gamma (`float`, *optional*):
             Weight the squared error of x_0 by min(SNR, `snr_gamma`), with SNR = alpha_bar_t / (1 - alpha_bar_t),
-            whatever the network predicts (Min-SNR, section 3.4 of https://huggingface.co/papers/2303.09556, which uses
+            for any prediction type (Min-SNR, section 3.4 of https://huggingface.co/papers/2303.09556, which uses
             5). With `inf`, the loss is the squared error of the noise, as in the article, for each prediction type. By
             default, the loss is the unweighted error of the prediction.
         bound_weight (`float`, defaults to 0.001):

@@ -1,4 +1,4 @@
-"""Pictures of results: grids, strips from noise to face, loss curves."""
+"""Plots of results: image grids, denoising strips, loss curves."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -103,7 +103,7 @@ def loss_curve(
     axis.plot(images_seen, smooth, color="C0", linewidth=1.8, label=f"mean of the last {window} entries")
     if held_out is not None and len(held_out[0]):
         axis.plot(*held_out, color="C1", linewidth=1.4, marker="o", markersize=4, label="held-out images")
-    # Without a limit, the steep start would hide the rest.
+    # Without a limit, the high losses at the start would flatten the rest of the curve.
     axis.set_ylim(0, min(1.05 * max(losses), 4 * losses[-1]))
     axis.set_xlabel("images seen")
     axis.set_ylabel("loss")

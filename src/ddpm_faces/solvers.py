@@ -8,7 +8,7 @@ from .scheduling_ddpm_faces import DDPMFacesScheduler
 
 
 class FastSolver(DPMSolverMultistepScheduler):
-    """DPM-Solver++ (2M) with timesteps that suit sampling in few steps.
+    """DPM-Solver++ (2M) with timesteps for sampling in few steps.
 
     Brightness, color and pose of a face are decided at noise levels tens of times above the signal. A cosine schedule
     covers these levels in its last tenth, where evenly spaced timesteps take too few steps: in 10 steps they produce
@@ -32,7 +32,7 @@ class FastSolver(DPMSolverMultistepScheduler):
     """
 
     sigma_max = 120.0
-    sigma_min = 0.02  # two and a half of the 255 steps from black to white
+    sigma_min = 0.02  # 2.5 of the 255 levels of an 8-bit pixel
     epsilon_scaling = 1.0
 
     def set_timesteps(
@@ -100,11 +100,11 @@ def fast_solver(
     Args:
         scheduler ([`DDPMFacesScheduler`]): Scheduler that the network was trained with.
         sigma_min (`float`, *optional*, defaults to 0.02):
-            Noise-to-signal ratio at the last step, in (0, 1). A network with little training cannot tell fine detail
-            from noise, and leaves noise in the image; it gives cleaner images with 0.1.
+            Noise-to-signal ratio at the last step, in (0, 1). A network with little training leaves noise in the
+            image at low levels, and gives cleaner images with 0.1.
         epsilon_scaling (`float`, *optional*, defaults to 1.0):
-            Divisor of the predicted noise, 0.9 to 1.1. Larger values give richer detail. 1.003 suits `models/faces64`
-            with its guide; 1 suits it without, and networks with little training.
+            Divisor of the predicted noise, 0.9 to 1.1. Larger values give richer detail. Use 1.003 for
+            `models/faces64` with its guide, and 1 without the guide or for networks with little training.
 
     Raises:
         ValueError: `sigma_min` or `epsilon_scaling` is outside its range.

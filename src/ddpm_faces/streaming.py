@@ -1,4 +1,4 @@
-"""The former place of `ddpm_faces.data.stream`, for scripts that import it from here."""
+"""Former location of `ddpm_faces.data.stream`, kept for scripts that import it from here."""
 
 from .data.stream import FaceStream, open_stream
 

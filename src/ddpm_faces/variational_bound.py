@@ -36,14 +36,14 @@ def bound_terms(
     def of_timestep(values: torch.Tensor) -> torch.Tensor:
         return values.to(original_samples)[timesteps].view(-1, 1, 1, 1)
 
-    # 1. Variances of q(x_t-1 | x_t, x_0) and of p(x_t-1 | x_t). At t = 0 the first is 0, and p takes that of t = 1
-    # (Improved DDPM): the sampler adds no noise there, but pixels need some for their likelihood.
+    # 1. Variances of q(x_t-1 | x_t, x_0) and of p(x_t-1 | x_t). At t = 0, the first is 0, and p uses the value of
+    # t = 1 (Improved DDPM): the sampler adds no noise there, but the likelihood of pixels needs some.
     posterior_variance = scheduler.posterior_variance.clone()
     posterior_variance[0] = posterior_variance[1] if len(posterior_variance) > 1 else scheduler.betas[0]
     posterior_variance = of_timestep(posterior_variance)
     variance = scheduler.variance(posterior_variance, of_timestep(scheduler.betas), predicted_variance)
 
-    # 2. t > 0: the divergence of q from p, whose means differ by that of x_0 times its coefficient in eq. 7
+    # 2. t > 0: the divergence of q from p. Their means differ by the error in x_0 times its coefficient in eq. 7.
     coefficient = scheduler.alphas_cumprod_prev.sqrt() * scheduler.betas / (1 - scheduler.alphas_cumprod)
     squared_difference = (of_timestep(coefficient) * (original_samples - pred_original_sample)) ** 2
     ratio = posterior_variance / variance

@@ -16,7 +16,7 @@ from .share import pull, push, verify
 from .train import train
 
 
-# As a person thinks; within a group, what comes first in practice.
+# The groups of commands; within a group, in the order of use.
 GROUPS = {
     "Make": (generate, demo, prepare, guide, convert),
     "Train": (train,),
@@ -27,7 +27,7 @@ EXIT_CODES = (
     "Exit codes: 0 success; 1 failure, such as no network or a full disk; 2 invalid input; 3 the audit found copies; "
     "130 interrupted."
 )
-INTERRUPTED = 130  # by Ctrl-C, as shells have it
+INTERRUPTED = 130  # the exit code of shells for Ctrl-C
 UsageError = typer.BadParameter.__base__  # of click, or of the copy of it that comes with typer
 
 app = typer.Typer(
@@ -43,7 +43,7 @@ app = typer.Typer(
 )
 for group, commands in GROUPS.items():
     for command in commands:
-        # `train` hands on all options that it does not know, and `--help`, to the script.
+        # `train` passes unknown options, and `--help`, on to the script.
         passing = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
         settings = passing if command is train else {}
         app.command(rich_help_panel=group, context_settings=settings)(command)
@@ -62,11 +62,11 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Read the options that come before a command; `main` reads `--debug`, wherever it is."""
+    """Read the options before a command. `main` reads `--debug` at any position."""
 
 
 def main() -> None:
-    """Run a command. An error is one line on the standard error, unless `--debug` asks for the traceback."""
+    """Run a command. An error is printed in one line, or with its traceback with `--debug`."""
     arguments = [expand_home(argument) for argument in sys.argv[1:] if argument != "--debug"]
     is_debugging = len(arguments) < len(sys.argv) - 1
     try:
@@ -74,7 +74,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except UsageError as error:
-        if not error.format_message():  # the help of a command without arguments is printed
+        if not error.format_message():  # a command without arguments has printed its help
             sys.exit(2)
         command = error.ctx.command_path if error.ctx else "ddpm-faces"
         fail(f"{describe(error)} Run `{command} --help` for help.", 2)
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def expand_home(argument: str) -> str:
-    """Expand `~` where a shell does not: in quotes, and behind the `=` of an option."""
+    """Expand `~` where a shell does not: in quotes, and after the `=` of an option."""
     option, equals, value = argument.partition("=")
     if option.startswith("--") and equals:
         return option + equals + os.path.expanduser(value)
@@ -101,10 +101,10 @@ def expand_home(argument: str) -> str:
 
 
 def describe(error: typer.BadParameter) -> str:
-    """Return the message of a usage error as a sentence, with the options that may have been meant."""
+    """Return the message of a usage error as a sentence, with suggestions."""
     possibilities = getattr(error, "possibilities", None)
     message = error.message if possibilities else error.format_message()
-    message, _, meant = message.partition(" Did you mean ")  # which some versions of typer and click add to it
+    message, _, meant = message.partition(" Did you mean ")  # some versions of typer and click add it
     meant = meant.rstrip("?") or " or ".join(possibilities or [])
     return f"{message.rstrip('.')}." + (f" Did you mean {meant}?" if meant else "")
 

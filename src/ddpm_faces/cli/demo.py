@@ -1,4 +1,4 @@
-"""Commands for the demo: run it here, and publish it as a Space."""
+"""Commands for the demo: run it on this machine, or publish it as a Space."""
 
 import socket
 from pathlib import Path
@@ -9,14 +9,14 @@ import typer
 from .options import Json, Private, report
 
 
-SHIPPED_MODEL = Path(__file__).parents[3] / "models" / "faces64"  # in a checkout; not in a wheel
+SHIPPED_MODEL = Path(__file__).parents[3] / "models" / "faces64"  # exists in a clone, not in a wheel
 
 
 def demo(
     model: Annotated[
-        str | None, typer.Argument(help="Folder of a model, or USER/NAME (default: models/faces64 of a checkout).")
+        str | None, typer.Argument(help="Folder of a model, or USER/NAME (default: models/faces64, in a clone).")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to serve on; 0.0.0.0 is every network of this machine.")] = (
+    host: Annotated[str, typer.Option(help="Address to serve on; 0.0.0.0 serves on all networks of this machine.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(help="Port to serve on.", min=1, max=65535)] = 7860,
@@ -52,7 +52,7 @@ def demo(
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise a `ValueError` unless a server can listen there."""
+    """Raise a `ValueError` if no server can listen on this address."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as server:
@@ -81,5 +81,5 @@ def push_space(
     space = push_space(model, repo_id, private=private, title=title)
     text = f"Published: {space.commit}\nThe Space builds for some minutes and then runs at {space.url}"
     if space.needs_token:
-        text += f"\n{model} is private: add a token that may read it as the secret HF_TOKEN in {space.url}/settings"
+        text += f"\n{model} is private: add a token with read access as the secret HF_TOKEN in {space.url}/settings"
     report({"commit": str(space.commit), "url": space.url, "needs_token": space.needs_token}, text, as_json)

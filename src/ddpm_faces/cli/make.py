@@ -34,7 +34,7 @@ def generate(
     guidance_scale: GuidanceScale = None,
     class_label: Annotated[
         list[int] | None,
-        typer.Option(help="Class to generate; repeat the option for several (default: all classes, in turn)."),
+        typer.Option(help="Class to generate; repeat the option for several classes (default: all classes, in turn)."),
     ] = None,
     batch_size: BatchSize = 64,
     output: Annotated[
@@ -46,7 +46,7 @@ def generate(
     """Generate faces.
 
     An output that ends in .png is a grid of all images. Any other output is a folder, in which each image is named
-    after its seed. The PNG metadata hold the model, the seed and the settings.
+    after its seed. The PNG metadata records the model, the seed and the settings.
     """
     from ..generation import Recipe, check_output, generate_to
     from ..models import load_pipeline, model_name
@@ -67,10 +67,10 @@ def prepare(
     channels: Annotated[int, typer.Option(help="Channels: 1 (grey), 3 (RGB) or 4 (RGBA).")] = 3,
     split: Annotated[str, typer.Option(help="Split of the source.")] = "train",
     image_column: Annotated[
-        str | None, typer.Option(help="Column of the images (default: the first that has some).")
+        str | None, typer.Option(help="Column with the images (default: the first one that contains images).")
     ] = None,
     label_column: Annotated[
-        str | None, typer.Option(help="Column of the classes; 'folder' for the names of subfolders.")
+        str | None, typer.Option(help="Column with the classes; 'folder' for the names of subfolders.")
     ] = None,
     num_test_images: Annotated[int, typer.Option(help="Number of images to hold out as the split `test`.")] = 0,
     skip_unreadable: Annotated[
@@ -80,7 +80,7 @@ def prepare(
     private: Private = None,
     as_json: Json = False,
 ) -> None:
-    """Make a dataset of your images: crop, resize, remove metadata.
+    """Make a dataset from your images: crop, resize, remove metadata.
 
     It is written to a folder, published on the Hub, or both.
     """
@@ -114,7 +114,7 @@ def guide(
     guidance_scale: GuidanceScale = None,
     as_json: Json = False,
 ) -> None:
-    """Add a weaker model that guides a model (autoguidance), or remove it.
+    """Add a weaker model as the guide of a model (autoguidance), or remove it.
 
     The guide is saved and published with the model. Evaluate the model again afterwards.
     """
@@ -147,4 +147,4 @@ def convert(
     pipeline = convert_checkpoint(checkpoint, sample_size)
     with new_folder(output) as folder:
         pipeline.save_pretrained(folder)
-    report({"model": str(output)}, f"The model is in {output}. It predicts what the checkpoint predicts.", as_json)
+    report({"model": str(output)}, f"The model is in {output}. It has the same outputs as the checkpoint.", as_json)

@@ -1,4 +1,4 @@
-"""Commands that measure: how far faces are from real ones, and whether they copy training images."""
+"""Commands that measure the quality of faces and search them for copies of training images."""
 
 import json
 import os
@@ -28,10 +28,11 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="Held-out split to compare against.")] = "test",
     baseline_split: Annotated[
-        str, typer.Option(help="Split of other real faces, which show what a perfect model could reach; '' skips it.")
+        str, typer.Option(help="Split of other real faces, which show the values of a perfect model; '' skips it.")
     ] = "train",
     num_images: Annotated[
-        int | None, typer.Option(help="Number of images on either side (default: as many as there are, up to 1000).")
+        int | None,
+        typer.Option(help="Number of generated and of real images (default: all, up to 1000)."),
     ] = None,
     sampler: Sampler = "ddpm",
     steps: Annotated[int | None, typer.Option(help="Sampling steps (default: all training timesteps).")] = None,
@@ -51,7 +52,7 @@ def evaluate(
         Path | None, typer.Option(help="File for the metrics (default: metrics.json in the model's folder).")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="Another metrics.json to show beside the result.", exists=True, dir_okay=False)
+        Path | None, typer.Option(help="Earlier metrics.json to compare with the result.", exists=True, dir_okay=False)
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -89,10 +90,10 @@ def audit(
     source: Source,
     data: Annotated[str, typer.Argument(help="Training dataset.")],
     split: Annotated[
-        str, typer.Option(help="Split that holds exactly the training images, such as 'train[:500]'.")
+        str, typer.Option(help="Split that contains exactly the training images, such as 'train[:500]'.")
     ] = "train",
     held_out_split: Annotated[str, typer.Option(help="Held-out split to compare against.")] = "test",
-    num_images: Annotated[int, typer.Option(help="Number of faces to search for.")] = 400,
+    num_images: Annotated[int, typer.Option(help="Number of generated faces to check.")] = 400,
     sampler: Sampler = "dpm-solver++",
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
     sigma_min: SigmaMin = None,

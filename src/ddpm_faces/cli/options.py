@@ -37,5 +37,5 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, fo
 
 
 def report(result: dict[str, Any], text: str, as_json: bool) -> None:
-    """Print what a command has done: as one JSON object, or in words."""
+    """Print the result of a command, as one JSON object or as text."""
     typer.echo(json.dumps(result, indent=2, default=str) if as_json else text)

@@ -9,7 +9,7 @@ from .options import Json, Private, Repo, Revision, report
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Output folder of a training.")],
+    folder: Annotated[Path, typer.Argument(help="Output folder of a training run.")],
     repo_id: Repo,
     private: Private = None,
     license: Annotated[str | None, typer.Option(help="License of the model, such as cc-by-nc-sa-4.0.")] = None,
@@ -19,7 +19,7 @@ def push(
     ] = "bf16,fp16",
     revision: Annotated[str | None, typer.Option(help="Existing branch (default: the main branch).")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
-    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     as_json: Json = False,
 ) -> None:
     """Check a model and publish it on the Hub with its card."""

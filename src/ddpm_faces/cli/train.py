@@ -24,19 +24,19 @@ def train(
     if num_processes is not None and num_processes < 1:
         raise ValueError(f"`num_processes` must be at least 1, got {num_processes}.")
     arguments = context.args
-    parse_training_config(arguments, "ddpm-faces train [--num-processes N]")  # so that mistakes need no launch
+    parse_training_config(arguments, "ddpm-faces train [--num-processes N]")  # finds mistakes before the launch
     command = [sys.executable, *launcher(num_processes), str(training_folder() / "train.py"), *arguments]
-    if os.name == "posix":  # the run takes over this process, and so receives its signals
+    if os.name == "posix":  # the run replaces this process and therefore receives its signals
         sys.stdout.flush()
         os.execv(sys.executable, command)
     raise typer.Exit(subprocess.run(command).returncode)
 
 
 def launcher(num_processes: int | None) -> list[str]:
-    """Return the arguments of Python that launch the script.
+    """Return the arguments with which Python launches the script.
 
-    Without `accelerate config`, one process needs no launcher, which would turn each exit code into 1. What
-    `accelerate config` has set stays, except for a number of processes that is given.
+    Without `accelerate config`, one process runs without the launcher, which would turn each exit code into 1. The
+    settings of `accelerate config` apply, except for the number of processes if it is given.
     """
     from accelerate.commands.config.config_args import default_config_file
 

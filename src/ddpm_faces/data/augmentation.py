@@ -1,4 +1,4 @@
-"""Augmentation that does not leak: images are transformed at random, and the network is told how.
+"""Non-leaking augmentation: images are transformed at random, and the network is told how.
 
 The network learns the effect of each transformation, and so learns from all transformed images. In sampling, it is
 told that there was no transformation, and generates images like the originals (section 5 and appendix F.2 of
@@ -32,8 +32,8 @@ class NonLeakingAugmentation:
 
     Each transformation is drawn for each image separately. Labels of transformations that are not drawn are 0. The
     x-flip has the same probability for every `probability` above 0, as in EDM: a mirrored face is still a face, so
-    there is no reason to make it rare. It has a label nevertheless, because faces are not symmetric (partings, badges,
-    writing). Mirroring images without a label as well, as `random_flip` does, would leak.
+    there is no reason to make it rare. It still has a label, because images of faces are not symmetric (partings,
+    badges, writing). Mirroring images without a label as well, as `random_flip` does, would leak.
 
     Equal labels mean equal transformations. This is not true of EDM's labels for the stretch, n cos b and n sin b:
     (n, b) and (-n, b + pi) have the same labels, although one is the inverse of the other. Doubling the angle tells
@@ -94,7 +94,7 @@ class NonLeakingAugmentation:
             of shape `(batch, AUGMENT_DIM)`. An image with labels of 0 is unchanged.
 
         Raises:
-            ValueError: `samples` is not a batch of images, or `draws` does not fit it.
+            ValueError: `samples` is not a batch of images, or `draws` does not match it.
         """
         if samples.ndim != 4:
             raise ValueError(

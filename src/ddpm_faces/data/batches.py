@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 class FaceBatches:
-    """Endless batches of a [`FaceDataset`], shared among processes, that can begin anywhere.
+    """Endless batches of a [`FaceDataset`], shared among processes, from any position.
 
-    Each epoch is a new permutation, cut into full batches. The images that do not fill a batch are different ones in
-    each epoch. The order depends only on (seed, images seen), so resuming needs no state and decodes nothing twice.
+    Each epoch is a new permutation, cut into full batches. The images that are left over differ from epoch to
+    epoch. The order depends only on (seed, images seen), so resuming needs no state and decodes nothing twice.
 
     Args:
         dataset ([`FaceDataset`]): The images.
@@ -112,7 +112,7 @@ def make_data_loader(dataset: Any, num_workers: int, pin_memory: bool, sampler: 
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_trainer,
-        # The loader draws a seed that nothing uses. Without a generator, it would draw from the global random state.
+        # The loader draws a seed that is never used. Without a generator, it would draw from the global random state.
         generator=torch.Generator(),
     )
 
@@ -142,7 +142,7 @@ def restarting(make_loader: Callable[[], DataLoader], max_deaths: int = 3) -> It
             if not _is_death(error, loader) or deaths == max_deaths:
                 raise
             logger.warning(
-                "A data worker died (%s). It was restarted, and no image is lost.", error or "no reason known"
+                "A data worker died (%s). It was restarted, and no image is lost.", error or "reason unknown"
             )
         del batches
 
@@ -174,7 +174,7 @@ def _is_death(error: Exception, loader: DataLoader) -> bool:
 
 
 def _leave_signals_to_the_trainer(worker_id: int) -> None:
-    """Ignore signals to the whole process group, such as Ctrl-C, because the last step still needs its data."""
+    """Ignore signals to the process group, such as Ctrl-C, because the last step still needs its data."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

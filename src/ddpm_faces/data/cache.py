@@ -39,7 +39,7 @@ def cached(source: Source, settings: dict[str, Any], cache_dir: str | None = Non
     """
     root = Path(cache_dir or Path(HF_HOME, "ddpm-faces")).expanduser()
     cache = root / content_hash(json.dumps(settings, sort_keys=True, default=str).encode())
-    dataset = _open_cache(cache)  # try without the lock: a shared cache may be read-only
+    dataset = _open_cache(cache)  # first without the lock, because a shared cache may be read-only
     if dataset is not None:
         return dataset
     try:
@@ -56,7 +56,7 @@ def cached(source: Source, settings: dict[str, Any], cache_dir: str | None = Non
 
 
 def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
-    """Decode and resize in threads (PIL releases the interpreter lock), and write all of the cache or nothing."""
+    """Decode and resize in threads (PIL releases the interpreter lock), and write the complete cache or nothing."""
     size, mode, num_images = settings["size"], MODES[settings["channels"]], settings["num_images"]
     image_bytes = len(mode) * size[0] * size[1]  # a lower bound: uncropped images take more
     needed, free = num_images * image_bytes, shutil.disk_usage(cache.parent).free
@@ -73,7 +73,7 @@ def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
         try:
             label = None if values is None else number(values[index])
             pixels = resize(open_image(value, settings["max_image_pixels"]), size, mode).contiguous()
-        except MemoryError:  # not the fault of the image
+        except MemoryError:  # not an error of the image
             raise
         except Exception as error:  # PIL raises many kinds of errors on damaged images
             return f"{name}: {error or type(error).__name__}", None

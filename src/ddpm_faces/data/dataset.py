@@ -72,7 +72,7 @@ class FaceDataset(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all pixels and labels in hexadecimal digits. It depends on nothing but the content."""
+        """Hash of all pixels and labels in hexadecimal digits. It depends only on the content."""
         labels = [] if self._labels is None else [self._labels[self._indices].numpy()]
         return content_hash(self._table["digest"][self._indices], *labels)
 
@@ -181,7 +181,7 @@ def hold_out(dataset: FaceDataset, num_images: int) -> tuple[FaceDataset, FaceDa
 
     Images are ranked by a hash of their decoded pixels, and the first `num_images` are held out. When images are added
     later and `num_images` stays the same, no image moves from the training images to the held-out ones: only new
-    images can take their places. At another resolution, other images are held out.
+    images can replace held-out ones. At another resolution, other images are held out.
 
     Args:
         dataset ([`FaceDataset`]): All images.

@@ -28,7 +28,7 @@ _HEIC = frozenset((".heic", ".heics", ".heif", ".heifs", ".hif"))
 _RAW = frozenset(".3fr .arw .cr2 .cr3 .dng .erf .nef .nrw .orf .pef .raf .raw .rw2 .srw .x3f".split())
 _OTHER_IMAGES = frozenset(".ai .avif .avifs .emf .eps .icns .ico .jxl .psb .svg .svgz .wmf .xcf".split())
 
-# Other extensions ("photo.jpg_large", "IMG.jpeg_1", "J.Smith") tell nothing, so the first bytes decide.
+# Other extensions ("photo.jpg_large", "IMG.jpeg_1", "J.Smith") are ambiguous, so the first bytes decide.
 _NO_IMAGES = _HEIC | _RAW | _OTHER_IMAGES | DATA_SUFFIXES
 
 _RUN_FILES = frozenset(("model_index.json", "training_config.yaml"))
@@ -106,8 +106,8 @@ class ImageFolder:
 def list_images(root: Path) -> ImageFolder:
     """Find the images in a folder and its subfolders, following links and ignoring hidden files and folders.
 
-    The extension tells whether a file is an image or, if the extension is unknown, its first bytes. Output of training
-    runs and pipelines does not count.
+    A file is an image by its extension or, if the extension is unknown, by its first bytes. Output of training runs
+    and pipelines is skipped.
 
     Raises:
         ValueError: The folder itself cannot be read.
@@ -157,7 +157,7 @@ def _suffix(name: str) -> str:
 
 
 def _is_new(path: str, real_root: str, seen: set[str]) -> bool:
-    """Whether to search a subfolder. A link may lead to a folder that is searched anyway."""
+    """Whether to search a subfolder. Links to folders that are searched anyway are skipped."""
     real = os.path.realpath(path)
     if real in seen:
         return False
@@ -172,7 +172,7 @@ def _is_new(path: str, real_root: str, seen: set[str]) -> bool:
 
 
 def _is_image(path: Path) -> bool:
-    """Whether a file begins like a common image format."""
+    """Whether the first bytes of a file are those of a common image format."""
     try:
         with path.open("rb") as file:
             start = file.read(12)

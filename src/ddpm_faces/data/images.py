@@ -15,7 +15,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 CROPS = ("center", "random")
 MAX_IMAGE_PIXELS = 2**29  # the default: 2 GiB in PIL's memory
 
-# PIL's limits are meant for uploads by strangers. They refuse photos of some phones, and PNGs with a long comment or a
+# PIL's limits are meant for untrusted uploads. They refuse photos of some phones, and PNGs with a long comment or a
 # large color profile. The limits are global and must not change while threads decode, so they are set here, once.
 # `open_image` checks the number of pixels instead; texts and profiles keep a limit.
 Image.MAX_IMAGE_PIXELS = None
@@ -40,7 +40,7 @@ def open_image(value: Any, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Im
         `PIL.Image.Image`
 
     Raises:
-        ValueError: The image is missing or has too many pixels. PIL raises other errors on files that are no images.
+        ValueError: The image is missing or has too many pixels. PIL raises other errors on files that are not images.
     """
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
@@ -77,7 +77,7 @@ def picture_to_tensor(image: Image.Image, size: tuple[int, int], mode: str = "RG
 
     Args:
         image (`PIL.Image.Image`):
-            An image of any size. Only the first frame of an animation counts. Transparent areas become white unless
+            An image of any size. Only the first frame of an animation is used. Transparent areas become white unless
             `mode` is "RGBA". 16 bits are scaled to 8.
         size (`(int, int)`): Height and width in pixels.
         mode (`str`, defaults to `"RGB"`): `"L"`, `"RGB"` or `"RGBA"`.

@@ -21,7 +21,7 @@ from .loading import load_faces
 
 DATASET_FILES = ("README.md", "data/*.parquet")
 # A shard has at most `_SHARD_IMAGES` images. A dataset of `_MANY_IMAGES` or more has at least `_MANY_SHARDS` shards,
-# because processes and workers share the shards of a stream among them.
+# because the processes and workers of a stream divide its shards among themselves.
 _SHARD_IMAGES, _MANY_SHARDS, _MANY_IMAGES = 20_000, 8, 800
 
 _CARD = """---
@@ -30,9 +30,9 @@ _CARD = """---
 
 # {{ title }}
 
-<!-- generated: summary (each publishing rewrites this section up to its end; all other text is yours) -->
+<!-- generated: summary (publishing again rewrites each section between such marks; all other text is yours) -->
 {{ count }} of {{ height }}x{{ width }} pixels ({{ mode }}), each center-cropped, resized, and stored as PNG without
-the metadata of its file (place, time, camera).
+the metadata of its file (such as place, time and camera).
 
 {% for name, number in splits.items() -%}
 - `{{ name }}`: {{ number }}
@@ -43,7 +43,7 @@ the metadata of its file (place, time, camera).
 {% endif -%}
 <!-- end: summary -->
 
-## Use
+## Usage
 
 <!-- generated: use -->
 ```python
@@ -57,9 +57,9 @@ accelerate launch training/train.py --dataset_name {{ repo_id }} --resolution {{
 ```
 <!-- end: use -->
 
-## Whose faces these are
+## People in the images
 
-State here where the images come from, whether the people in them agreed, and for what they must not be used.
+State here where the images come from, whether the people in them gave their consent, and which uses are not allowed.
 """
 
 

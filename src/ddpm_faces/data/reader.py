@@ -117,7 +117,7 @@ class StreamReader:
             if self.label_column is not None:
                 label = class_number(row.get(self.label_column), self.num_classes, self.has_class_labels)
             return name, self.decode(open_image(value, self.max_image_pixels), rng), label
-        except MemoryError:  # not the fault of the image
+        except MemoryError:  # not an error of the image
             raise
         except Exception as error:  # PIL raises many kinds of errors on damaged images
             name += f": {error or type(error).__name__}"
@@ -138,7 +138,7 @@ def _choose_columns(
     dataset: datasets.IterableDataset, image_column: str | None, label_column: str | None
 ) -> tuple[datasets.IterableDataset, str]:
     """Select the requested columns without decoding images, and return them with the name of the image column."""
-    # The image column is known by its type or, in a stream without types, by the first row.
+    # The image column is found by its type or, in a stream without types, by the first row.
     columns = next(iter(dataset), None) if dataset.features is None else dataset.features
     if columns is None:
         raise ValueError("The dataset is empty: it contains no images.")

@@ -70,7 +70,7 @@ def folder_source(folder: ImageFolder, label_column: str | None) -> Source:
 def _size_and_time(path: Path) -> tuple[int, int]:
     try:
         stat = path.stat()
-    except OSError:  # a broken link, which reading will report
+    except OSError:  # a broken link, which is reported when it is read
         return 0, 0
     return stat.st_size, stat.st_mtime_ns
 

@@ -1,6 +1,6 @@
 """Images from a stream: a dataset that is read during training and never stored completely.
 
-A stream comes in the order of its files. `reader.py` reads a block of rows without decoding them, shuffles them, and
+A stream has the order of its files. `reader.py` reads a block of rows without decoding them, shuffles them, and
 decodes one after the other. A position in the stream is small: where the block begins in the files, and the number of
 its images that have been taken. Resuming from a position reads that block again, but decodes no earlier image.
 """

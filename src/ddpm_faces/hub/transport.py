@@ -33,11 +33,11 @@ def publish(
 ) -> CommitInfo:
     """Publish a folder in one commit, which also deletes outdated files.
 
-    `HfApi.upload_folder` does not guarantee that: with hf_xet it may split a folder into several commits. In its
+    `HfApi.upload_folder` does not guarantee this: with hf_xet, it may split a folder into several commits. In its
     `delete_patterns`, `*` matches `/`, so it would also delete other people's files in subfolders.
 
     Args:
-        write (`Callable`): Function that fills an empty folder, called with the folder and the present README.md (or
+        write (`Callable`): Function that fills an empty folder, called with the folder and the current README.md (or
             `None`).
         repo_id (`str`): "user/name". A repository that does not exist is created once `write` is done.
         repo_type (`str`): "model", "dataset" or "space".
@@ -121,7 +121,7 @@ def _send(
         )
 
     def is_there() -> bool | None:
-        """Whether the commit arrived although its answer was lost, or `None` if that is unknown."""
+        """Whether the commit arrived although the answer was lost, or `None` if this is unknown."""
         try:
             result = retry(
                 lambda: api.verify_repo_checksums(repo_id, repo_type=repo_type, revision=revision, local_dir=folder)
@@ -174,7 +174,7 @@ def check_permission(
         `str`: "user/name".
 
     Raises:
-        ValueError, HubError: The token may not publish there. The message says why.
+        ValueError, HubError: The token may not publish there. The message explains why.
     """
     api = _api(token)
     if token is False:
@@ -209,7 +209,7 @@ def verify(
         local_dir (`str` or `os.PathLike`, *optional*): Folder of a download outside of the cache.
 
     Returns:
-        `list[str]`: The files that differ; empty if all are as published.
+        `list[str]`: The files that differ; empty if all match.
 
     Raises:
         ValueError: The cache contains no file of the repository.

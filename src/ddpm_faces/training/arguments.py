@@ -36,7 +36,7 @@ def parse_training_config(
     flags = [_hyphenated(flag) for flag in flags]
     try:
         if file_args.config is not None:
-            # Turning the file into flags applies the rules of the command line to it.
+            # The file is turned into flags, so that the rules of the command line apply to it.
             flags = [*_flags_of_yaml(_config_path(file_args.config)), *flags]
         flags = [*_flags_of_pretrained(flags), *flags]
         values, unknown = parser.parse_known_args(flags)
@@ -49,18 +49,18 @@ def parse_training_config(
 
 
 def training_folder() -> Path:
-    """The folder of train.py and its configurations: in an installed package, or at the top of the repository."""
+    """Return the folder of train.py and its configurations, in the installed package or in the repository."""
     package = Path(__file__).parents[1]
     return next(path for path in (package / "_training", package.parents[1] / "training") if path.is_dir())
 
 
 def config_names() -> list[str]:
-    """The names of the configurations that come with the package."""
+    """Return the names of the included configurations."""
     return sorted(path.stem for path in (training_folder() / "configs").glob("*.yaml"))
 
 
 def _config_path(name: str) -> Path:
-    """The file of `--config`; a file in the working directory takes precedence over a name."""
+    """Return the file of `--config`. A file in the working directory takes precedence over a name."""
     path = Path(os.path.expanduser(name))
     if path.is_file():
         return path
@@ -78,7 +78,7 @@ def _hyphenated(flag: str) -> str:
 def _make_parser(command: str) -> argparse.ArgumentParser:
     class Formatter(argparse.HelpFormatter):
         def _split_lines(self, text: str, width: int) -> list[str]:
-            # Never break a line at a hyphen, nor between "(default:" and its value.
+            # Never break a line at a hyphen, or between "(default:" and its value.
             lines = textwrap.wrap(text.replace("(default: ", "(default:\xa0"), width, break_on_hyphens=False)
             return [line.replace("\xa0", " ") for line in lines]
 

@@ -1,4 +1,4 @@
-"""Measurements during training: the held-out loss, the quality of samples, and copies among them."""
+"""Measurements during training: the held-out loss, the quality of samples, and copies of training images."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,7 @@ class Assessment:
         """Run the evaluation and the audit if they are due; return whether an audit found no copies.
 
         Args:
-            run ([`Run`]): The run that draws the samples.
+            run ([`Run`]): The run that generates the samples.
             evaluates (`bool`): Whether to evaluate them.
             audits (`bool`): Whether to search them for copies.
         """

@@ -65,13 +65,13 @@ class Batch:
 
 
 def batches(run: Run) -> Iterator[Batch]:
-    """Iterate over the batches of this process, from where the run stands until it is finished."""
+    """Iterate over the batches of this process, from the current position of the run until its end."""
     config, data, device = run.config, run.data, run.accelerator.device
     loader = data.batches.batches(pin_memory=device.type == "cuda")
     while not run.is_finished:
         epoch, began = data.batches.epoch, time.perf_counter()
         try:
-            with setting_up():  # a stream reveals bad images and labels only when it is read
+            with setting_up():  # in a stream, bad images and labels are found only when they are read
                 values: dict[str, Any] = next(loader)
         except SetupError:
             run.log.bar.close()

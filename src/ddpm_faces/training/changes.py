@@ -65,5 +65,5 @@ def describe_changes(checkpoint: Path, config: TrainingConfig, fingerprint: str,
 
 
 def _known(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a saved configuration that still exist."""
+    """Return the fields of a saved configuration that this version still has."""
     return {f.name: values[f.name] for f in fields(TrainingConfig) if f.name in values}

@@ -40,7 +40,7 @@ GUIDE_NAME = "guide.safetensors"
 # The format of run_state.json. Version 1 had no checksums. Later versions than this one are refused.
 FORMAT_VERSION = 2
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# What Python, torch and safetensors raise when the disk is full. CheckpointException is not an `Exception`.
+# The errors of Python, torch and safetensors when the disk is full. CheckpointException is not an `Exception`.
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 
 
@@ -179,7 +179,7 @@ def prune_checkpoints(output_dir: str | os.PathLike, keep: int, spared: Collecti
 
 @dataclass
 class CheckpointIO:
-    """Saves a run in one call and loads it in another. Parts that a checkpoint lacks start anew, with a note.
+    """Saves and loads a run. Parts that a checkpoint lacks start from the beginning, with a note.
 
     Args:
         config ([`TrainingConfig`]): The run's configuration.
@@ -200,7 +200,7 @@ class CheckpointIO:
 
         Args:
             path (`Path`): The checkpoint's path, from [`checkpoint_path`].
-            state ([`RunState`]): How far the run has come.
+            state ([`RunState`]): Progress of the run.
             guide (`torch.nn.Module`, *optional*): The guide that the run has kept.
 
         Raises:
@@ -425,7 +425,7 @@ def _checksum(path: Path) -> int:
 
 
 def _check_header(folder: Path) -> None:
-    """Check the little that can be checked in a checkpoint of format 1."""
+    """Check what can be checked in a checkpoint of format 1, which has no checksums."""
     from safetensors import safe_open
 
     if any(folder.glob("pytorch_model_fsdp*")):

@@ -11,19 +11,19 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 from ..hub.card import check_license
 
 
-# The groups of `--help`, in the order in which it shows them, each with the line below its name.
+# The groups of `--help` in their order, each with the line below its name.
 GROUPS = {
     "Data": "where the training images come from and how they are prepared",
     "Network": "arguments of DDPMFacesUNet",
     "Diffusion": "arguments of DDPMFacesScheduler, and the loss",
     "Optimization": "all lengths are in images, so they mean the same at any batch size and on any hardware",
-    "Validation": "what is measured and drawn during training; none of it changes what the network learns",
+    "Validation": "what is measured and sampled during training; it does not affect what the network learns",
     "Run": "where the run is saved, how it resumes, and when it stops",
     "Hub": "how the finished model is published",
 }
 
 
-# The least number of samples, and of held-out images, that each of these needs.
+# The minimum number of samples, and of held-out images, that each field needs.
 LEAST_PICTURES = {"evaluate_every_images": 20, "audit_every_images": 100}
 
 
@@ -39,7 +39,7 @@ class TrainingConfig:
     The defaults train on generated drawings of faces and take a few minutes on two CPU cores.
 
     Raises:
-        ValueError: A field has a value that cannot work. The message names the field and what is allowed.
+        ValueError: A field has an invalid value. The message names the field and the allowed values.
     """
 
     dataset_name: str | None = _field(
@@ -51,7 +51,7 @@ class TrainingConfig:
     dataset_split: str = _field("train", "Data", "Split of the dataset to train on.")
     train_data_dir: str | None = _field(None, "Data", "Local folder of images to train on, instead of `dataset_name`.")
     image_column: str | None = _field(
-        None, "Data", "Dataset column that holds the images (default: the first one that does)."
+        None, "Data", "Dataset column with the images (default: the first one that contains images)."
     )
     label_column: str | None = _field(
         None, "Data", "Dataset column of class labels, or `folder` for the names of subfolders (default: no classes)."
@@ -69,13 +69,13 @@ class TrainingConfig:
     max_image_pixels: int = _field(
         2**29, "Data", "Refuse images with more pixels than this, because they take too much memory."
     )
-    max_train_samples: int | None = _field(
-        None, "Data", "Number of images to use, counted from the first (default: all)."
-    )
-    num_drawn_images: int = _field(4096, "Data", "Number of faces to draw when no dataset is named.")
+    max_train_samples: int | None = _field(None, "Data", "Number of images to use, from the first (default: all).")
+    num_drawn_images: int = _field(4096, "Data", "Number of faces to draw when no dataset is given.")
     resolution: list[int] = _field([32], "Data", "Size of the images in pixels: one side, or height and width.")
     crop: Literal["center", "random"] = _field(
-        "center", "Data", "Part to keep of an image of another shape: the center, or a new random part each time."
+        "center",
+        "Data",
+        "Part to keep of an image with another aspect ratio: the center, or a new random part each time.",
     )
     random_flip: bool = _field(False, "Data", "Mirror each image with a probability of one half.")
     augment_probability: float = _field(
@@ -101,7 +101,7 @@ class TrainingConfig:
         [32, 64, 128], "Network", "Number of channels at each level, from the highest resolution to the lowest."
     )
     block_types: list[str] = _field(
-        ["resnet", "resnet"], "Network", "Block between each two levels: conv, resnet or resnet_attn."
+        ["resnet", "resnet"], "Network", "Blocks between adjacent levels: conv, resnet or resnet_attn."
     )
     mid_block_type: Literal["resnet", "resnet_attn", "none"] = _field(
         "resnet_attn", "Network", "Block at the lowest level."
@@ -168,7 +168,7 @@ class TrainingConfig:
     device_batch_size: int | None = _field(
         None,
         "Optimization",
-        "Largest micro-batch on one device; more images accumulate gradients (default: no accumulation).",
+        "Largest micro-batch on one device; larger batches accumulate gradients (default: no accumulation).",
     )
     max_train_images: int = _field(
         40_000, "Optimization", "Length of the run in images, counting an image each time it is used."
@@ -187,7 +187,7 @@ class TrainingConfig:
     adam_weight_decay: float = _field(0.0, "Optimization", "AdamW's weight decay; 0 makes it Adam.")
     adam_epsilon: float = _field(1e-8, "Optimization", "AdamW's epsilon, added to the denominator.")
     max_grad_norm: float = _field(
-        1.0, "Optimization", "Norm to which larger gradients are clipped; 0 turns clipping off."
+        1.0, "Optimization", "Maximum norm of the gradient, to which larger ones are clipped; 0 turns clipping off."
     )
     use_ema: bool = _field(
         True,
@@ -216,7 +216,7 @@ class TrainingConfig:
     early_stopping_patience: int | None = _field(
         None,
         "Validation",
-        "Number of validations without a better loss after which to stop with the best weights (default: never).",
+        "Stop with the best weights after this many validations without a better loss (default: never).",
     )
     sample_every_images: int = _field(
         10_000, "Validation", "Interval between sample grids, in images; 0: only at the end."
@@ -230,19 +230,19 @@ class TrainingConfig:
     sample_sigma_min: float = _field(
         0.02,
         "Validation",
-        "Ratio of noise to signal at the last of these steps; 0.1 gives cleaner images after a short run.",
+        "Noise-to-signal ratio at the last of these steps; 0.1 gives cleaner images after a short run.",
     )
 
     evaluate_every_images: int = _field(
         0,
         "Validation",
-        "Interval between evaluations of samples as by `ddpm-faces evaluate`, in images; 0: never.",
+        "Interval between evaluations of samples, as with `ddpm-faces evaluate`, in images; 0: never.",
     )
     audit_every_images: int = _field(
-        0, "Validation", "Interval between searches of samples for copies of training images, in images; 0: never."
+        0, "Validation", "Interval between audits of samples for copies of training images, in images; 0: never."
     )
     stop_on_copies: bool = _field(
-        False, "Validation", "Stop when an audit finds copies, with the weights of the last audit that found none."
+        False, "Validation", "Stop when an audit finds copies, with the weights of the last audit without copies."
     )
     num_evaluation_samples: int = _field(200, "Validation", "Number of samples to evaluate and to audit.")
 
@@ -252,7 +252,7 @@ class TrainingConfig:
     guidance_scale: float = _field(
         1.0,
         "Run",
-        "Strength of autoguidance by an early EMA, saved as the guide; 1: no guide, 1.2 to 1.5 is strong.",
+        "Scale of autoguidance by an early EMA, saved as the guide; 1: no guide, 1.2 to 1.5 are typical.",
     )
     guide_images: int | None = _field(
         None, "Run", "Number of images after which the EMA is kept as the guide (default: a quarter of the run)."
@@ -267,7 +267,7 @@ class TrainingConfig:
         2, "Run", "Number of recent checkpoints to keep, in addition to the one with the best held-out loss."
     )
     time_limit_minutes: float | None = _field(
-        None, "Run", "Minutes after which to save and stop; the same command resumes the run (default: no limit)."
+        None, "Run", "Minutes after which the run saves and stops; the same command resumes it (default: no limit)."
     )
     max_nonfinite_steps: int = _field(
         20, "Run", "Number of consecutive steps with a non-finite gradient before the run stops; each is skipped."
@@ -285,15 +285,17 @@ class TrainingConfig:
     )
 
     push_to_hub: bool = _field(
-        False, "Hub", "Publish the finished pipeline on the Hub; your permission is checked before training."
+        False, "Hub", "Publish the finished pipeline on the Hub; your write access is checked before training."
     )
     hub_model_id: str | None = _field(
         None, "Hub", "Repository to publish to, `user/name` or `name` (default: the name of `output_dir`)."
     )
     hub_private_repo: bool = _field(
-        False, "Hub", "Make a new repository private, whatever the default of your account."
+        False, "Hub", "Make a new repository private, regardless of the default of your account."
     )
-    hub_license: str | None = _field(None, "Hub", "License of the model as the Hub names it, such as cc-by-nc-sa-4.0.")
+    hub_license: str | None = _field(
+        None, "Hub", "License of the model, an identifier of the Hub such as cc-by-nc-sa-4.0."
+    )
     hub_dataset_license: str | None = _field(None, "Hub", "License of the training images, stated in the model card.")
 
     def __post_init__(self) -> None:
@@ -406,7 +408,7 @@ class TrainingConfig:
             return
         if is_drawn:
             raise ValueError(
-                "`streaming` needs a `dataset_name` or a `train_data_dir`: drawn faces are not read from anywhere."
+                "`streaming` needs a `dataset_name` or a `train_data_dir`: drawn faces cannot be streamed."
             )
         if self.max_train_samples is not None:
             raise ValueError("`max_train_samples` cannot be combined with `streaming`.")
@@ -426,7 +428,7 @@ class TrainingConfig:
 
     @property
     def max_train_steps(self) -> int:
-        """Number of optimizer steps; the last may take the run slightly beyond `max_train_images`."""
+        """Number of optimizer steps; the last may slightly exceed `max_train_images`."""
         return math.ceil(self.max_train_images / self.train_batch_size)
 
     @property

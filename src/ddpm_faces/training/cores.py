@@ -45,8 +45,8 @@ def _quota(*paths: Path) -> int | None:
 def use_all_cores() -> None:
     """Correct the number of threads that `accelerate launch` sets: one per process, or one per core of the machine.
 
-    The former leaves cores idle; with the latter, threads wait for each other if the process may use fewer cores.
-    A user's own choice of one thread looks the same from here: to keep a process on one core, use `taskset`.
+    The former leaves cores idle. With the latter, threads wait for each other if the process may use fewer cores. A
+    user's own choice of one thread cannot be told apart from the former. To keep a process on one core, use `taskset`.
     """
     cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if torch.get_num_threads() == 1 or torch.get_num_threads() > cores:

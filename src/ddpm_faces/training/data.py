@@ -14,7 +14,7 @@ from ..data.loading import load_faces
 from .config import LEAST_PICTURES, TrainingConfig
 
 
-NUM_NEIGHBOURS = 50  # the audit compares with this many nearest neighbors
+NUM_NEIGHBOURS = 50  # the audit compares each sample with this many nearest neighbors
 
 
 if TYPE_CHECKING:
@@ -45,10 +45,10 @@ def load_training_data(
         accelerator ([`~accelerate.Accelerator`]): The processes that share each batch.
         num_held_out (`int`, *optional*):
             Number of distinct images that the resumed run has set aside. Keeping this number ensures that no image
-            that the run has trained on becomes a held-out image, whatever has been added to the folder.
+            that the run has trained on becomes a held-out image when images are added to the folder.
 
     Raises:
-        ValueError: The images, classes or sizes do not fit the configuration.
+        ValueError: The images, classes or sizes do not match the configuration.
     """
     share = share_of(config.train_batch_size, accelerator.process_index, accelerator.num_processes)
     source: dict[str, Any] = {

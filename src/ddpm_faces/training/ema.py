@@ -58,7 +58,7 @@ class EMA:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Give the network the EMA weights within this context."""
+        """Use the EMA weights in the network within this context."""
         self._swap()
         try:
             yield

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 def finish(run: Run) -> None:
     """Save the pipeline with a grid of samples in all T steps, the loss curve and a summary; publish it.
 
-    A failure to draw the grid or the loss curve is only a warning.
+    If the grid or the loss curve cannot be drawn, this is only a warning.
     """
     run.log.bar.close()
     returns_to = _choose_weights(run)
@@ -40,7 +40,7 @@ def finish(run: Run) -> None:
     weights = run.whole_weights()
     scheduler = DDPMFacesScheduler(**run.config.scheduler_config())
     if run.accelerator.is_main_process:
-        for name in ("samples.png", "loss_curve.png"):  # they show other weights
+        for name in ("samples.png", "loss_curve.png"):  # they show earlier weights
             (run.output_dir / name).unlink(missing_ok=True)
         pipeline = DDPMFacesPipeline(
             run.network(weights),
@@ -176,7 +176,7 @@ def publish(run: Run) -> None:
 
 
 def summarize(run: Run, returns_to: int | None) -> None:
-    """Write training_summary.json, which the model card and later readers rely on."""
+    """Write training_summary.json, which the model card uses."""
     is_cuda = run.accelerator.device.type == "cuda"
     source = run.config.dataset_name or run.config.train_data_dir
     pretrained = run.config.pretrained_model_name_or_path

@@ -1,4 +1,4 @@
-"""Skips steps with a NaN or infinite gradient, so that they leave no trace in the weights."""
+"""Skips steps with a NaN or infinite gradient, so that they do not affect the weights."""
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer

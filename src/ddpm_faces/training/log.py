@@ -57,7 +57,7 @@ class TrainingLog:
             initial=self.state.images_seen,
             unit="img",
             desc="Training",
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # a job's log keeps every update as a line
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # in the log file of a job, every update would be a line
             disable=not self.accelerator.is_local_main_process,
         )
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: not a failure, the same command resumes
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: not a failure; the same command resumes the run
 EXIT_NONFINITE = 70  # EX_SOFTWARE: the same command would fail again
 
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
@@ -29,7 +29,7 @@ class Preemption:
     time limit counts.
 
     Args:
-        time_limit_minutes (`float`, *optional*): Age of the process, in minutes, by which it must have ended.
+        time_limit_minutes (`float`, *optional*): Age of the process, in minutes, at which it must have ended.
     """
 
     def __init__(self, time_limit_minutes: float | None = None) -> None:
@@ -62,7 +62,7 @@ class Preemption:
         now = time.time()
         self._longest_gap = max(self._longest_gap, now - self._last_check)
         self._last_check = now
-        # Allow for a next check as late as the latest so far, and for a save that takes twice as long.
+        # Leave room for the longest interval between checks so far, and for twice the longest save.
         margin = self._longest_gap + 2 * self.longest_save
         is_late = self.deadline is not None and now + margin >= self.deadline
         code = max(self._received, int(is_late))
@@ -73,7 +73,7 @@ class Preemption:
         return _REASONS.get(code)
 
     def note_save(self, seconds: float) -> None:
-        """Record the duration of a save, for which the time limit leaves room."""
+        """Record the duration of a save, so that the time limit leaves room for it."""
         self.longest_save = max(self.longest_save, seconds)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

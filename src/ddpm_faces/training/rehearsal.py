@@ -1,4 +1,4 @@
-"""`--dry_run`: try everything that a run will do, and print the plan."""
+"""`--dry_run`: try every part of a run, and print the plan."""
 
 import shutil
 import time
@@ -86,7 +86,7 @@ def plan(config: TrainingConfig, run: Run, seconds: float) -> str:
         f"  samples      {every(config.sample_every_images)}",
     ]
     if config.push_to_hub:
-        lines.append(f"  Hub          {config.hub_model_id}, at the end; this token may write there")
+        lines.append(f"  Hub          {config.hub_model_id}, at the end; this token has write access")
     if (kept + 1) * checkpoint_gb > free_gb:
         lines.append("  Warning: the checkpoints do not fit on the disk.")
     return "\n".join(lines)

@@ -36,10 +36,10 @@ class Run:
         ema ([`EMA`], *optional*): The EMA of the weights of `unet`.
         objective ([`DDPMFacesObjective`]): The loss.
         data ([`TrainingData`]): The training and held-out images.
-        preemption ([`Preemption`]): Tells whether the run has to stop.
+        preemption ([`Preemption`]): Knows whether the run has to stop.
         log ([`TrainingLog`]): The log that receives losses and metrics.
         steps ([`StepRecorder`]): Measurements of the steps since the last log entry.
-        state ([`RunState`]): How far the run has come; shared with the log.
+        state ([`RunState`]): Progress of the run; shared with the log.
         guide ([`DDPMFacesUNet`], *optional*): An earlier EMA of this run, for autoguidance.
     """
 
@@ -97,7 +97,7 @@ class Run:
 
     @contextmanager
     def evaluating(self, averaged: bool = True) -> Iterator[torch.nn.Module]:
-        """Put the network into evaluation mode within this context, with its EMA weights if it has any."""
+        """Put the network into evaluation mode within this context, with the EMA weights if there are any."""
         unet = self.accelerator.unwrap_model(self.unet)
         unet.eval()
         try:

@@ -1,4 +1,4 @@
-"""Samples that a run draws during training, and grids of them."""
+"""Samples during training, and grids of them."""
 
 from typing import TYPE_CHECKING
 

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def keep_guide(run: Run) -> None:
-    """Keep the current EMA weights, or the raw ones without an EMA, as the guide of the finished pipeline."""
+    """Keep the current EMA weights (or the raw weights, if there is no EMA) as the guide of the finished pipeline."""
     with run.steps.paused():
         weights = run.whole_weights()
         if is_sharded(run.unet):  # only the main process has all of them
@@ -46,7 +46,7 @@ def save(run: Run, checkpoints: CheckpointIO, required: bool = False) -> bool:
 
 
 def prune(run: Run) -> None:
-    """Delete old checkpoints, except for those that the run may return to at its end."""
+    """Delete old checkpoints, except for those that the run may need at its end."""
     if not run.accelerator.is_main_process:
         return
     state, spared = run.state, {run.state.best_images_seen}

@@ -24,7 +24,7 @@ from .saving import prune
 
 
 CONFIG_NAME = "training_config.yaml"
-LOCK_SECONDS = 60  # a run that lost its launcher saves and ends within this time
+LOCK_SECONDS = 60  # a run whose launcher was killed saves and ends within this time
 # Arguments in which the network may differ from the pretrained one.
 FREE_TO_CHANGE = ("sample_size", "dropout", "num_class_embeds", "augment_dim")
 
@@ -76,7 +76,7 @@ def _lock(folder: Path) -> FileLock:
             return lock
         except Timeout as error:
             raise SetupError(f"`output_dir` {str(folder)!r} is in use by another run.") from error
-        except FileNotFoundError:  # the other run removed its empty folder
+        except FileNotFoundError:  # the other run has removed its empty folder
             continue
 
 

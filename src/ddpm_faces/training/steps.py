@@ -72,7 +72,7 @@ class StepRecorder:
         )
 
     def collect(self) -> None:
-        """Bring the losses of all processes to the CPU. Between log entries, only this waits for the device."""
+        """Gather the losses of all processes on the CPU. Between log entries, only this waits for the device."""
         if not self._steps:
             return
         steps, self._steps = self._steps, []

@@ -1,4 +1,4 @@
-"""BatchNorm over the samples of all processes, so that several processes learn the same as one (also on the CPU).
+"""BatchNorm over the samples of all processes, so that several processes learn the same as one, even on a CPU.
 
 Algorithm 1 of https://huggingface.co/papers/1502.03167 for each channel, with sums over all processes:
 
