@@ -8,13 +8,13 @@ from hub_client import HubClient
 from hub_server import HubServer
 
 
-# Caches of the tests are their own: they start empty, and leave nothing at home.
+# The tests have their own caches, which start empty and leave nothing in the home folder.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="ddpm-faces-tests-")
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet  # noqa: E402
 
 
-# The networks here are so small that threads cost more than they give, above all on a busy machine.
+# The networks here are so small that threads cost more than they save, above all on a busy machine.
 torch.set_num_threads(1)
 
 
@@ -28,7 +28,7 @@ def seeded():
 
 
 def tiny_unet(**overrides) -> DDPMFacesUNet:
-    """A network that runs in milliseconds, in evaluation mode, with no layer left at its zero start."""
+    """A network that runs in milliseconds, in evaluation mode, without zero-initialized layers."""
     config = {
         "sample_size": 16,
         "block_out_channels": (8, 16),
@@ -52,7 +52,7 @@ def pipeline() -> DDPMFacesPipeline:
     return pipeline
 
 
-# The Hub: tests that use it are of one `xdist_group`, for they share these, and what was published there.
+# The Hub: tests that use it share one `xdist_group`, because they share these fixtures and the published models.
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +78,6 @@ def client(server):
 
 @pytest.fixture(scope="session")
 def bare_client(server):
-    """Without this package."""
+    """A client without this package."""
     with HubClient(server, package=False) as client:
         yield client

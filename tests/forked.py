@@ -1,6 +1,6 @@
-"""Scripts in processes of their own, without the ten seconds that each would take to import torch and diffusers.
+"""Runs of scripts in separate processes, without the ten seconds to import torch and diffusers in each.
 
-One process imports them; each run of a script is a fork of it, by the standard library's fork server.
+One process imports them. Each run of a script is a fork of it, made by the fork server of the standard library.
 """
 
 import json
@@ -32,9 +32,8 @@ def run_script(
 ) -> subprocess.CompletedProcess:
     """As `subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)`.
 
-    But what libraries read of the environment as they are imported is that of the first call. Several processes are
-    told of one another as torchrun and srun do it; all that they print is put together, and a failure is that of the
-    first that failed.
+    Libraries that read the environment when they are imported see that of the first call. Several processes get the
+    environment variables of torchrun and srun. Their output is combined, and the first failure sets the exit code.
     """
     environments = [environment]
     if num_processes > 1:
@@ -61,7 +60,7 @@ def run_script(
 
 def _run(arguments: list[str], environment: dict[str, str], outputs: tuple[Path, Path]) -> None:
     os.setsid()
-    multiprocessing.set_start_method(None, force=True)  # whatever a process that nobody forked would do
+    multiprocessing.set_start_method(None, force=True)  # like a process that was not forked
     for number, path in enumerate(outputs, start=1):
         with path.open("w") as file:
             os.dup2(file.fileno(), number)

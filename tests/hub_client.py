@@ -1,6 +1,6 @@
-"""Clients of the Hub in processes of their own, as cheap as tests need them.
+"""Clients of the Hub in separate processes, cheap enough for tests.
 
-A process imports torch, diffusers and, if it is to, this package, once; each piece of code then runs in a fork of it,
+A process imports torch, diffusers and, if requested, this package once. Each piece of code then runs in a fork of it,
 with an empty cache and its own token.
 """
 
@@ -85,7 +85,7 @@ for line in sys.stdin:
 
 @dataclass
 class Outcome:
-    """What came of a piece of code: `result`, or the error; all that it printed; how long it would have waited."""
+    """The outcome of a piece of code: `result` or the error, its output, and the time that it would have waited."""
 
     value: object = None
     error: str | None = None
@@ -99,7 +99,7 @@ class HubClient:
     """Runs code against a [`HubServer`].
 
     Args:
-        server ([`HubServer`]): The Hub that it knows.
+        server ([`HubServer`]): The Hub to use.
         package (`bool`, defaults to `True`): Whether this package can be imported.
     """
 
@@ -109,7 +109,7 @@ class HubClient:
         self._folder = tempfile.TemporaryDirectory(prefix="ddpm-faces-client-")
         environment = server.environment(Path(self._folder.name, "home"))
         command = [sys.executable, "-c", _RUNNER, json.dumps(package)]
-        if package:  # the very one that is tested
+        if package:  # the one under test
             environment["PYTHONPATH"] = str(Path(ddpm_faces.__file__).parents[1])
         else:
             # Without `site`, an editable installation is not found; all others are.
@@ -129,7 +129,7 @@ class HubClient:
         self._folder.cleanup()
 
     def new_home(self) -> Path:
-        """An empty cache, for several pieces of code to share."""
+        """Create an empty cache that several pieces of code can share."""
         return Path(tempfile.mkdtemp(dir=self._folder.name))
 
     def run(
@@ -140,7 +140,7 @@ class HubClient:
         offline: bool = False,
         **values,
     ) -> Outcome:
-        """Run `code` in a new process; a `home` of an earlier one has its cache."""
+        """Run `code` in a new process. Pass the `home` of an earlier one to share its cache."""
         self._count += 1
         home = Path(home or Path(self._folder.name, str(self._count)))
         home.mkdir(parents=True, exist_ok=True)
@@ -163,6 +163,6 @@ class HubClient:
         outcome = Outcome(output=Path(case["output"]).read_text(), killed=bool(status))
         if not status:
             vars(outcome).update(json.loads(Path(case["answer"]).read_text()))
-        # Whatever was done, and however it ended, no token may be seen.
+        # No token may ever appear in the output.
         assert not any(token in f"{outcome.output} {outcome.error}" for token in self._secrets), outcome
         return outcome

@@ -1,8 +1,8 @@
-"""Enough of the Hub on 127.0.0.1 for its real clients: strict about what it accepts, with faults on request.
+"""A local Hub on 127.0.0.1 for the real clients, with strict checks of requests, and faults on request.
 
 It speaks the protocol of huggingface_hub 2.4: repositories of models, datasets and Spaces with branches, tags, privacy
-and gates; commits in newline-delimited JSON; large files over LFS, which lie on another origin (another port).
-Whatever a well-behaved client does not send is answered with an error and noted in `HubServer.violations`.
+and gates; commits in newline-delimited JSON; large files over LFS, on another origin (another port).
+A request that a well-behaved client does not send is answered with an error and recorded in `HubServer.violations`.
 """
 
 import base64
@@ -25,7 +25,7 @@ import yaml
 OWNER_TOKEN = "hf_ownerOwnerOwnerOwnerOwnerOwnerOwn"
 READER_TOKEN = "hf_readerReaderReaderReaderReaderRea"
 STRANGER_TOKEN = "hf_strangerStrangerStrangerStrangerS"
-# What .gitattributes of a new repository sends to LFS, as far as these tests meet it.
+# The files that .gitattributes of a new repository sends to LFS, as far as these tests need them.
 LFS_SUFFIXES = (".safetensors", ".parquet", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".arrow")
 SPACE_SDKS = ("gradio", "docker", "static")
 # https://huggingface.co/docs/hub/spaces-config-reference
@@ -45,7 +45,7 @@ class User:
 
 @dataclass(frozen=True)
 class Blob:
-    """A file: its git object name, and its content; a large one is known by its sha256."""
+    """A file: its git object name and its content. A large file is identified by its sha256."""
 
     content: bytes
     is_lfs: bool
@@ -100,7 +100,7 @@ class Repo:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """What lies on its main branch."""
+        """The files on the main branch."""
         return {path: blob.content for path, blob in self.commits[self.branches["main"]].files.items()}
 
     def resolve(self, rev: str) -> str | None:
@@ -115,17 +115,17 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What goes wrong with requests of a method to paths that match a pattern.
+    """A fault in requests that match a pattern.
 
     Args:
-        pattern (`str`): Regular expression that is searched in "METHOD /path?query".
-        status (`int`, *optional*): Answered in place of anything else.
-        headers (`dict`): Of that answer.
-        cut (`"fin"` or `"reset"`, *optional*): How the connection ends after half of the body (sent or received).
-        corrupt (`bool`): Whether a byte of the body is another one.
-        lose_answer (`bool`): Whether the request is done, but its answer does not arrive.
-        call (`Callable`, *optional*): What happens first.
-        times (`int`, *optional*): How often. By default for ever.
+        pattern (`str`): Regular expression to search in "METHOD /path?query".
+        status (`int`, *optional*): Status of the answer, instead of a normal one.
+        headers (`dict`): Headers of that answer.
+        cut (`"fin"` or `"reset"`, *optional*): How the connection is cut after half of the body (sent or received).
+        corrupt (`bool`): Whether to change a byte of the body.
+        lose_answer (`bool`): Whether to process the request but lose the answer.
+        call (`Callable`, *optional*): Function to call first.
+        times (`int`, *optional*): Number of faults; unlimited by default.
     """
 
     pattern: str
@@ -154,10 +154,10 @@ class HttpError(Exception):
 
 
 class HubServer:
-    """The Hub, and beside it the place where large files lie.
+    """The Hub, and a second server for large files.
 
-    `endpoint` is what HF_ENDPOINT takes. `repos` maps (kind, id) to [`Repo`], where the kind is "models",
-    "datasets" or "spaces"; `requests` is what was asked for; `violations` what no client may send.
+    `endpoint` is the value for HF_ENDPOINT. `repos` maps (kind, id) to [`Repo`], where the kind is "models",
+    "datasets" or "spaces"; `requests` lists all requests, and `violations` those that no client may send.
     """
 
     def __init__(self) -> None:
@@ -189,7 +189,7 @@ class HubServer:
             server.stop()
 
     def fail(self, pattern: str, **fault) -> Fault:
-        """Let requests that match fail from now on; see [`Fault`]."""
+        """Make matching requests fail from now on; see [`Fault`]."""
         self.faults.append(Fault(pattern, **fault))
         return self.faults[-1]
 
@@ -197,7 +197,7 @@ class HubServer:
         self.faults.clear()
 
     def environment(self, home: str | os.PathLike, token: str | None = None) -> dict[str, str]:
-        """For a client in a process of its own: it knows no other Hub, and shares no cache."""
+        """Return the environment of a separate client process, with this Hub only and its own cache."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k != "PYTHONPATH"}
         environment |= {
             "HF_ENDPOINT": self.endpoint,
@@ -209,7 +209,7 @@ class HubServer:
         return environment | ({"HF_TOKEN": token} if token else {})
 
     def put(self, kind: str, repo_id: str, files: dict[str, bytes], **settings) -> Repo:
-        """Make a repository, or a commit in it, without a client."""
+        """Create a repository, or a commit in it, without a client."""
         with self.lock:
             repo = self.repos.setdefault((kind, repo_id), Repo(kind, repo_id, **settings))
             blobs = {path: Blob(content, is_large(path, content)) for path, content in files.items()}
@@ -219,7 +219,7 @@ class HubServer:
             return repo
 
     def check_secrets(self) -> None:
-        """No token in whatever was published, nor in what was asked for."""
+        """Check that no published file and no request contains a token."""
         published = [
             (repo.id, path, blob.content)
             for repo in self.repos.values()
@@ -240,7 +240,7 @@ class HubServer:
 
 
 def is_large(path: str, content: bytes, size: int | None = None) -> bool:
-    """Whether the Hub wants a file over LFS, of which it sees the beginning."""
+    """Whether the Hub wants a file over LFS, by its name, size and first bytes."""
     size = len(content) if size is None else size
     return size > 0 and (path.endswith(LFS_SUFFIXES) or size > LFS_SIZE or b"\0" in content[:512])
 
@@ -263,12 +263,12 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request, client_address) -> None:
-        pass  # clients are killed in the middle, which is no error of the server
+        pass  # killed clients are not an error of the server
 
     def stop(self) -> None:
         self.shutdown()
         self.server_close()
-        # Open connections would go on being answered.
+        # Otherwise, open connections would still be answered.
         for connection in list(self.connections):
             try:
                 connection.shutdown(socket.SHUT_RDWR)
@@ -338,7 +338,7 @@ class _Handler(BaseHTTPRequestHandler):
         return body
 
     def cut(self) -> None:
-        """End the connection: politely, or with a reset."""
+        """End the connection, normally or with a reset."""
         if self.fault.cut == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.shutdown(socket.SHUT_RDWR) if self.fault.cut == "fin" else self.connection.close()
@@ -392,7 +392,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def send_content(self, content: bytes, headers: dict) -> None:
-        """A file, or the part of it that was asked for."""
+        """Send a file, or the requested part of it."""
         requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         headers = {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream", **headers}
         if self.command == "HEAD":
@@ -421,7 +421,7 @@ def routed(handler: type) -> type:
 
 @routed
 class _HubHandler(_Handler):
-    # Who asks, and what they may
+    # Authentication and permissions
 
     def authenticate(self) -> None:
         token = self.headers.get("Authorization", "")
@@ -582,7 +582,7 @@ class _HubHandler(_Handler):
         found.tags[name] = self.find_commit(found, rev).oid
         self.send_json({})
 
-    # Looking
+    # Reading
 
     @route("GET", API + f"/tree/{REV}(?P<path>/.+)?")
     def tree(self, kind: str, repo: str, rev: str, path: str = "") -> None:
@@ -664,7 +664,7 @@ class _HubHandler(_Handler):
 
     @property
     def is_proposal(self) -> bool:
-        """Whether it is for a pull request, which is open to all who may read."""
+        """Whether the commit is for a pull request, which every reader may open."""
         return self.query.get("create_pr") == ["1"] and self.writer() is not None
 
     @route("POST", API + f"/preupload/{REV}")
@@ -785,7 +785,7 @@ class _HubHandler(_Handler):
 
 @routed
 class _ObjectHandler(_Handler):
-    """Where large files lie: an origin of its own, which must never see a token."""
+    """The server of large files: a separate origin, which must never receive a token."""
 
     def authenticate(self) -> None:
         if "Authorization" in self.headers or "hf_" in self.path:
@@ -811,7 +811,7 @@ def hash_of(text: str) -> str:
 
 
 def prefix_of(kind: str) -> str:
-    """What stands before the name of a repository in its address."""
+    """Return the part before the name of a repository in its address."""
     return "" if kind == "models" else f"{kind}/"
 
 
@@ -822,7 +822,7 @@ def card_data(content: bytes) -> dict:
 
 
 def card_problem(content: bytes) -> str | None:
-    """What the Hub would say against the metadata of a README.md."""
+    """Return the Hub's objection to the metadata of a README.md, if any."""
     try:
         data = card_data(content)
         json.dumps(data)
@@ -843,7 +843,7 @@ def card_problem(content: bytes) -> str | None:
 
 
 def space_problem(content: bytes) -> str | None:
-    """What the Hub would say against the metadata of a Space's README.md."""
+    """Return the Hub's objection to the metadata of a Space's README.md, if any."""
     if problem := card_problem(content):
         return problem
     data = card_data(content)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-# Of the tools, any version does; the lowest torch has no small CPU build everywhere, so the pinned one is taken.
+# Tools may have any version. The lowest torch lacks a CPU-only build on some platforms, so the pinned one is used.
 EXCEPT = ("ddpm-faces", "mypy", "ruff", "torch")
 
 

@@ -1,4 +1,4 @@
-"""The search against brute force, and the audit against copies that were planted."""
+"""The search is compared with brute force, and the audit is tested with planted copies."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ def spots(num_images: int, size: tuple[int, int], generator: torch.Generator) ->
 
 
 def pictures(num_images: int, seed: int = 0) -> torch.Tensor:
-    """Variations on one symmetric picture, that differ in brightness, contrast and detail as photographs do."""
+    """Variations of one symmetric image that differ in brightness, contrast and detail, like photos."""
     common = spots(1, (10, 12), torch.Generator().manual_seed(1000))
     generator = torch.Generator().manual_seed(seed)
     brightness, contrast, detail = torch.randn(3, num_images, 1, 1, 1, generator=generator)
@@ -60,7 +60,7 @@ def noisy(images: torch.Tensor) -> torch.Tensor:
 
 
 class RandomProjection:
-    """A network for tests that need none: one fixed layer."""
+    """Stands in for a feature network: one fixed layer."""
 
     name = "random projection"
     resize = "none"
@@ -74,13 +74,13 @@ class RandomProjection:
 
 @pytest.fixture(scope="module")
 def faces() -> dict[str, torch.Tensor]:
-    """The three sets of pictures that an audit takes, without any copies."""
+    """The three sets of images of an audit, without any copies."""
     parts = pictures(NUM_SAMPLES + NUM_TRAIN + NUM_HELD_OUT).split([NUM_SAMPLES, NUM_TRAIN, NUM_HELD_OUT])
     return dict(zip(("samples", "train", "held_out"), parts, strict=True))
 
 
 def with_copies(faces: dict[str, torch.Tensor], change=lambda images: images, number: int = NUM_PLANTED):
-    """The same with training picture 3 i + 1 in the place of sample i."""
+    """The same sets, with training image 3 i + 1 instead of sample i."""
     samples = faces["samples"].clone()
     samples[:number] = change(faces["train"][1 : 3 * number + 1 : 3])
     return {**faces, "samples": samples}
@@ -96,7 +96,7 @@ def mirrored_copies(faces) -> tuple[dict[str, torch.Tensor], AuditReport]:
 
 
 def brute_force(queries: np.ndarray, train: np.ndarray, mirrored: np.ndarray, num_neighbours: int) -> list[tuple]:
-    """One pair at a time, in float64."""
+    """Compare one pair at a time, in float64."""
     centre = np.concatenate([train, mirrored]).mean(axis=0)
     queries, train, mirrored = (unit_rows(rows - centre) for rows in (queries, train, mirrored))
     found = []
@@ -137,7 +137,7 @@ def test_search_equals_brute_force(faces, monkeypatch, rows_at_a_time, space):
     assert found.relative_distances.tolist() == pytest.approx(relative_distances, rel=1e-9)
 
 
-def test_memory_bounds_the_rows_of_large_pictures(faces, monkeypatch):
+def test_memory_limit_bounds_the_rows_of_large_images(faces, monkeypatch):
     rows = [images.flatten(start_dim=1) for images in (faces["samples"], faces["train"], faces["train"].flip(-1))]
     expected = nearest(*rows)
     sizes, directions = set(), neighbours._directions
@@ -154,28 +154,28 @@ def test_copies_are_at_distance_zero(faces):
     assert found.indices.tolist() == list(range(40))
     assert not found.is_mirrored.any()
     assert found.distances.max() < 1e-7
-    train = torch.randn(200, 64) + 1000  # so much in common that float32 would leave noise
+    train = torch.randn(200, 64) + 1000  # images so similar that float32 would leave noise
     found = nearest(train[:40], train, torch.randn(200, 64) + 1000)
     assert found.distances.max() < 1e-7
     assert found.indices.tolist() == list(range(40))
 
 
-def test_relative_distance_of_a_picture_that_training_repeats():
+def test_relative_distance_of_an_image_that_training_repeats():
     train = torch.cat([torch.ones(60, 4), torch.randn(60, 4)])
     found = nearest(train[:1], train, train)
     assert found.relative_distances.item() < 1e-6
-    assert not found.is_mirrored.item()  # where both are as near, it is not mirrored
+    assert not found.is_mirrored.item()  # at equal distances, the image is not mirrored
 
 
-def test_brightness_and_contrast_of_pictures_do_not_matter():
+def test_brightness_and_contrast_of_images_do_not_matter():
     images = pictures(60) // 4
     found = nearest(*(side.flatten(start_dim=1) for side in (2 * images + 50, images, images.flip(-1))))
     assert found.indices.tolist() == list(range(60))
     assert found.distances.max() < 1e-6
 
 
-def test_average_faces_are_not_near_the_dullest():
-    """They differ little from what all have in common, and so do the queries, but not in the same way."""
+def test_average_faces_are_not_near_the_most_average_training_image():
+    """Three training images and the queries are all close to the mean, but in different directions."""
     common = 5 * torch.randn(64)
     deviation = torch.ones(200, 1)
     deviation[:3] = 0.1
@@ -228,7 +228,7 @@ def test_copies_are_found_by_features(mirrored_copies):
         assert pair.distance == pytest.approx(0, abs=1e-4)
 
 
-def test_fresh_pictures_are_no_copies(faces):
+def test_new_images_are_not_copies(faces):
     report = audit(**faces, extractor=RandomProjection())
     assert not report.found_copies
     assert report.verdict.startswith("No more copies than among held-out real faces: by pixels ")
@@ -239,8 +239,8 @@ def test_fresh_pictures_are_no_copies(faces):
         assert space.median_relative_distance == pytest.approx(space.held_out_median_relative_distance, abs=0.02)
 
 
-def test_fresh_drawn_faces_are_no_copies():
-    """Drawn faces resemble each other far more than real ones do."""
+def test_new_drawn_faces_are_not_copies():
+    """Drawn faces resemble each other far more than real faces do."""
     drawn = DrawnFaces(500, resolution=16)
     images = torch.stack([torch.from_numpy(np.array(face["image"])).permute(2, 0, 1) for face in drawn])
     samples, train, held_out = images.split([100, 300, 100])
@@ -249,14 +249,14 @@ def test_fresh_drawn_faces_are_no_copies():
 
 
 @pytest.mark.parametrize("num_averaged", [10, 100])
-def test_smooth_average_pictures_are_no_copies(faces, num_averaged):
+def test_smooth_average_images_are_not_copies(faces, num_averaged):
     orders = [torch.randperm(NUM_TRAIN)[:num_averaged] for _ in range(NUM_SAMPLES)]
     averages = torch.stack([to_uint8(faces["train"][order].float().mean(dim=0)) for order in orders])
     report = audit(averages, faces["train"], faces["held_out"])
     assert not report.found_copies
 
 
-def test_one_exact_copy_is_found_though_the_rate_is_not_conspicuous(faces):
+def test_a_single_exact_copy_is_found_at_a_normal_rate(faces):
     report = audit(**with_copies(faces, number=1))
     (space,) = report.spaces
     assert space.p_value > 0.1
@@ -266,7 +266,7 @@ def test_one_exact_copy_is_found_though_the_rate_is_not_conspicuous(faces):
 
 
 class Memory(ModelMixin, ConfigMixin):
-    """The network that knows its training pictures and nothing else: the exact mean of x_0, given x_t, over them."""
+    """A network that has memorized its training images: the exact mean of x_0 over them, given x_t."""
 
     config_name = "config.json"
 
@@ -284,7 +284,7 @@ class Memory(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=((x - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()).view_as(sample))
 
 
-def test_model_that_knows_its_training_pictures_is_found(tmp_path):
+def test_model_that_memorized_its_training_images_is_found(tmp_path):
     faces = [face["image"] for face in DrawnFaces(240, resolution=16)]
     for split, images in {"train": faces[:120], "test": faces[120:]}.items():
         Dataset.from_list([{"image": image} for image in images]).to_parquet(tmp_path / f"{split}.parquet")
@@ -306,7 +306,7 @@ def test_threshold_is_the_second_smallest_of_a_hundred_held_out_values(faces):
     assert space.copy_rate == (values < space.threshold).double().mean().item()
 
 
-def test_the_level_is_shared_by_the_spaces(faces):
+def test_significance_level_is_divided_among_the_spaces(faces):
     report = audit(**faces)
     space = replace(report.spaces[0], p_value=0.007, num_plain_copies=0)
     assert replace(report, spaces=[space]).found_copies
@@ -363,7 +363,7 @@ def test_exceedance_p_value_is_fishers():
 
 @pytest.mark.parametrize(("num_samples", "num_held_out", "held_out_count"), [(5, 4, 1), (4, 6, 2), (6, 3, 0)])
 def test_exceedance_p_value_counts_all_orders(num_samples, num_held_out, held_out_count):
-    """The threshold is the held-out value with `held_out_count` of its kind below, as in the audit."""
+    """The threshold is the held-out value with `held_out_count` held-out values below it, as in the audit."""
     total = num_samples + num_held_out
     counts = []
     for places in itertools.combinations(range(total), num_held_out):
@@ -373,10 +373,10 @@ def test_exceedance_p_value_counts_all_orders(num_samples, num_held_out, held_ou
         assert exceedance_p_value(count, num_samples, held_out_count, num_held_out) == pytest.approx(expected)
 
 
-# The picture
+# The image
 
 
-def test_picture_shows_the_closest_pairs(mirrored_copies):
+def test_image_shows_the_closest_pairs(mirrored_copies):
     copied, report = mirrored_copies
     picture = np.asarray(closest_pairs_picture(report, **copied, num_pairs=5))
     scale, gap, title, label = 5, 12, 40, 28  # 20 pixels become 100
@@ -407,7 +407,7 @@ def test_picture_shows_the_closest_pairs(mirrored_copies):
     assert {pair.is_mirrored for pair in pairs} == {True, False}
 
 
-def test_picture_of_one_pair_has_room_for_its_title(faces):
+def test_image_of_one_pair_has_room_for_its_title(faces):
     report = audit(**faces)
     few, many = (closest_pairs_picture(report, **faces, num_pairs=number) for number in (1, 32))
     assert few.width > 300
@@ -451,7 +451,7 @@ def test_bad_input_is_refused_before_any_work(faces, monkeypatch, changes, messa
         audit(**{**faces, **changes})
 
 
-def test_held_out_faces_must_not_be_training_pictures(faces):
+def test_held_out_faces_must_not_be_training_images(faces):
     held_out = faces["held_out"].clone()
     held_out[:1] = faces["train"][:1]
     assert audit(**{**faces, "held_out": held_out}).spaces[0].held_out_pairs[0].relative_distance < 1e-7
@@ -477,12 +477,12 @@ def test_held_out_faces_must_not_be_training_pictures(faces):
         ((torch.zeros(3, 5), torch.zeros(4, 5), torch.zeros(4, 5)), "`num_neighbours` must be .* from 2 to 3, got 4"),
     ],
 )
-def test_search_of_bad_rows(rows, message):
+def test_search_refuses_bad_rows(rows, message):
     with pytest.raises(ValueError, match=message):
         nearest(*rows, num_neighbours=4)
 
 
-def test_picture_of_bad_input(faces):
+def test_image_refuses_bad_input(faces):
     report = audit(**faces)
     for num_pairs in (0, 33, True, 2.0):
         with pytest.raises(ValueError, match=f"`num_pairs` must be an integer from 1 to 32, got {num_pairs}"):

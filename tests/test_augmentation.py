@@ -1,4 +1,4 @@
-"""Tests of the augmentation, against flips, shifts and turns of whole pixels, and pictures known at every point."""
+"""The augmentation is compared with exact flips, shifts and rotations, and with images defined by a formula."""
 
 import math
 
@@ -17,12 +17,12 @@ X_FLIP, Y_FLIP, SCALE, COS, SIN, STRETCH_X, STRETCH_Y, RIGHT, DOWN = range(AUGME
 
 
 def draws_of(**columns):
-    """One row of draws. A column that is not named is 0.75: at `probability` 0.5, what it decides is not done."""
+    """Return a row of draws. Other columns are 0.75, so at `probability` 0.5 their transformations are not applied."""
     return torch.tensor([[columns.get(name, 0.75) for name in (*UNIFORM, *NORMAL)]])
 
 
 def turn(radians):
-    """The uniform number that stands for an angle in [-pi, pi)."""
+    """Return the uniform number of an angle in [-pi, pi)."""
     return (radians / math.pi + 1) / 2
 
 
@@ -31,7 +31,7 @@ def noise(*shape):
 
 
 def wave(x, y):
-    """A picture given at every point, in pixels from its centre, as smooth as resampling can follow."""
+    """Return the values of an image at points given in pixels from its centre. It is smooth enough for resampling."""
     return 0.5 * torch.sin(0.21 * x + 0.13 * y + 0.3) + 0.3 * torch.cos(0.05 * x - 0.17 * y)
 
 
@@ -41,7 +41,7 @@ def coordinates(height, width):
 
 
 def assert_wave(picture, x, y, inside):
-    """The wave at points (x, y), there where they lie in the picture by a margin."""
+    """Assert that an image equals the wave at points (x, y), except for those near or beyond the border."""
     height, width = picture.shape[-2:]
     inside = inside & (x.abs() < width / 2 - 2) & (y.abs() < height / 2 - 2)
     assert inside.float().mean() > 0.25
@@ -76,7 +76,7 @@ def test_translation_by_whole_pixels(augmentation, channels, right, down):
     samples = noise(2, channels, height, width)
     draws = draws_of(do_translate=0, right=8 * right / width, down=8 * down / height)
     translated, labels = augmentation(samples, draws.expand(2, -1))
-    # The picture beside its own reflection, out of which the translated one is cut.
+    # The translated image is a crop of the image and its reflection side by side.
     padded = np.pad(samples, ((0, 0), (0, 0), (height, height), (width, width)), mode="symmetric")
     expected = padded[:, :, height - down : 2 * height - down, width - right : 2 * width - right]
     torch.testing.assert_close(translated, torch.from_numpy(expected), atol=1e-4, rtol=0)
@@ -87,7 +87,7 @@ def test_translation_by_whole_pixels(augmentation, channels, right, down):
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize(("quarters", "cos", "sin"), [(1, 0, 1), (2, -1, 0), (-1, 0, -1)])
-def test_rotation_by_quarters(augmentation, channels, quarters, cos, sin):
+def test_rotation_by_quarter_turns(augmentation, channels, quarters, cos, sin):
     samples = noise(1, channels, 16, 16)
     angle = turn(quarters * math.pi / 2) % 1  # half a turn is -pi
     rotated, labels = augmentation(samples, draws_of(do_rotate=0, angle=angle))
@@ -102,7 +102,7 @@ def test_rotation_by_quarters(augmentation, channels, quarters, cos, sin):
 def test_rotation_does_not_shear(augmentation, height, width, degrees):
     x, y = coordinates(height, width)
     rotated, labels = augmentation(wave(x, y)[None, None], draws_of(do_rotate=0, angle=turn(math.radians(degrees))))
-    # With y upwards, (x + iy) is brought back to where it came from by a turn the other way.
+    # With y upwards, the opposite rotation takes (x + iy) back to its source.
     origin = torch.complex(x, -y) * np.exp(-1j * math.radians(degrees))
     assert_wave(rotated[0], origin.real, -origin.imag, torch.ones_like(x, dtype=torch.bool))
     assert labels[0, COS].item() == pytest.approx(math.cos(math.radians(degrees)) - 1, abs=1e-6)
@@ -127,7 +127,7 @@ def test_stretch(augmentation, factor, degrees):
     if degrees is not None:
         draws |= {"has_axis": 0, "axis": turn(math.radians(degrees))}
     stretched, labels = augmentation(wave(x, y)[None, None], draws_of(**draws))
-    # A point is its part along the axis and its part across it; y points down.
+    # Split a point into its components along and across the axis; y points down.
     along_x, along_y = math.cos(math.radians(degrees or 0)), -math.sin(math.radians(degrees or 0))
     along, across = x * along_x + y * along_y, y * along_x - x * along_y
     along, across = along / factor, across * factor
@@ -139,8 +139,8 @@ def test_stretch(augmentation, factor, degrees):
     torch.testing.assert_close(labels, expected, atol=1e-5, rtol=0)
 
 
-def test_labels_describe_all_that_was_done():
-    # The points of a picture, followed through all transformations in turn by what the labels say.
+def test_labels_describe_every_transformation():
+    # Follow the points of an image through all transformations in turn, as the labels describe them.
     augmentation = NonLeakingAugmentation(1.0)
     height, width = 48, 64
     x, y = coordinates(height, width)
@@ -168,10 +168,10 @@ def test_labels_describe_all_that_was_done():
 # Nothing drawn
 
 
-def test_nothing_drawn_changes_nothing(augmentation):
+def test_images_without_transformations_are_unchanged(augmentation):
     samples = noise(2, 3, 12, 16) * 3  # also out of range
     draws = draws_of().repeat(2, 1)
-    draws[1, UNIFORM.index("do_rotate")] = 0.2  # beside one that is changed
+    draws[1, UNIFORM.index("do_rotate")] = 0.2  # next to an image that is transformed
     results, labels = augmentation(samples, draws)
     assert torch.equal(results[0], samples[0])
     assert not labels[0].any()
@@ -179,7 +179,7 @@ def test_nothing_drawn_changes_nothing(augmentation):
     assert labels[1].any()
 
 
-def test_probability_zero_changes_nothing():
+def test_probability_zero_leaves_images_unchanged():
     augmentation = NonLeakingAugmentation(0)
     samples = noise(64, 1, 8, 8)
     results, labels = augmentation(samples, augmentation.draw(64))
@@ -192,7 +192,7 @@ def test_probability_zero_changes_nothing():
 
 
 @pytest.mark.parametrize("probability", [0.15, 0.6, 1.0])
-def test_frequencies_and_spreads(probability):
+def test_frequencies_and_magnitudes(probability):
     number = 40_000
     augmentation = NonLeakingAugmentation(probability)
     draws = augmentation.draw(number, torch.Generator().manual_seed(0))
@@ -207,7 +207,7 @@ def test_frequencies_and_spreads(probability):
     }
     for name, (happened, expected) in done.items():
         assert happened.double().mean().item() == pytest.approx(expected, abs=0.012), name
-    # Each on its own: two at once are as frequent as the product.
+    # Independence: the frequency of two together is the product of both.
     names = list(done)
     for i, first in enumerate(names):
         for second in names[:i]:
@@ -242,7 +242,7 @@ def test_draws():
     torch.testing.assert_close(normal.std(dim=0), torch.ones(4), atol=0.03, rtol=0)
 
 
-def test_generator_decides():
+def test_generator_determines_the_draws():
     augmentation = NonLeakingAugmentation(0.5)
     first, again, other = (augmentation.draw(8, torch.Generator().manual_seed(seed)) for seed in (7, 7, 8))
     assert torch.equal(first, again)
@@ -252,10 +252,10 @@ def test_generator_decides():
     results = [augmentation(samples, first) for _ in range(2)]
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
-    assert torch.equal(torch.get_rng_state(), state)  # neither touched the global generator
+    assert torch.equal(torch.get_rng_state(), state)  # neither has used the global generator
 
 
-# Pictures
+# Images
 
 
 def test_rows_are_independent():
@@ -280,7 +280,7 @@ def test_results_stay_in_range():
 
 
 def test_faces_stay_sharp():
-    # As large pictures would look that are rotated first and reduced afterwards.
+    # The expected images: large ones, rotated first and downscaled afterwards.
     augmentation = NonLeakingAugmentation(0.5)
     large = np.stack([np.asarray(face["image"]) for face in DrawnFaces(4, resolution=512)])
     large = torch.from_numpy(large).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -305,8 +305,8 @@ def test_autocast_changes_nothing(dtype):
     assert results.dtype == labels.dtype == torch.float32
 
 
-# A device that holds no values refuses what would bring one to the host, such as `.item()` or a mask as an index.
-def test_works_without_values():
+# The meta device has no values, so it fails on `.item()` or on a mask as an index, which would wait for a GPU.
+def test_runs_on_the_meta_device():
     augmentation = NonLeakingAugmentation(0.5)
     draws = augmentation.draw(4, device="meta")
     results, labels = augmentation(torch.empty(4, 3, 16, 16, device="meta"), draws)

@@ -15,7 +15,7 @@ from ddpm_faces.data.batches import FaceBatches
 
 @pytest.fixture
 def dataset() -> FaceDataset:
-    """Thirty pictures whose pixels say which one it is."""
+    """Thirty images. The pixels of each are its number."""
     return FaceDataset(torch.arange(30, dtype=torch.uint8).view(30, 1, 1, 1))
 
 
@@ -23,19 +23,19 @@ def take(batches: FaceBatches, number: int) -> list[list[int]]:
     return [batch["images"].flatten().tolist() for batch in islice(batches.batches(), number)]
 
 
-def test_an_epoch_is_a_permutation_in_whole_batches(dataset):
+def test_an_epoch_is_a_permutation_in_full_batches(dataset):
     batches = FaceBatches(dataset, 8, slice(0, 8))
     taken = take(batches, 6)
     assert batches.images_seen == 48
     assert batches.epoch == 2
     epochs = [sum(taken[:3], []), sum(taken[3:], [])]
     assert all(len(set(epoch)) == 24 for epoch in epochs)
-    assert set(epochs[0]) != set(epochs[1])  # other pictures are left over
+    assert set(epochs[0]) != set(epochs[1])  # other images are left out
     assert epochs[0] != sorted(epochs[0])
     assert take(FaceBatches(dataset, 8, slice(0, 8), seed=1), 6) != taken
 
 
-def test_shares_make_up_the_batch_and_names_belong_to_pictures(dataset):
+def test_shares_make_up_the_batch_with_matching_names(dataset):
     whole = take(FaceBatches(dataset, 8, slice(0, 8)), 4)
     parts = [take(FaceBatches(dataset, 8, slice(first, first + 4)), 4) for first in (0, 4)]
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
@@ -44,7 +44,7 @@ def test_shares_make_up_the_batch_and_names_belong_to_pictures(dataset):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_goes_on_anywhere_without_fetching_what_was(dataset, monkeypatch, num_workers):
+def test_resumes_anywhere_without_fetching_earlier_images(dataset, monkeypatch, num_workers):
     expected = take(FaceBatches(dataset, 8, slice(0, 8)), 7)
     batches = FaceBatches(dataset, 8, slice(0, 8), num_workers=num_workers)
     batches.images_seen = 32
@@ -56,7 +56,7 @@ def test_goes_on_anywhere_without_fetching_what_was(dataset, monkeypatch, num_wo
     assert num_workers or len(fetched) == 3
 
 
-def test_another_batch_size_within_an_epoch(dataset):
+def test_batch_size_can_change_within_an_epoch(dataset):
     batches = FaceBatches(dataset, 6, slice(0, 6))
     batches.images_seen = 16
     assert all(len(set(batch)) == 6 for batch in take(batches, 5))
@@ -68,13 +68,13 @@ def test_global_random_state_is_untouched(dataset):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_too_few_pictures(dataset):
+def test_too_few_images(dataset):
     with pytest.raises(ValueError, match=r"`train_batch_size` must be at most the number of images \(30\), got 32"):
         FaceBatches(dataset, 32, slice(0, 32))
 
 
 class DyingOnce(FaceDataset):
-    """Whose worker dies at a request, until a file says that one has."""
+    """A dataset whose worker dies at a request, but only once: a file records it."""
 
     def fetch(self, indices: np.ndarray, crops: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         if indices[0] == self.deadly and not os.path.exists(self.marker):
@@ -84,7 +84,7 @@ class DyingOnce(FaceDataset):
         return super().fetch(indices, crops)
 
 
-def test_dead_worker_is_replaced_and_nothing_is_lost(dataset, tmp_path, caplog):
+def test_dead_worker_is_replaced_and_no_image_is_lost(dataset, tmp_path, caplog):
     expected = take(FaceBatches(dataset, 8, slice(0, 8)), 6)
     dying = DyingOnce(dataset.images)
     dying.deadly, dying.marker = expected[2][0], str(tmp_path / "died")
@@ -102,7 +102,7 @@ def test_workers_that_always_die_are_an_error(dataset):
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), ConnectionResetError("no"), EOFError("no")])
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_errors_of_the_data_are_no_deaths(dataset, caplog, error, num_workers):
+def test_data_errors_do_not_count_as_dead_workers(dataset, caplog, error, num_workers):
     class Failing(FaceDataset):
         def fetch(self, *args):
             raise error
@@ -113,7 +113,7 @@ def test_errors_of_the_data_are_no_deaths(dataset, caplog, error, num_workers):
 
 
 class BrokenPipe:
-    """A loader whose worker died in the middle of a batch, which the pipe shows before the system does."""
+    """A loader whose worker died while sending a batch. The broken pipe shows this before the system does."""
 
     num_workers = 1
 
@@ -122,14 +122,14 @@ class BrokenPipe:
         raise EOFError
 
 
-def test_worker_that_dies_while_it_hands_over(caplog):
+def test_worker_that_dies_while_sending_a_batch(caplog):
     loaders = iter([BrokenPipe(), DataLoader([2, 3], batch_size=None)])
     assert list(module.restarting(lambda: next(loaders))) == [1, 2, 3]
     assert caplog.text.count("A data worker died") == 1
 
 
-def test_workers_leave_signals_to_the_trainer(dataset):
-    """Ctrl-C reaches all processes of a terminal."""
+def test_workers_ignore_signals_to_the_process_group(dataset):
+    """Ctrl-C is sent to all processes of a terminal."""
 
     class Signalled(FaceDataset):
         def fetch(self, *args):
@@ -137,14 +137,14 @@ def test_workers_leave_signals_to_the_trainer(dataset):
             os.kill(os.getpid(), signal.SIGUSR1)
             return super().fetch(*args)
 
-    before = signal.getsignal(signal.SIGINT)  # a shell's background job ignores it
+    before = signal.getsignal(signal.SIGINT)  # background jobs of a shell ignore it
     batches = FaceBatches(Signalled(dataset.images), 8, slice(0, 8), num_workers=1)
     assert take(batches, 2) == take(FaceBatches(dataset, 8, slice(0, 8)), 2)
     assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_handler_of_dead_children_stays(dataset, num_workers):
+def test_sigchld_handler_is_restored(dataset, num_workers):
     def handler(*_):
         pass
 

@@ -24,7 +24,7 @@ from ddpm_faces.training.ema import EMA
 from ddpm_faces.training.state import RunState
 
 
-def test_checkpoints_are_listed_oldest_first_and_unfinished_ones_not_at_all(tmp_path):
+def test_checkpoints_are_listed_oldest_first_without_unfinished_ones(tmp_path):
     for images_seen in (900, 10_000, 2_000):
         checkpoint_path(tmp_path, images_seen).mkdir()
     (tmp_path / ".unfinished-checkpoint-0000020000").mkdir()
@@ -61,7 +61,7 @@ def make_pipeline(sample_size: int) -> DDPMFacesPipeline:
     return DDPMFacesPipeline(tiny_unet(sample_size=sample_size), DDPMFacesScheduler(num_train_timesteps=5))
 
 
-def test_pipeline_is_replaced_beside_what_else_there_is(tmp_path):
+def test_pipeline_is_replaced_and_other_files_stay(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for sample_size in (16, 24):
         save_pipeline(make_pipeline(sample_size), tmp_path)
@@ -72,7 +72,7 @@ def test_pipeline_is_replaced_beside_what_else_there_is(tmp_path):
 
 @pytest.mark.parametrize("commits_before_death", [0, 1])
 def test_interrupted_saving_never_mixes_two_pipelines(tmp_path, monkeypatch, commits_before_death):
-    """Dying anywhere between the first and the last rename leaves a folder that does not load, not a mixture."""
+    """An interruption between the first and the last rename leaves a folder that does not load, not a mixture."""
     save_pipeline(make_pipeline(16), tmp_path)
     commits = []
     real_commit = checkpoint.commit
@@ -133,7 +133,7 @@ def saved(tmp_path) -> tuple[CheckpointIO, dict[str, torch.Tensor]]:
     return io, {name: value.clone() for name, value in io.unet.state_dict().items()}
 
 
-def test_what_is_saved_is_loaded(saved, tmp_path):
+def test_saved_state_is_loaded(saved, tmp_path):
     io, weights = saved
     averaged = {name: value.clone() for name, value in io.ema.shadow.items()}
     disturb(io)
@@ -152,7 +152,7 @@ def cut(path):
 
 
 def fill(path):
-    """As a copy that has its full size before its content."""
+    """Fill the rest of a file with zeros, like an interrupted copy of full size."""
     path.write_bytes(path.read_bytes()[:100] + bytes(path.stat().st_size - 100))
 
 
@@ -160,7 +160,7 @@ def fill(path):
     "name", ["model.safetensors", "ema.safetensors", "optimizer.bin", "random_states_0.pkl", "run_state.json"]
 )
 @pytest.mark.parametrize("damage", [cut, fill, lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
-def test_damaged_checkpoint_gives_way_to_the_one_before(saved, tmp_path, name, damage):
+def test_damaged_checkpoint_falls_back_to_the_previous_one(saved, tmp_path, name, damage):
     damage(checkpoint_path(tmp_path, 16) / name)
     newest, damaged = newest_whole(tmp_path)
     assert newest == checkpoint_path(tmp_path, 8)
@@ -171,7 +171,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(saved, tmp_path, name, d
     assert list_checkpoints(tmp_path) == [newest]
 
 
-def test_no_whole_checkpoint_is_an_error_and_no_new_beginning(saved, tmp_path):
+def test_only_damaged_checkpoints_are_an_error(saved, tmp_path):
     for path in list_checkpoints(tmp_path):
         cut(path / "optimizer.bin")
     with pytest.raises(
@@ -189,7 +189,7 @@ def test_checkpoint_of_a_later_version_is_refused(saved, tmp_path, change):
 
 
 def test_checkpoint_of_format_1(saved, tmp_path):
-    """No checksums, and no buffers in the EMA: they come from the network."""
+    """Format 1 has no checksums, and no buffers in the EMA: they come from the network."""
     from safetensors.torch import load_file, save_file
 
     io, weights = saved
@@ -209,7 +209,7 @@ def test_checkpoint_of_format_1(saved, tmp_path):
         check_whole(folder)
 
 
-def test_ema_that_is_switched_on_starts_from_the_weights(tmp_path):
+def test_ema_switched_on_later_starts_from_the_weights(tmp_path):
     make_io(use_ema=False).save(checkpoint_path(tmp_path, 8), RunState(images_seen=8))
     io = make_io()
     disturb(io)
@@ -219,11 +219,11 @@ def test_ema_that_is_switched_on_starts_from_the_weights(tmp_path):
     assert all(torch.equal(value, weights[name]) for name, value in io.ema.shadow.items())
 
 
-def test_ema_that_is_switched_off_is_not_asked_for(saved, tmp_path):
+def test_ema_switched_off_later_is_ignored(saved, tmp_path):
     assert make_io(use_ema=False).load(checkpoint_path(tmp_path, 16))[2] == []
 
 
-def test_stream_that_is_switched_on_begins_with_its_first_image(saved, tmp_path):
+def test_stream_switched_on_later_begins_with_its_first_image(saved, tmp_path):
     class Stream:
         def load_state_dict(self, state_dict):
             raise AssertionError("there is no place to load")
@@ -232,7 +232,7 @@ def test_stream_that_is_switched_on_begins_with_its_first_image(saved, tmp_path)
     assert notes == ["The checkpoint has no position in a stream: the stream begins with its first image."]
 
 
-def test_fp16_that_is_switched_on_starts_with_a_new_loss_scale(saved, tmp_path):
+def test_fp16_switched_on_later_starts_with_a_new_loss_scale(saved, tmp_path):
     io = make_io()
     io.accelerator.scaler = torch.amp.GradScaler("cpu")
     _, _, notes = io.load(checkpoint_path(tmp_path, 16))

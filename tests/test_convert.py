@@ -1,4 +1,4 @@
-"""The article's network, written out here as its readers have it, against what it is converted to."""
+"""The article's network, as its readers have it, is compared with the converted pipeline."""
 
 import math
 
@@ -54,7 +54,7 @@ class ArticleUNet(nn.Module):
 @pytest.fixture
 def article() -> ArticleUNet:
     network = ArticleUNet()
-    for _ in range(3):  # statistics that are not those of the start
+    for _ in range(3):  # statistics other than the initial ones
         network(torch.randn(4, 3, 16, 16), torch.randint(300, (4,)))
     return network.eval()
 
@@ -85,7 +85,7 @@ def test_outputs_are_equal(article, tmp_path, rename):
     assert pipeline(num_inference_steps=2, output_type="pt").images.isfinite().all()
 
 
-def test_all_else_is_refused(article, tmp_path):
+def test_other_checkpoints_are_refused(article, tmp_path):
     path, state = tmp_path / "file.pt", article.state_dict()
     cases = [
         (article, "contain only tensors"),

@@ -10,7 +10,7 @@ from ddpm_faces.training import cores
     [
         ({"cpu.max": "150000 100000"}, 2),
         ({"cpu.max": "max 100000"}, None),
-        ({"pod/cpu.max": "400000 100000", "cpu.max": "100000 100000"}, 1),  # a parent's limit holds as well
+        ({"pod/cpu.max": "400000 100000", "cpu.max": "100000 100000"}, 1),  # a parent's limit applies too
         ({"pod/cpu.max": "50000 100000"}, 1),
         ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),  # version 1
         ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
@@ -29,7 +29,7 @@ def test_limit_of_a_container(tmp_path, monkeypatch, files, expected):
     assert cores.cgroup_limit() == expected
 
 
-def test_cores_are_the_fewer_of_affinity_and_limit(monkeypatch):
+def test_cores_are_the_minimum_of_affinity_and_limit(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     for limit, expected in ((None, 8), (3, 3), (16, 8)):
         monkeypatch.setattr(cores, "cgroup_limit", lambda limit=limit: limit)

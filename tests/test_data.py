@@ -60,7 +60,7 @@ def png(image: PILImage.Image) -> bytes:
 # Sources
 
 
-def test_nothing_is_drawn_faces():
+def test_default_source_is_drawn_faces():
     dataset = load_faces(num_drawn_images=5, resolution=32)
     assert dataset.images.shape == (5, 3, 32, 32)
     assert dataset.images.dtype == torch.uint8
@@ -68,7 +68,7 @@ def test_nothing_is_drawn_faces():
 
 
 @pytest.mark.parametrize("argument", ["train_data_dir", "dataset_name"])
-def test_folder_of_pictures(folder, argument):
+def test_folder_of_images(folder, argument):
     dataset = load_faces(**{argument: str(folder)}, resolution=24)
     expected = [np.asarray(noise_picture(seed)) for seed in (1, 2, 0)]  # files of a folder first, sorted
     np.testing.assert_array_equal(dataset.images.permute(0, 2, 3, 1), np.stack(expected))
@@ -76,7 +76,7 @@ def test_folder_of_pictures(folder, argument):
 
 
 @pytest.mark.parametrize("image_column", [None, "face"])
-def test_data_set_folder(tmp_path, image_column):
+def test_dataset_folder(tmp_path, image_column):
     pictures = [noise_picture(seed) for seed in range(3)]
     columns = {"caption": ["a", "b", "c"], "face": pictures}
     features = Features({"caption": Value("string"), "face": Image()})
@@ -101,11 +101,11 @@ def test_real_faces(tmp_path):
     dataset = load_faces(str(FFHQ), resolution=64, split="test", max_images=50, cache_dir=str(tmp_path))
     assert dataset.images.shape == (50, 3, 64, 64)
     mean = to_samples(dataset.images).mean(dim=0)
-    # Aligned faces: skin in the middle is redder and brighter than the corners of the picture.
+    # Aligned faces: skin in the middle is redder and brighter than the corners of the image.
     assert mean[0, 24:48, 24:40].mean() > mean[2, 24:48, 24:40].mean() + 0.2
 
 
-# Pictures
+# Images
 
 
 def test_samples_are_minus_one_to_one_and_flips_are_exact():
@@ -118,14 +118,14 @@ def test_samples_are_minus_one_to_one_and_flips_are_exact():
     assert torch.equal(flipped[~flips], to_samples(ramp)[~flips])
 
 
-def test_picture_is_cropped_about_its_centre_and_not_stretched():
+def test_image_is_center_cropped_and_not_stretched():
     image = PILImage.new("RGB", (60, 20), "black")
-    image.paste("white", (20, 0, 40, 20))  # a white square in the middle of a wide picture
+    image.paste("white", (20, 0, 40, 20))  # a white square in the middle of a wide image
     assert picture_to_tensor(image, (10, 10)).min() > 230  # the filter reaches a little beyond the crop
     assert picture_to_tensor(image, (10, 30)).shape == (3, 10, 30)
 
 
-def test_reducing_is_antialiased():
+def test_downscaling_is_antialiased():
     stripes = np.zeros((64, 64, 3), dtype=np.uint8)
     stripes[:, ::2] = 255
     reduced = picture_to_tensor(PILImage.fromarray(stripes), (16, 16)).float()
@@ -136,7 +136,7 @@ def test_camera_rotation_is_undone(tmp_path):
     image = PILImage.new("RGB", (20, 20), "black")
     image.paste("white", (0, 0, 20, 10))  # upper half white
     exif = PILImage.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+    exif[0x0112] = 6  # the camera was rotated: show the image rotated by 90 degrees clockwise
     image.save(tmp_path / "turned.png", exif=exif)
     pixels = load_faces(train_data_dir=str(tmp_path), resolution=20).images[0, 0]
     assert pixels[:, 15].min() == 255
@@ -185,7 +185,7 @@ def test_pixels_of_unknown_range_are_unreadable(tmp_path, pixels, message):
         load_faces(train_data_dir=str(tmp_path), resolution=8)
 
 
-def test_inks_become_light():
+def test_cmyk_is_converted_to_rgb():
     cyan = PILImage.new("CMYK", (8, 8), (255, 0, 0, 0))
     for kind in ("JPEG", "TIFF"):
         buffer = io.BytesIO()
@@ -195,7 +195,7 @@ def test_inks_become_light():
         assert min(green, blue) > 250
 
 
-def test_first_picture_of_an_animation(tmp_path):
+def test_first_frame_of_an_animation(tmp_path):
     frames = [PILImage.new("RGB", (8, 8), color) for color in ("blue", "red")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     images = load_faces(train_data_dir=str(tmp_path), resolution=8).images
@@ -206,7 +206,7 @@ def test_first_picture_of_an_animation(tmp_path):
 # Bad input
 
 
-def test_broken_pictures_are_all_named(folder):
+def test_all_unreadable_images_are_named(folder):
     (folder / "cut.png").write_bytes((folder / "1.PNG").read_bytes()[:900])
     (folder / "empty.jpg").touch()
     (folder / "text.jpeg").write_text("not a picture")
@@ -217,20 +217,20 @@ def test_broken_pictures_are_all_named(folder):
     assert "Set `skip_unreadable` to skip such images" in str(error.value)
 
 
-def test_link_to_nowhere_is_named(folder):
+def test_broken_link_is_named(folder):
     (folder / "lost.png").symlink_to(folder / "gone.png")
     with pytest.raises(ValueError, match="(?s)1 of 4 images cannot be read.*lost.png: .*No such file"):
         load_faces(train_data_dir=str(folder), resolution=24)
 
 
-def test_broken_row_is_named(tmp_path):
+def test_unreadable_row_is_named(tmp_path):
     rows = {"image": [{"bytes": png(noise_picture()), "path": None}, {"bytes": b"junk", "path": "x/17.png"}, None]}
     Dataset.from_dict(rows, Features({"image": Image()})).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=r"(?s)2 of 3 .*row 1 \(.*17.png\): cannot.*row 2: the image is missing"):
         load_faces(str(tmp_path), resolution=24, cache_dir=str(tmp_path / "c"))
 
 
-def test_column_without_pictures(tmp_path):
+def test_column_without_images(tmp_path):
     features = Features({"caption": Value("string"), "face": Image()})
     (tmp_path / "set").mkdir()
     rows = {"caption": ["a"], "face": [noise_picture()]}
@@ -281,7 +281,7 @@ def no_decoding(monkeypatch):
     return lambda: monkeypatch.setattr(data, "picture_to_tensor", refuse)
 
 
-def test_pictures_are_decoded_once(folder, tmp_path, no_decoding):
+def test_images_are_decoded_once(folder, tmp_path, no_decoding):
     settings = {"train_data_dir": str(folder), "resolution": 24, "cache_dir": str(tmp_path / "cache")}
     first = load_faces(**settings)
     no_decoding()
@@ -292,7 +292,7 @@ def test_pictures_are_decoded_once(folder, tmp_path, no_decoding):
     assert len(files_of(tmp_path / "cache")) == 1
 
 
-def test_what_is_there_is_opened_without_writing(folder, tmp_path, monkeypatch):
+def test_existing_cache_is_opened_without_writing(folder, tmp_path, monkeypatch):
     settings = {"train_data_dir": str(folder), "resolution": 24, "cache_dir": str(tmp_path / "cache")}
     first = load_faces(**settings)
     monkeypatch.setattr(data, "FileLock", None)
@@ -330,7 +330,7 @@ def test_another_file_or_setting_makes_another_cache(folder, tmp_path):
         assert len(files_of(tmp_path / "cache")) == number
 
 
-def test_another_data_set_or_column_makes_another_cache(tmp_path):
+def test_another_dataset_or_column_makes_another_cache(tmp_path):
     def write(seeds: list[int]) -> None:
         columns = {"image": [noise_picture(seed) for seed in seeds], "age": [30, 20], "sex": ["f", "m"]}
         features = Features({"image": Image(), "age": Value("int64"), "sex": Value("string")})
@@ -347,7 +347,7 @@ def test_another_data_set_or_column_makes_another_cache(tmp_path):
     np.testing.assert_array_equal(load_faces(**settings).images.permute(0, 2, 3, 1), expected)
 
 
-def test_damaged_cache_is_built_anew(folder, tmp_path):
+def test_damaged_cache_is_rebuilt(folder, tmp_path):
     settings = {"train_data_dir": str(folder), "resolution": 24, "cache_dir": str(tmp_path / "cache")}
     expected = load_faces(**settings).images.clone()
     for name in ("pixels.bin", "table.npy", "names.json", "info.json"):
@@ -358,15 +358,15 @@ def test_damaged_cache_is_built_anew(folder, tmp_path):
             assert path.stat().st_size > 10
 
 
-def test_interrupted_building_leaves_nothing(folder, tmp_path, monkeypatch):
+def test_interrupted_caching_leaves_no_files(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(data.np, "save", lambda *args: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         load_faces(train_data_dir=str(folder), resolution=24, cache_dir=str(tmp_path / "cache"))
     assert files_of(tmp_path / "cache") == []
 
 
-def test_disk_that_takes_no_more(folder, tmp_path):
-    """The system refuses to let a file grow beyond a limit, as a full disk would."""
+def test_disk_full_while_caching(folder, tmp_path):
+    """A limit on the size of files has the same effect as a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     settings = {"train_data_dir": str(folder), "resolution": 512, "cache_dir": str(tmp_path / "cache")}
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
@@ -379,14 +379,14 @@ def test_disk_that_takes_no_more(folder, tmp_path):
     assert len(load_faces(**settings)) == 3
 
 
-def test_disk_without_room(folder, tmp_path, monkeypatch):
+def test_disk_without_enough_space(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 3 * 3 * 24 * 24 - 1})())
     with pytest.raises(ValueError, match="`cache_dir` .* has 5,183 bytes free, and the decoded images need 5,184"):
         load_faces(train_data_dir=str(folder), resolution=24, cache_dir=str(tmp_path / "cache"))
 
 
 def test_processes_share_the_work(folder, tmp_path):
-    """Two at once on an empty cache: one decodes, which its progress bar shows, the other waits and opens."""
+    """Two processes start with an empty cache: one decodes (its progress bar shows this), the other waits."""
     code = f"from ddpm_faces.data import load_faces; print(load_faces(train_data_dir={str(folder)!r}, resolution=24, "
     code += f"cache_dir={str(tmp_path / 'cache')!r}).fingerprint)"
     command = [sys.executable, "-c", code]
@@ -397,7 +397,7 @@ def test_processes_share_the_work(folder, tmp_path):
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])
-def test_travels_to_workers(folder, crop):
+def test_dataset_can_be_pickled_for_workers(folder, crop):
     for number in range(40):
         shutil.copy(folder / "1.PNG", folder / f"z{number}.png")
     dataset = load_faces(train_data_dir=str(folder), resolution=(24, 20), crop=crop).subset([2, 0])
@@ -410,7 +410,7 @@ def test_travels_to_workers(folder, crop):
     assert copy.names([1]) == dataset.names([1]) == [str(folder / "1.PNG")]
 
 
-def test_fingerprint_is_of_the_content(folder, tmp_path):
+def test_fingerprint_depends_on_the_content(folder, tmp_path):
     other = tmp_path / "elsewhere"
     shutil.copytree(folder, other)
     datasets = [load_faces(train_data_dir=str(path), resolution=24) for path in (folder, other)]
@@ -421,7 +421,7 @@ def test_fingerprint_is_of_the_content(folder, tmp_path):
     assert datasets[0].subset([2, 0]).fingerprint == FaceDataset(datasets[0].images[[2, 0]]).fingerprint
 
 
-def test_fingerprint_is_of_shapes_and_labels_too():
+def test_fingerprint_depends_on_shapes_and_labels():
     images = torch.zeros(2, 1, 4, 6, dtype=torch.uint8)
     fingerprints = {
         FaceDataset(images).fingerprint,
@@ -442,11 +442,11 @@ def test_channel_statistics_are_those_of_the_samples(folder, subset):
     torch.testing.assert_close(deviation.double(), samples.std(dim=1, correction=0))
 
 
-# Held-out pictures, crops, classes
+# Held-out images, crops, classes
 
 
 def numbered(numbers) -> FaceDataset:
-    """Pictures whose pixels say which one it is, of 16 bits."""
+    """Images whose pixels say which one it is, of 16 bits."""
     numbers = np.asarray(list(numbers), dtype=np.uint16)
     return FaceDataset(torch.from_numpy(numbers.view(np.uint8).copy()).view(-1, 1, 1, 2))
 
@@ -455,7 +455,7 @@ def numbers_of(dataset: FaceDataset) -> list[int]:
     return dataset.images.contiguous().numpy().view(np.uint16).flatten().tolist()
 
 
-def test_hold_out_depends_on_the_content_alone():
+def test_held_out_images_depend_only_on_the_content():
     rest, held_out = (numbers_of(part) for part in hold_out(numbered(range(50)), 7))
     assert sorted(rest + held_out) == list(range(50))
     assert (len(rest), len(held_out)) == (43, 7)
@@ -476,18 +476,18 @@ def test_images_that_were_trained_on_are_never_held_out_as_a_folder_grows():
     have, trained, held_before = list(pool[:300]), set(), None
     for grown in (300, 310, 700, 5000):
         new = set(pool[len(have) : grown].tolist())
-        have = rng.permutation(pool[:grown]).tolist()  # new files come anywhere among the names
+        have = rng.permutation(pool[:grown]).tolist()  # the names of new files sort between the old ones
         rest, held_out = (set(numbers_of(part)) for part in hold_out(numbered(have), 40))
         assert len(held_out) == 40
         assert not held_out & trained
         if held_before is not None:
             assert held_out <= held_before | new
         trained, held_before = trained | rest, held_out
-    assert held_out & set(pool[300:].tolist())  # and new ones do come in
+    assert held_out & set(pool[300:].tolist())  # and some new images are held out
 
 
 @pytest.mark.parametrize("copies", [2, 5, 60])
-def test_duplicates_are_on_one_side(copies):
+def test_duplicates_are_held_out_together(copies):
     have = [*range(50), *range(10), *[7] * copies, *[30] * copies]
     for num_images in (1, 10, 49):
         rest, held_out = (numbers_of(part) for part in hold_out(numbered(have), num_images))
@@ -501,7 +501,7 @@ def test_duplicates_are_on_one_side(copies):
         hold_out(numbered([3] * 20), 1)
 
 
-def test_random_crops_reach_all_of_the_picture(tmp_path):
+def test_random_crops_cover_the_whole_image(tmp_path):
     ramp = np.tile(np.arange(30, dtype=np.uint8), (10, 1))
     PILImage.fromarray(ramp).save(tmp_path / "wide.png")
     dataset = load_faces(train_data_dir=str(tmp_path), resolution=10, channels=1, crop="random")
@@ -512,7 +512,7 @@ def test_random_crops_reach_all_of_the_picture(tmp_path):
     assert dataset[0]["images"][0, 0, 0] == 10  # the centre
     with pytest.raises(ValueError, match="use `fetch`"):
         _ = dataset.images
-    mean, deviation = dataset.channel_statistics()  # of all pixels, wherever the crops lie
+    mean, deviation = dataset.channel_statistics()  # of all pixels, regardless of the crops
     np.testing.assert_allclose([mean[0], deviation[0]], [ramp.mean() / 127.5 - 1, ramp.std() / 127.5], rtol=1e-5)
     without_room = load_faces(train_data_dir=str(tmp_path), resolution=(10, 30), channels=1, crop="random")
     np.testing.assert_array_equal(without_room.images[0, 0], ramp)
@@ -560,11 +560,11 @@ def test_columns_of_classes(tmp_path, feature, values, labels, names):
     assert dataset.labels.tolist() == labels
     assert dataset.class_names == names
     first = load_faces(str(tmp_path / "set"), label_column="kind", max_images=1, **settings)
-    assert (first.labels.tolist(), first.class_names) == (labels[:1], names)  # those of all pictures
+    assert (first.labels.tolist(), first.class_names) == (labels[:1], names)  # those of all images
 
 
 @pytest.mark.parametrize("column", ["age", "image", "score", "places"])
-def test_columns_that_are_no_classes(tmp_path, column):
+def test_columns_without_classes_are_refused(tmp_path, column):
     columns = {"image": Image(), "kind": Value("string"), "score": Value("float32"), "places": [Value("int64")]}
     rows = {"image": [noise_picture()], "kind": ["a"], "score": [0.5], "places": [[1, 2]]}
     Dataset.from_dict(rows, Features(columns)).to_parquet(tmp_path / "train.parquet")
@@ -572,7 +572,7 @@ def test_columns_that_are_no_classes(tmp_path, column):
         load_faces(str(tmp_path), label_column=column, resolution=8, cache_dir=str(tmp_path / "c"))
 
 
-def test_classes_are_numbered_as_in_another_data_set():
+def test_classes_are_numbered_as_in_another_dataset():
     dataset = FaceDataset(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), labels=torch.tensor([0, 1, 0]))
     dataset.class_names = ["cats", "dogs"]
     relabelled = dataset.subset([2, 1]).relabelled(["bees", "cats", "dogs"])
@@ -580,7 +580,7 @@ def test_classes_are_numbered_as_in_another_data_set():
     assert dataset.labels.tolist() == [0, 1, 0]
     with pytest.raises(ValueError, match="Classes cats are not among the training classes"):
         dataset.relabelled(["bees", "dogs"])
-    assert dataset.subset([1]).relabelled(["bees", "dogs"]).labels.tolist() == [1]  # there is no cat
+    assert dataset.subset([1]).relabelled(["bees", "dogs"]).labels.tolist() == [1]  # the class cat does not exist
 
 
 def test_drawn_faces_have_classes():
@@ -589,10 +589,10 @@ def test_drawn_faces_have_classes():
     assert [dataset.class_names[label] for label in dataset.labels] == expected
 
 
-# Unreadable pictures
+# Unreadable images
 
 
-def test_unreadable_pictures_are_left_out_and_listed(folder, caplog):
+def test_unreadable_images_are_skipped_and_listed(folder, caplog):
     (folder / "cut.png").write_bytes((folder / "1.PNG").read_bytes()[:900])
     for _ in range(2):  # from the files, and from the cache
         dataset = load_faces(train_data_dir=str(folder), resolution=24, skip_unreadable=True)
@@ -603,7 +603,7 @@ def test_unreadable_pictures_are_left_out_and_listed(folder, caplog):
         caplog.clear()
 
 
-def test_the_log_names_ten_of_many(folder, caplog):
+def test_log_names_at_most_ten_unreadable_images(folder, caplog):
     for number in range(12):
         (folder / f"cut{number}.png").touch()
     with caplog.at_level(logging.WARNING):
@@ -614,13 +614,13 @@ def test_the_log_names_ten_of_many(folder, caplog):
     assert "and 2 more" in caplog.text
 
 
-def test_nothing_readable(tmp_path):
+def test_no_readable_image(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     with pytest.raises(ValueError, match="1 of 1 images cannot be read"):
         load_faces(train_data_dir=str(tmp_path), resolution=24, skip_unreadable=True)
 
 
-def test_picture_without_a_label_is_unreadable(tmp_path):
+def test_image_without_a_label_is_unreadable(tmp_path):
     rows = {"image": [noise_picture(seed) for seed in range(2)], "kind": ["a", None]}
     features = Features({"image": Image(), "kind": Value("string")})
     Dataset.from_dict(rows, features).to_parquet(tmp_path / "train.parquet")
@@ -630,8 +630,8 @@ def test_picture_without_a_label_is_unreadable(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("suffix", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_whatever_is_wrong_with_a_file_has_a_name(suffix):
-    """Files with bytes changed at random, or cut off, decode or raise what is expected of them."""
+def test_every_unreadable_file_is_reported_with_a_reason(suffix):
+    """Files that are cut off or have random bytes either decode or are reported as unreadable."""
     buffer = io.BytesIO()
     noise_picture(size=(40, 40)).save(buffer, suffix)
     whole = buffer.getvalue()
@@ -649,7 +649,7 @@ def test_whatever_is_wrong_with_a_file_has_a_name(suffix):
     assert broken > 0
 
 
-def test_transparent_parts_lie_on_white():
+def test_transparent_parts_become_white():
     image = PILImage.new("RGBA", (8, 8), (200, 0, 0, 0))
     image.paste((0, 0, 255, 255), (0, 0, 4, 8))
     for picture in (image, image.quantize()):
@@ -660,7 +660,7 @@ def test_transparent_parts_lie_on_white():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_each_orientation_is_turned_as_pillow_turns_it(orientation):
+def test_each_orientation_is_applied_as_in_pillow(orientation):
     image = PILImage.fromarray(np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3))
     image.getexif()[0x0112] = orientation
     expected = torch.from_numpy(np.array(ImageOps.exif_transpose(image))).permute(2, 0, 1)
@@ -677,7 +677,7 @@ def test_each_orientation_is_turned_as_pillow_turns_it(orientation):
     ],
     ids=["ratio", "text", "negative", "beyond"],
 )
-def test_an_odd_exif_tag_costs_no_image(entry):
+def test_odd_exif_tag_does_not_make_an_image_unreadable(entry):
     entries = [(0x112, 3, 1, struct.pack("<HH", 6, 0)), entry]
     body = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHI", *e[:3]) + e[3] for e in entries)
     exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + body + struct.pack("<I", 0) + struct.pack("<ii", -1, 0)
@@ -685,12 +685,12 @@ def test_an_odd_exif_tag_costs_no_image(entry):
     pixels = np.zeros((16, 24, 3), np.uint8)
     pixels[:, :12] = 255
     PILImage.fromarray(pixels).save(file, "JPEG", exif=exif, quality=95)
-    upright = picture_to_tensor(PILImage.open(file), (24, 16))  # white on the left is on top after a turn to the right
+    upright = picture_to_tensor(PILImage.open(file), (24, 16))  # rotated clockwise, white on the left moves to the top
     assert upright[:, :8].min() > 200
     assert upright[:, -8:].max() < 50
 
 
-def test_metadata_that_is_none_costs_no_image():
+def test_invalid_metadata_does_not_make_an_image_unreadable():
     file = io.BytesIO()
     PILImage.new("RGB", (8, 8), "red").save(file, "PNG", exif=b"Exif\0\0\0\x08\0\x02\x01\x12\0\x03")
     assert picture_to_tensor(PILImage.open(file), (8, 8))[0].eq(255).all()

@@ -1,4 +1,4 @@
-"""The demo: what its page does with a model, what a visitor cannot do to it, and the Space that it becomes."""
+"""The demo: its page, the limits for visitors, and its publication as a Space."""
 
 import base64
 import io
@@ -61,7 +61,7 @@ def test_grid_shows_the_denoising_and_ends_with_the_faces_of_the_seeds(maker, pi
     events = maker.faces(seed=7, num_images=3, steps=4)
     html, path = next(event for event in events if event[1])
     generators = [torch.Generator().manual_seed(7 + i) for i in range(3)]
-    # The same as with the package: a seed means one face.
+    # The same images as with the package, so that a seed always gives the same face.
     faces = pipeline.with_scheduler(fast_solver(pipeline.scheduler))(3, 4, generators).images
     assert Image.open(path).convert("RGB").tobytes() == app.grid(faces).tobytes()
     assert [image.size for image in pictures(html)] == [(16, 16)] * 3
@@ -71,7 +71,7 @@ def test_grid_shows_the_denoising_and_ends_with_the_faces_of_the_seeds(maker, pi
 
 
 def test_previews_come_before_the_faces(maker, monkeypatch):
-    # A visitor for whom no step is too quick to be shown.
+    # With a visitor who receives every event at once, every step is shown.
     monkeypatch.setattr(app, "newest", lambda items: items.get())
     shown = [html for html, _ in maker.faces(seed=0, num_images=1, steps=3)]
     assert [re.search(r"Step \d of \d|Made in \d", html)[0] for html in shown] == [
@@ -82,7 +82,7 @@ def test_previews_come_before_the_faces(maker, monkeypatch):
     assert len({pictures(html)[0].tobytes() for html in shown}) == 3
 
 
-def test_png_says_how_it_was_made(maker, maker_of_classes):
+def test_png_metadata_records_how_the_images_were_made(maker, maker_of_classes):
     text = Image.open(last(maker.faces(41, 2, 3))[1]).text
     assert text == {
         "Software": f"ddpm-faces {ddpm_faces.__version__}",
@@ -123,14 +123,14 @@ def test_walk_goes_from_one_face_to_the_other(maker):
     assert [image.tobytes() for image in (strip[0], strip[-1])] == [image.tobytes() for image in ends]
     assert len({image.tobytes() for image in strip}) == 5
     for image in map(Image.open, (webp, gif)):
-        assert (image.n_frames, image.size, image.info["loop"]) == (8, (256, 256), 0)  # there and back
+        assert (image.n_frames, image.size, image.info["loop"]) == (8, (256, 256), 0)  # forwards and backwards
     assert animation.n_frames == 8
     comment = f"ddpm-faces {ddpm_faces.__version__}, model user/tiny, seeds 3 to 9, 4 steps"
     assert Image.open(gif).info["comment"].decode() == comment
     assert Image.open(webp).getexif()[0x010E] == comment
 
 
-def test_slerp_keeps_the_length_of_the_noise():
+def test_slerp_keeps_the_norm_of_the_noise():
     start, end = torch.randn(2, 3, 16, 16).unbind()
     torch.testing.assert_close(app.slerp(start, end, 0.0), start)
     torch.testing.assert_close(app.slerp(start, end, 1.0), end)
@@ -141,7 +141,7 @@ def test_slerp_keeps_the_length_of_the_noise():
     )
 
 
-# What a visitor cannot do
+# Limits for visitors
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,12 @@ def test_slerp_keeps_the_length_of_the_noise():
         ((0, 1, 0), "The number of steps"),
     ],
 )
-def test_values_that_no_widget_lets_through(maker, values, message):
+def test_values_outside_the_limits_of_the_widgets_are_refused(maker, values, message):
     with pytest.raises(gr.Error, match=re.escape(message)):
         next(maker.faces(*values))
 
 
-def test_walks_that_no_widget_lets_through(maker, maker_of_classes):
+def test_walks_outside_the_limits_of_the_widgets_are_refused(maker, maker_of_classes):
     for values, message in (
         ((1, 1, 5, 3), "The two seeds must differ."),
         ((1, 2, 17, 3), "The number of images must be a whole number from 3 to 16, got 17."),
@@ -214,7 +214,7 @@ def test_one_run_at_a_time_and_a_bounded_queue(maker):
     assert page._queue.default_concurrency_limit == 1
 
 
-def test_models_that_a_browser_cannot_show():
+def test_models_that_a_browser_cannot_show_are_refused():
     pipeline = DDPMFacesPipeline(tiny_unet(in_channels=4, out_channels=4), DDPMFacesScheduler(num_train_timesteps=20))
     with pytest.raises(ValueError, match="grey or RGB images, got 4 channels"):
         app.FaceMaker(pipeline, "user/four")
@@ -256,7 +256,7 @@ def test_push_space(server, published, bare_client, tmp_path):
         name, version = requirement.split(">=")
         assert lowest[name] == version
 
-    # What was published runs as in a Space: without this package, with the model from the Hub.
+    # The published app runs as in a Space: without this package, with the model from the Hub.
     code = """
         import os, runpy
         page = runpy.run_path(app)
@@ -269,7 +269,7 @@ def test_push_space(server, published, bare_client, tmp_path):
         result = [page["MODEL"], Image.open(path).text["Software"], Image.open(path).tobytes().hex()]
     """
     (tmp_path / "app.py").write_text(files["app.py"])
-    # What the owner of the model changes later does not run in the Space.
+    # Later changes to the model do not run in the Space.
     pinned = server.repos["models", published].branches["main"]
     assert f'MODEL, REVISION = "{published}", "{pinned}"' in files["app.py"]
     server.put("models", published, {"pipeline_ddpm_faces.py": b"raise SystemExit('somebody else')"})
@@ -279,7 +279,7 @@ def test_push_space(server, published, bare_client, tmp_path):
     ours = Image.open(last(maker.faces(0, 2, 3))[1]).tobytes().hex()
     assert outcome.value == [published, "ddpm-faces", ours]
 
-    # Again: the same repository, and what a person has put there stays.
+    # Publishing again updates the same repository and keeps files that a person added.
     server.put("spaces", "owner/faces-demo", {"notes.txt": b"mine"})
     code, _, errors = command(server, tmp_path, "push-space", published, "owner/faces-demo", "--title", "My faces")
     assert code == 0, errors
@@ -304,7 +304,7 @@ def test_a_space_of_a_private_model_needs_a_token(server, published, tmp_path):
         ("owner/tiny", None, "you are not logged in"),
     ],
 )
-def test_no_space_is_made_for_nothing(server, published, tmp_path, model, token, message):
+def test_no_space_is_created_without_a_model(server, published, tmp_path, model, token, message):
     server.put("models", "owner/other", {"model_index.json": b"{}"})
     code, output, errors = command(server, tmp_path, "push-space", model, "owner/never", token=token)
     assert (code in (1, 2), output) == (True, "")
@@ -326,7 +326,7 @@ def test_a_port_in_use(server, tmp_path):
     )
 
 
-def test_without_gradio(server, tmp_path):
+def test_missing_gradio_is_reported(server, tmp_path):
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "gradio.py").write_text("raise ModuleNotFoundError('No module named gradio', name='gradio')")
@@ -338,7 +338,7 @@ def test_without_gradio(server, tmp_path):
     assert result.stderr == 'error: The demo needs gradio: run `pip install "ddpm-faces[demo]"`.\n'
 
 
-def test_no_model_where_none_ships(monkeypatch, tmp_path):
+def test_model_must_be_given_where_none_ships(monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "SHIPPED_MODEL", tmp_path / "faces64")
     with pytest.raises(ValueError, match="`model` must be given: the folder of a model, or USER/NAME on the Hub"):
         cli.demo()

@@ -1,4 +1,4 @@
-"""The demo as a person meets it: in a browser, on a desk and on a phone."""
+"""The demo in a browser, at desktop and phone size."""
 
 import io
 import os
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.xdist_group("browser"),
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium"),
 ]
-TIMEOUT = 120_000  # ms, for a machine with much else to do
+TIMEOUT = 120_000  # ms, for a busy machine
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
@@ -67,8 +67,8 @@ def page(request, browser, address):
         page.goto(address)
         yield page
         assert errors == []
-        assert strangers == []  # it works without the internet, and tells nobody
-        # Nothing sticks out to the right.
+        assert strangers == []  # the page works without the internet and contacts no other server
+        # The page does not scroll sideways.
         assert page.evaluate("document.documentElement.scrollWidth") <= request.param["width"]
 
 
@@ -80,7 +80,7 @@ def finished(page, place: str) -> list[str]:
 
 
 def throw(page, place: str, dice: str, field: str, old: list[str]) -> list[str]:
-    """Throw the dice, and return the images of the run that they start."""
+    """Click the seed button, and return the images of the run that it starts."""
     seed = page.get_by_label(field).first.input_value()
     page.click(dice)
     page.wait_for_function(
@@ -110,7 +110,7 @@ def test_faces(page):
     assert len(second) == 8
     assert not set(first) & set(second)
 
-    # A seed that somebody has told you.
+    # Enter a given seed.
     page.get_by_label("Seed").first.fill("42")
     page.click("#generate")
     page.wait_for_selector("#faces figcaption:text-is('49')")
@@ -131,7 +131,7 @@ def test_walk(page):
     second = throw(page, "#walk", "#walk-dice", "From seed", first)
     assert not set(first) & set(second)
 
-    # A mistake is explained, and what was there stays.
+    # An error is explained, and the previous images stay.
     for field in ("From seed", "To seed"):
         page.get_by_label(field).fill("5")
     page.click("#walk-run")
@@ -139,7 +139,7 @@ def test_walk(page):
 
 
 def test_uploads_are_refused(page, address):
-    """The page takes no files, so nobody can fill the disk."""
+    """The page accepts no files, so that nobody can fill the disk."""
     file = {"name": "large.bin", "mimeType": "application/octet-stream", "buffer": b"0" * 10_000}
     answer = page.request.post(f"{address}gradio_api/upload", multipart={"files": file})
     assert answer.status == 413

@@ -1,4 +1,4 @@
-"""Faces are found where they are, as the package that the weights are from finds them."""
+"""The face detector is compared with the package that its weights come from."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ from ddpm_faces.evaluation.detection import MTCNN
 from ddpm_faces.evaluation.extractors import EfficientNetLite0, MobileNetV2, package_folder
 
 
-# Of `facenet_pytorch.MTCNN(keep_all=True).detect` (2.6.0), on the drawn faces of seed 0 at 64x64.
+# Results of `facenet_pytorch.MTCNN(keep_all=True).detect` (2.6.0) on the drawn faces of seed 0 at 64x64.
 EXPECTED = [0.99512, 0.98789, 0.86206, 0.99991, 0.0, 0.99639, 0.83047, 0.99797, 0.99272, 0.99989, 0.99916, 0.98687]
 
 
@@ -30,19 +30,19 @@ def faces() -> torch.Tensor:
     return torch.stack([torch.from_numpy(np.array(face["image"])).permute(2, 0, 1) for face in pictures])
 
 
-def test_probabilities_are_those_of_the_package(detector, faces):
+def test_probabilities_equal_those_of_the_package(detector, faces):
     # Old versions of Pillow draw some pixels at the edges of the faces differently.
     atol = 1e-4 if int(PIL.__version__.split(".")[0]) >= 12 else 1e-2
     torch.testing.assert_close(detector(faces), torch.tensor(EXPECTED), atol=atol, rtol=0)
 
 
-def test_pictures_of_a_batch_do_not_meddle(detector, faces):
+def test_images_of_a_batch_are_independent(detector, faces):
     one_by_one = torch.cat([detector(face[None]) for face in faces])
     torch.testing.assert_close(detector(faces), one_by_one, atol=1e-4, rtol=0)
 
 
 def test_finds_a_face_wherever_it_is(detector, faces):
-    """In a larger picture, of another shape, and none beside it."""
+    """A face is found in a larger image of another shape, and only there."""
     canvas = torch.full((2, 3, 100, 180), 128, dtype=torch.uint8)
     canvas[0, :, 30:94, 90:154] = faces[3]
     found = detector(canvas)
@@ -60,12 +60,12 @@ def test_no_face_where_there_is_none(detector, faces):
     assert not detector(scrambled.byte()).any()
 
 
-def test_pictures_too_small_for_a_face(detector):
+def test_images_too_small_for_a_face(detector):
     assert detector(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("images", [torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64, dtype=torch.uint8)])
-def test_bad_pictures(detector, images):
+def test_bad_images(detector, images):
     for network in (detector, MobileNetV2()):
         with pytest.raises(ValueError, match=r"`images` must be of type uint8 and shape \(batch, 3, height, width\)"):
             network(images)
@@ -96,7 +96,7 @@ def test_missing_package_says_what_to_install(monkeypatch):
     ],
 )
 def test_other_weights_than_the_pinned_ones_are_refused(tmp_path, monkeypatch, load, module, file, distribution):
-    """One number is another, as after a bit flip or in weights that somebody has put there; the file still loads."""
+    """A single changed number, as after a bit flip or an exchange of the file, is detected although the file loads."""
     source = package_folder(module)
     shutil.copytree(source / Path(file).parent, tmp_path / Path(file).parent)
     path = tmp_path / file

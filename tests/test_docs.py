@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, commands have the options that they name, and code runs as it is pasted."""
+"""The documentation: links and commands are valid, and code blocks run when pasted."""
 
 import json
 import os
@@ -32,13 +32,13 @@ def name_of(path: Path) -> str:
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    """The code blocks of a language, without the indentation that tabs and notes give them."""
+    """Return the code blocks of a language, without the indentation of tabs and notes."""
     found = FENCE.finditer(path.read_text())
     return [textwrap.dedent(match["code"]) for match in found if match["language"] == language]
 
 
 def commands(path: Path) -> list[list[str]]:
-    """The commands of the bash blocks, in words; `<<'END'` and shell variables end what can be checked."""
+    """Return the commands of the bash blocks, split into words."""
     lines = "\n".join(blocks(path, "bash")).replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return [line for line in words if line]
@@ -48,7 +48,7 @@ def commands(path: Path) -> list[list[str]]:
 
 
 def anchors(path: Path) -> set[str]:
-    """The anchors of the headings, as GitHub and MkDocs make them."""
+    """Return the anchors of the headings, as in GitHub and MkDocs."""
     text = FENCE.sub("", path.read_text())
     found: set[str] = set()
     for heading in re.findall(r"^#+ (.+?) *$", text, re.MULTILINE):
@@ -58,7 +58,7 @@ def anchors(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_links_lead_somewhere(path):
+def test_links_are_valid(path):
     text = FENCE.sub("", path.read_text())
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^\]]+\]: (\S+)", text, re.MULTILINE)
     assert links or path.parent.name == "reference"
@@ -72,7 +72,7 @@ def test_links_lead_somewhere(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_tests_that_are_named_exist(path):
+def test_named_tests_exist(path):
     files = list((ROOT / "tests").glob("*.py"))
     existing = {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())}
     assert set(re.findall(r"`(test_\w+?)`", path.read_text())) - {file.stem for file in files} <= existing
@@ -91,7 +91,7 @@ def test_site_builds_strictly(tmp_path):
     configuration = (tmp_path / "reference/config/index.html").read_text()
     assert "<code>train_batch_size</code>" in configuration
     assert "<code>--num-images</code>" in (tmp_path / "reference/cli/index.html").read_text()
-    assert 'href="../..' in configuration  # and no link to a file outside of the site
+    assert 'href="../..' in configuration  # without links to files outside of the site
     assert "training/configs</a>" not in configuration
 
 
@@ -100,7 +100,7 @@ def test_site_builds_strictly(tmp_path):
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """A folder with everything that the commands and the code of the documents take, as small as it can be."""
+    """A folder with small versions of all files that the commands and the code in the documentation use."""
     folder = tmp_path_factory.mktemp("workplace")
     for name in ("models", "examples", "training"):
         (folder / name).symlink_to(ROOT / name)
@@ -116,7 +116,7 @@ def workplace(tmp_path_factory) -> Path:
 
 
 def check(words: list[str]) -> None:
-    """Check a command by the parser of the program that it starts."""
+    """Check a command with the parser of the program that it starts."""
     program, *arguments = words
     if program == "ddpm-faces":
         check_ddpm_faces(arguments)
@@ -153,7 +153,7 @@ def check_ddpm_faces(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("path", USED, ids=name_of)
-def test_commands_have_the_options_that_they_name(path, workplace, monkeypatch):
+def test_commands_are_valid(path, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     for words in commands(path):
         check(words)
@@ -173,7 +173,7 @@ def test_commands_have_the_options_that_they_name(path, workplace, monkeypatch):
         "frobnicate",
     ],
 )
-def test_wrong_commands_are_found(words, workplace, monkeypatch):
+def test_invalid_commands_are_found(words, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     with pytest.raises(BaseException, match=r".*") as raised:
         check(words.split())
@@ -199,15 +199,15 @@ def published(client, workplace) -> None:
 @pytest.mark.xdist_group("hub")
 @pytest.mark.parametrize("is_real", [pytest.param(True, marks=pytest.mark.slow), False], ids=["faces64", "stand-in"])
 @pytest.mark.parametrize("path", WITH_CODE, ids=name_of)
-def test_code_runs_as_it_is_pasted(path, is_real, workplace, published, client, tmp_path):
-    """With the model of this repository, and in `make test` with one of the same kind that takes milliseconds."""
+def test_code_blocks_run(path, is_real, workplace, published, client, tmp_path):
+    """Uses the model of this repository, or in `make test` a tiny model of the same kind."""
     for entry in workplace.iterdir():
-        if entry.name not in ("my_photos", "models"):  # the tutorial makes the former
+        if entry.name not in ("my_photos", "models"):  # the tutorial creates my_photos
             (tmp_path / entry.name).symlink_to(entry)
     (tmp_path / "models").mkdir()
     (tmp_path / "models/faces64").symlink_to(ROOT / "models/faces64" if is_real else workplace / "small-model")
     text = "\n".join(blocks(path, "python"))
-    # The Hub of the tests knows a user of this name, and one model of theirs; fewer faces suffice.
+    # The local Hub has the user `owner` with one model, and a few faces are enough.
     names = {"user/my-faces": "owner/pasted", "user/faces": "owner/pasted", "user/": "owner/"}
     for part, ours in {**names, "num_images=1200": "num_images=12"}.items():
         text = text.replace(part, ours)
@@ -215,7 +215,7 @@ def test_code_runs_as_it_is_pasted(path, is_real, workplace, published, client, 
     assert outcome.error is None, outcome.output
 
 
-# What makes the tutorial as small as a test can be. Each is a part of it: a change there is noticed here.
+# Replacements that shorten the tutorial for the test. Each must occur in its text.
 SMALLER = {
     "num_images=1200": "num_images=260",
     "--num-test-images 200": "--num-test-images 110",
@@ -232,7 +232,7 @@ SMALLER = {
 @pytest.mark.slow
 @pytest.mark.xdist_group("hub")
 def test_tutorial(server, tmp_path):
-    """From nothing to a published model, by the commands of the page, against the Hub of the tests."""
+    """Runs every command of the tutorial, from installation to a published model on the local Hub."""
     text = (ROOT / "docs/tutorial.md").read_text()
     for part, smaller in SMALLER.items():
         assert part in text
@@ -256,7 +256,7 @@ def test_tutorial(server, tmp_path):
             continue
         for program in programs:
             result = subprocess.run(program, cwd=work, env=environment, capture_output=True, text=True)
-            # 3: drawn faces resemble each other, and the page says that this may happen.
+            # 3: the audit may report copies of drawn faces, as the tutorial explains.
             allowed = (0, 3) if "audit" in program else (0,)
             assert result.returncode in allowed, f"{program}\n{result.stdout}\n{result.stderr}"
     files = server.repos["models", "owner/my-faces"].files
@@ -266,16 +266,16 @@ def test_tutorial(server, tmp_path):
 
 
 def test_notebook(tmp_path):
-    """Its code cells run from top to bottom, at the small settings of QUICK."""
+    """The code cells run from top to bottom, with the small settings of QUICK."""
     notebook = json.loads((ROOT / "examples/article.ipynb").read_text())
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
     environment = {**os.environ, "QUICK": "1", "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT / "src")}
     script = tmp_path / "notebook.py"
-    # Windows that nobody sees become files.
+    # Plots are saved to a file instead of shown.
     lines = ["".join(cell["source"]).replace("plt.show()", 'plt.savefig("last.png")') for cell in code]
     script.write_text("\n".join(lines))
     result = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "21.9% of the amplitude is left" in result.stdout  # which the article page says as well
+    assert "21.9% of the amplitude is left" in result.stdout  # as on the article page
     assert (tmp_path / "last.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""Tests of the drawn faces: what they promise to someone who trains on them."""
+"""Tests of the properties of drawn faces that training relies on."""
 
 import hashlib
 import json
@@ -63,7 +63,7 @@ def test_size_and_mode(resolution):
 
 
 @pytest.mark.parametrize("index", range(8))
-def test_picture_does_not_depend_on_resolution(index):
+def test_image_does_not_depend_on_resolution(index):
     small, reduced = draw_face(index, 32), draw_face(index, 128).reduce(4)
     other = draw_face(index + 1, 32)
     assert np.abs(pixels(small) - pixels(reduced)).mean() < 0.01
@@ -90,7 +90,7 @@ def test_every_value_occurs_early():
     }
 
 
-def test_caption_tells_the_attributes():
+def test_caption_contains_the_attributes():
     for face in DrawnFaces(300, resolution=8):
         caption = face["caption"]
         assert caption.startswith(f"a {MOUTHS[face['mouth']]} face with ")
@@ -159,7 +159,7 @@ def test_bad_input_is_named(call, message):
         call()
 
 
-def test_global_random_state_is_left_alone():
+def test_global_random_state_is_unchanged():
     before = random.getstate()
     draw_face(3, 16)
     assert random.getstate() == before

@@ -24,7 +24,7 @@ def test_shares_of_processes_are_parts_of_the_batch():
     np.testing.assert_array_equal(crops[4:], draw_crops(0, 64, 8, slice(4, 8)))
 
 
-def test_steps_and_seeds_draw_anew_and_the_global_state_is_untouched():
+def test_steps_and_seeds_differ_and_the_global_state_is_unchanged():
     state = torch.get_rng_state()
     draws = [draw(), draw(images_seen=72), draw(seed=1)]
     assert torch.equal(torch.get_rng_state(), state)
@@ -43,36 +43,36 @@ def test_distributions():
     pictures = draws.noise.flatten(1)
     assert abs(pictures.mean()) < 4 / pictures.numel() ** 0.5
     assert abs(pictures.std() - 1) < 0.02
-    assert abs(torch.corrcoef(pictures[:, :2].T)[0, 1]) < 4 / 64  # within a picture
-    assert abs((pictures[1:] * pictures[:-1]).mean()) < 4 / pictures.numel() ** 0.5  # and between pictures
+    assert abs(torch.corrcoef(pictures[:, :2].T)[0, 1]) < 4 / 64  # within an image
+    assert abs((pictures[1:] * pictures[:-1]).mean()) < 4 / pictures.numel() ** 0.5  # and between images
 
 
-def test_low_discrepancy_spreads_timesteps_and_nothing_else():
+def test_low_discrepancy_changes_only_the_timesteps():
     for images_seen, seed in ((0, 0), (64, 1), (10**9, 2)):
         drawn = draw(images_seen, slice(0, 30), 30, seed)
         spread = draw(images_seen, slice(0, 30), 30, seed, low_discrepancy=True)
-        # 30 of 300: were they a grid, all gaps would be 10; were each drawn by itself, one of 40 would be expected.
+        # 30 of 300: a grid would have gaps of 10 only; independent draws would have a gap of about 40.
         ends = torch.tensor([0, 300])
         gaps = torch.cat([spread.timesteps, ends]).sort().values.diff()
         assert 0 <= spread.timesteps.min()
         assert spread.timesteps.max() < 300
         assert gaps.max() <= 20
         assert all(torch.equal(a, b) for a, b in zip(spread[1:], drawn[1:], strict=True))
-        # Whatever the size of the batches, image k meets the same timestep.
+        # Image k gets the same timestep for any batch size.
         rest = draw(images_seen + 10, slice(5, 20), 20, seed, low_discrepancy=True)
         assert torch.equal(rest.timesteps, spread.timesteps[15:])
-    # In the long run all timesteps are met equally often.
+    # In the long run, all timesteps are equally frequent.
     many = draw(0, slice(0, 30_000), 30_000, low_discrepancy=True).timesteps.bincount(minlength=300)
     assert many.min() >= 97
     assert many.max() <= 103
     assert not torch.equal(draw(low_discrepancy=True).timesteps, draw(seed=1, low_discrepancy=True).timesteps)
 
 
-# The noise of a GPU, which is drawn alike on a CPU
+# The noise of GPUs, which a CPU can compute as well
 
 
 def splitmix64(state: int, number: int) -> list[int]:
-    """The reference, in whole numbers of any size."""
+    """The reference, with integers of any size."""
     outputs = []
     for _ in range(number):
         state = (state + 0x9E3779B97F4A7C15) % 2**64
@@ -108,7 +108,7 @@ def test_counted_normal_does_not_depend_on_the_rest_of_the_batch():
 
 def test_counted_normal_is_normal_and_independent():
     seeds = torch.from_numpy(np.random.default_rng(3).integers(2**63, size=256))
-    for chosen in (seeds, torch.arange(256)):  # and seeds that follow one another
+    for chosen in (seeds, torch.arange(256)):  # and with consecutive seeds
         z = counted_normal(chosen, (3, 32, 32)).double()
         number = z.numel()
         moments = [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]  # power, mean, variance

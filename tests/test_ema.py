@@ -22,9 +22,9 @@ def disturb(network: nn.Module) -> None:
                 tensor.add_(torch.randn_like(tensor))
 
 
-def test_equals_pytorchs_average_of_weights_and_buffers(network):
+def test_equals_pytorchs_ema_of_weights_and_buffers(network):
     ema, theirs = EMA(network), AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-    theirs.update_parameters(network)  # the first update of theirs is a copy
+    theirs.update_parameters(network)  # PyTorch's first update is a copy
     for _ in range(5):
         disturb(network)
         ema.update(0.9, FINITE)
@@ -35,7 +35,7 @@ def test_equals_pytorchs_average_of_weights_and_buffers(network):
         torch.testing.assert_close(tensor, expected[name])
 
 
-def test_skipped_steps_do_not_move_it(network):
+def test_skipped_steps_leave_the_ema_unchanged(network):
     ema = EMA(network)
     disturb(network)
     before = {name: tensor.clone() for name, tensor in ema.shadow.items()}
@@ -56,7 +56,7 @@ def test_swapping_in_and_out_is_exact(network):
     assert all(torch.equal(tensor, averaged[name]) for name, tensor in ema.shadow.items())
 
 
-def test_restart_copies_what_was_loaded(network):
+def test_restart_copies_the_loaded_weights(network):
     ema = EMA(network)
     disturb(network)
     ema.restart()

@@ -1,4 +1,4 @@
-"""Figures against those computed by hand, what is written beside them, and what is refused."""
+"""Metrics are compared with values computed by hand; provenance and bad input are checked."""
 
 import json
 import os
@@ -28,12 +28,12 @@ from ddpm_faces.solvers import fast_solver
 
 
 def pixel_features(images: torch.Tensor) -> torch.Tensor:
-    """A feature network for tests that need none."""
+    """Stands in for a feature network."""
     return F.adaptive_avg_pool2d(images.float() / 255, 3).flatten(start_dim=1)
 
 
 class BrightPictures:
-    """In place of a face detector."""
+    """Stands in for a face detector."""
 
     name = "brightness"
 
@@ -79,7 +79,7 @@ def value(results: dict, kind: str) -> float:
     ("sampler", "sigma_min", "epsilon_scaling"),
     [("ddpm", None, None), ("dpm-solver++", None, None), ("dpm-solver++", 0.3, 1.05), ("dpm-solver++", 0.3, 1)],
 )
-def test_figures_of_a_pipeline(folder, sampler, sigma_min, epsilon_scaling):
+def test_metrics_of_a_pipeline(folder, sampler, sigma_min, epsilon_scaling):
     pipeline = tiny()
     results = evaluate(pipeline, str(folder), num_images=24, sampler=sampler, num_inference_steps=5, seed=7,
                        batch_size=10, networks=Plain(), sigma_min=sigma_min,
@@ -111,7 +111,7 @@ def test_figures_of_a_pipeline(folder, sampler, sigma_min, epsilon_scaling):
 
 
 def test_guidance(folder, tmp_path):
-    """As of a pipeline that has its guide; one that is passed in stays as it is."""
+    """The result equals that of a pipeline with this guide, and the given pipeline does not change."""
     pipeline = tiny()
     guide = tiny(block_out_channels=(4, 4))
     guide.save_pretrained(tmp_path / "weaker")
@@ -134,7 +134,7 @@ def test_guidance(folder, tmp_path):
     assert evaluate(pipeline, str(folder), **fast)["channels"] != evaluate(tiny(), str(folder), **fast)["channels"]
 
 
-def test_equal_pictures_are_at_no_distance_and_others_are(folder):
+def test_distance_is_zero_only_between_equal_images(folder):
     same = evaluate(folder, str(folder), networks=Plain())
     assert value(same, "frechet_distance") == pytest.approx(0, abs=1e-9)
     assert (value(same, "precision"), value(same, "recall")) == (1, 1)
@@ -147,8 +147,8 @@ def test_equal_pictures_are_at_no_distance_and_others_are(folder):
     assert others["metrics"][1]["real_faces"] > 0
 
 
-def test_no_share_is_known_exactly():
-    """All 40 images show faces, and all lie amid the real ones: the error is that of one image more."""
+def test_error_of_a_share_is_never_zero():
+    """All 40 images show faces and look real. The error is still that of one more image."""
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(40, 2, generator=generator)
     moments = torch.zeros(40, 2, 3, dtype=torch.float64)
@@ -159,7 +159,7 @@ def test_no_share_is_known_exactly():
         assert (figures[kind]["value"], figures[kind]["error"]) == (1, pytest.approx(1 / 41))
 
 
-def test_grey_pictures_and_classes(folder):
+def test_grayscale_images_and_classes(folder):
     grey = evaluate(tiny(channels=1), str(folder), num_images=20, num_inference_steps=2, networks=Plain())
     assert len(set(grey["channels"]["mean"])) == 1
 
@@ -236,7 +236,7 @@ def test_network_that_predicts_the_variance_too(folder, sampler):
     assert {figure["n"] for figure in figures} == {20}
 
 
-def test_data_set_with_splits(tmp_path):
+def test_dataset_with_splits(tmp_path):
     from datasets import Dataset
 
     (tmp_path / "set").mkdir()
@@ -275,7 +275,7 @@ FIGURE = {
         ({"extractor": "C"}, "no type and network in common"),
     ],
 )
-def test_figures_measured_differently_are_not_compared(change, message):
+def test_metrics_with_different_settings_are_not_compared(change, message):
     with pytest.raises(ValueError, match=message):
         check_comparable([FIGURE], [{**FIGURE, **change}])
 
@@ -292,7 +292,7 @@ def never(images):
 
 
 def test_metrics_that_cannot_be_compared_are_refused_before_the_work(folder, tmp_path):
-    """And what can be compared is not refused: the plan is what is measured in the end."""
+    """Comparable metrics are not refused: the planned provenance equals the final one."""
     arguments = {"num_images": 20, "num_inference_steps": 1, "num_likelihood_images": 2}
     metrics = evaluate(tiny(), str(folder), **arguments, networks=Plain())["metrics"]
     again = evaluate(tiny(), str(folder), **arguments, networks=Plain(), seed=7, against=metrics)["metrics"]
@@ -307,7 +307,7 @@ def test_metrics_that_cannot_be_compared_are_refused_before_the_work(folder, tmp
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(pipeline, str(folder), **{**arguments, **changed}, networks=idle, against=metrics)
-    # Size, network and resizing are known before the real faces are, which need not even exist.
+    # Size, network and resizing are known before the real faces are loaded, so these need not even exist.
     for key, value, message in (
         ("image_size", "32x32", "`image_size` 16x16 and 32x32"),
         ("resize", "other", "`resize` .* and other"),
@@ -318,7 +318,7 @@ def test_metrics_that_cannot_be_compared_are_refused_before_the_work(folder, tmp
             evaluate(pipeline, str(tmp_path / "none"), **arguments, networks=idle, against=others)
 
 
-def test_file_of_figures(tmp_path):
+def test_metrics_file(tmp_path):
     path = tmp_path / "metrics.json"
     path.write_text('{"memorisation": {"verdict": "None."}, "metrics": []}')
     write_metrics(path, {"metrics": [FIGURE]})
@@ -378,7 +378,7 @@ def test_bad_arguments(folder, arguments, message):
         evaluate(tiny(), str(folder), **arguments, networks=Never())
 
 
-def test_no_likelihood(folder):
+def test_likelihood_that_cannot_be_measured_is_refused(folder):
     for pipeline, message in (
         (folder, "needs a pipeline as `source`"),
         (tiny(channels=1), "got DDPMFacesScheduler, 1 channels and None classes"),
@@ -388,7 +388,7 @@ def test_no_likelihood(folder):
             evaluate(pipeline, str(folder), networks=Never(), num_likelihood_images=4)
 
 
-def test_bad_pictures(folder, tmp_path):
+def test_bad_images(folder, tmp_path):
     with pytest.raises(ValueError, match="generates images of 4 channels; 1 or 3 can be measured"):
         evaluate(tiny(channels=4), str(folder), networks=Never())
     for path in sorted(folder.iterdir())[19:]:

@@ -1,4 +1,4 @@
-"""Examples and benchmarks run as the documents have them, and draw what they say."""
+"""Examples and benchmarks run as documented, with correct output."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def run(monkeypatch):
-    """Run a script as `python SCRIPT ARGUMENTS` does, but for starting Python; returns what it printed."""
+    """Run a script like `python SCRIPT ARGUMENTS`, but in this process; return its output."""
 
     def run(script: str, *arguments) -> str:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -48,7 +48,7 @@ def test_generate(run, model, tmp_path):
     one, four = (np.asarray(Image.open(tmp_path / f"{count}.png")).astype(int) for count in (1, 4))
     assert one.shape == (128, 128, 3)
     assert four.shape == (258, 258, 3)
-    assert abs(four[:128, :128] - one).max() <= 1  # face 0 is face 0, however many are drawn with it
+    assert abs(four[:128, :128] - one).max() <= 1  # face 0 does not depend on the number of faces
 
 
 def test_denoising_strip(run, model, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from ddpm_faces.files import commit, delete_unfinished, replacing, unfinished_path
 
 
-def test_folder_takes_the_place_of_another(tmp_path):
+def test_folder_replaces_another(tmp_path):
     for text in ("old", "new"):
         unfinished = unfinished_path(tmp_path / "folder")
         unfinished.mkdir()
@@ -15,7 +15,7 @@ def test_folder_takes_the_place_of_another(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_who_may_read_the_folder_may_read_its_files(tmp_path):
+def test_files_are_as_readable_as_their_folder(tmp_path):
     unfinished = unfinished_path(tmp_path / "folder")
     (unfinished / "part").mkdir(parents=True)
     for path, mode in ((unfinished / "a", 0o600), (unfinished / "part" / "b", 0o600)):
@@ -28,7 +28,7 @@ def test_who_may_read_the_folder_may_read_its_files(tmp_path):
     assert modes == [0o640, 0o644]
 
 
-def test_file_is_replaced_or_stays(tmp_path):
+def test_file_is_replaced_completely_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
 
@@ -46,7 +46,7 @@ def test_file_is_replaced_or_stays(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_is_left_unfinished_is_deleted(tmp_path):
+def test_unfinished_files_are_deleted(tmp_path):
     unfinished_path(tmp_path / "folder").mkdir()
     unfinished_path(tmp_path / "file").touch()
     (tmp_path / "mine").touch()
@@ -54,7 +54,7 @@ def test_what_is_left_unfinished_is_deleted(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_system_that_opens_no_folders_syncs_the_files(tmp_path, monkeypatch):
+def test_files_are_synced_where_folders_cannot_be_opened(tmp_path, monkeypatch):
     opened = os.open
 
     def as_on_windows(path, *arguments, **settings):

@@ -1,4 +1,4 @@
-"""A folder of images: what is read, in which order, what is left out, and what is said about it."""
+"""A folder of images: the files that are read, their order, and the reports of skipped files."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ def picture(path: Path, number: int = 0, kind: str | None = None) -> None:
 
 
 def read(folder: Path | str, tmp_path: Path, **settings) -> list[str]:
-    """The names that the map-style reader gives, after a check that the stream reads the same."""
+    """Return the names from the map-style reader, and check that the stream reads the same."""
     name = {"train_data_dir": str(folder)} if "dataset_name" not in settings else {}
     dataset = load_faces(**name, resolution=8, cache_dir=str(tmp_path / "cache"), **settings)
     names = dataset.names(range(len(dataset)))
@@ -51,7 +51,7 @@ READ = ["a.jpg", "b.png", "c/d.webp"]
         *(("Photo at 10.30.45", "PNG"), ("me.2020", "JPEG")),
     ],
 )
-def test_all_kinds_that_pillow_reads(folder, tmp_path, name, kind):
+def test_all_formats_that_pillow_reads(folder, tmp_path, name, kind):
     Image.init()
     if kind not in Image.SAVE:
         pytest.skip("this Pillow does not write it")
@@ -59,8 +59,8 @@ def test_all_kinds_that_pillow_reads(folder, tmp_path, name, kind):
     assert sorted(read(folder, tmp_path)) == sorted([*READ, name])
 
 
-def test_order_is_that_of_names_with_files_before_subfolders(tmp_path):
-    """As it was when endings were few: caches and checkpoints know images by their order."""
+def test_images_are_ordered_by_name_with_files_before_subfolders(tmp_path):
+    """The order must not change, because caches and checkpoints identify images by it."""
     rng = np.random.default_rng(0)
     root = tmp_path / "photos"
     for number in range(30):
@@ -78,13 +78,13 @@ def test_order_is_that_of_names_with_files_before_subfolders(tmp_path):
     assert read(root, tmp_path) == [str(path.relative_to(root)) for path in walk(root)]
 
 
-# Links and folders that may not be read
+# Links and unreadable folders
 
 
 def test_linked_folders_are_followed_and_loops_are_not(folder, tmp_path):
     picture(tmp_path / "elsewhere" / "deep" / "e.png", 9)
     (folder / "more").symlink_to(tmp_path / "elsewhere")
-    (folder / "again").symlink_to(folder / "c")  # read under its own name alone
+    (folder / "again").symlink_to(folder / "c")  # read only under its own name
     (folder / "c" / "up").symlink_to(folder)
     (folder / "c" / "all").symlink_to(tmp_path)
     (tmp_path / "elsewhere" / "back").symlink_to(folder)
@@ -100,12 +100,12 @@ def test_a_link_into_a_hidden_folder_is_followed(folder, tmp_path):
     assert read(tmp_path / "name", tmp_path) == [*READ, "stored/f.png"]
 
 
-def test_folders_that_may_not_be_read_are_named(folder, tmp_path, monkeypatch, caplog):
+def test_unreadable_folders_are_named(folder, tmp_path, monkeypatch, caplog):
     for name in ("private", "c/secret"):
         picture(folder / name / "g.png")
     scan = os.scandir
 
-    def scandir(place):  # the tests may run as root, who may read everything
+    def scandir(place):  # the tests may run as root, who can read everything
         if os.path.basename(place) in ("private", "secret"):
             raise PermissionError(13, "Permission denied", str(place))
         return scan(place)
@@ -117,7 +117,7 @@ def test_folders_that_may_not_be_read_are_named(folder, tmp_path, monkeypatch, c
         load_faces(train_data_dir=str(folder / "private"))
 
 
-# What lies beside the images
+# Other files
 
 BESIDE = (
     *("metadata.csv", "metadata.jsonl", "notes.csv", "a.jpg.json", "list_eval_partition.csv", "annotations.json"),
@@ -134,12 +134,12 @@ BESIDE = (
 
 
 @pytest.mark.parametrize("name", BESIDE)
-def test_a_folder_of_images_is_one_whatever_lies_beside_them(folder, tmp_path, name):
+def test_a_folder_of_images_may_contain_other_files(folder, tmp_path, name):
     (folder / name).write_text("file_name,split\na.jpg,1\n" if name.endswith("csv") else "{}")
     assert read(folder, tmp_path) == READ
 
 
-def test_what_is_left_out_is_counted_and_named_in_one_line(folder, tmp_path, caplog):
+def test_skipped_files_are_counted_and_named_in_one_line(folder, tmp_path, caplog):
     for name in ("1.HEIC", "2.heic", "3.CR2", "4.svg", "5.zip", "6.txt", "7"):
         (folder / name).write_bytes(b"\0\0\0\x18ftypheic")
     (folder / "run").mkdir()
@@ -155,7 +155,7 @@ def test_what_is_left_out_is_counted_and_named_in_one_line(folder, tmp_path, cap
     )
 
 
-def test_files_that_hold_no_images_are_no_warning(folder, tmp_path, caplog):
+def test_files_without_images_give_no_warning(folder, tmp_path, caplog):
     (folder / "notes.txt").touch()
     (folder / "a.jpg.json").touch()
     with caplog.at_level(logging.WARNING):
@@ -164,14 +164,14 @@ def test_files_that_hold_no_images_are_no_warning(folder, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name", ["x.heic", "x.NEF", "x"])
-def test_a_folder_of_nothing_that_is_read_says_what_is_there(tmp_path, name):
+def test_error_for_a_folder_without_images_lists_its_contents(tmp_path, name):
     (tmp_path / name).write_bytes(b"\0" * 20)
     with pytest.raises(ValueError, match=r"contains no images .* Not read: 1 (\.heic \(install|\.nef \(raw|without)"):
         load_faces(train_data_dir=str(tmp_path))
 
 
 def test_heic_is_read_where_its_package_is_installed(tmp_path):
-    """A package that registers PNG under another ending stands in for pillow-heif."""
+    """A package that registers PNG with another extension stands in for pillow-heif."""
     picture(tmp_path / "photos" / "IMG_1.HEIC", kind="PNG")
     (tmp_path / "pillow_heif.py").write_text(
         "from PIL import Image, PngImagePlugin\n"
@@ -224,7 +224,7 @@ def test_names_that_only_look_like_output_are_read(folder, tmp_path):
 
 
 @pytest.mark.parametrize("word", ["train", "test", "val", "dev", "eval", "validation", "training", "testing"])
-def test_no_name_is_a_split(folder, tmp_path, word):
+def test_names_of_files_and_folders_are_not_splits(folder, tmp_path, word):
     picture(folder / f"me {word} 1.jpg", 8)
     picture(folder / word / "x.png", 9)
     picture(folder / f"{word}-00000-of-00001.png", 10)
@@ -259,12 +259,12 @@ def test_relative_folders_of_shards(tmp_path, monkeypatch, argument, name):
 
 
 @pytest.mark.parametrize("name", ["a.jpg.json", "notes.csv", "log.jsonl"])
-def test_a_data_set_name_may_be_a_folder_of_images_with_sidecars(folder, tmp_path, name):
+def test_a_dataset_name_may_be_a_folder_of_images_with_sidecars(folder, tmp_path, name):
     (folder / name).write_text("{}")
     assert read(folder, tmp_path, dataset_name=str(folder)) == READ
 
 
-def test_metadata_make_a_data_set_of_a_data_set_name_alone(folder, tmp_path):
+def test_metadata_files_are_used_only_with_a_dataset_name(folder, tmp_path):
     (folder / "metadata.csv").write_text("file_name,age\na.jpg,30\nb.png,20\nc/d.webp,30\n")
     settings = {"resolution": 8, "label_column": "age", "cache_dir": str(tmp_path / "cache")}
     assert sorted(load_faces(str(folder), **settings).labels.tolist()) == [0, 1, 1]
@@ -273,7 +273,7 @@ def test_metadata_make_a_data_set_of_a_data_set_name_alone(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.jpg_large", "y.jpg!d", "z.jpeg_1", "q.jpg~", "J.Smith", "a.JPG.1"])
-def test_an_image_with_an_unknown_ending_is_known_by_its_first_bytes(tmp_path, name):
+def test_an_image_with_an_unknown_extension_is_found_by_its_first_bytes(tmp_path, name):
     picture(tmp_path / "faces" / "a.png")
     picture(tmp_path / "faces" / name, 7, "JPEG")
     (tmp_path / "faces" / "notes.backup").write_text("no image")

@@ -13,7 +13,7 @@ def a_guide(seed: int) -> DDPMFacesPipeline:
     return DDPMFacesPipeline(tiny_unet(block_out_channels=(4, 8)), DDPMFacesScheduler(num_train_timesteps=20))
 
 
-def test_what_training_said_of_its_guide_and_pictures_holds_no_more(pipeline, tmp_path):
+def test_summary_forgets_the_previous_guide_and_samples(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     summary = tmp_path / "training_summary.json"
     summary.write_text(json.dumps({"images_seen": 96, "guide_images_seen": 24, "guidance_scale": 1.5}))
@@ -39,8 +39,8 @@ def guide_of(folder) -> tuple[torch.Tensor | None, float]:
 
 
 @pytest.mark.parametrize("step", ["commit", "replacing", "delete"])
-def test_interrupted_in_the_middle(pipeline, tmp_path, monkeypatch, step):
-    """What is there loads, and nothing is mixed that was not asked for; the next try ends it."""
+def test_interrupted_change_can_be_repeated(pipeline, tmp_path, monkeypatch, step):
+    """The folder still loads, and repeating the change completes it."""
     pipeline.save_pretrained(tmp_path)
     first, second = a_guide(1), a_guide(2)
     wanted = None if step == "delete" else second

@@ -1,4 +1,4 @@
-"""Publishing and loading over HTTP, with the real clients and a Hub of our own."""
+"""Publishing and loading over HTTP, with the real clients and a local Hub."""
 
 import email.message
 import io
@@ -28,12 +28,12 @@ from ddpm_faces.solvers import fast_solver
 
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("hub")  # they share a server, and what was published there
+pytestmark = pytest.mark.xdist_group("hub")  # they share a server and its repositories
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """What training leaves, more or less: a pipeline among much else."""
+    """The output folder of a training run: a pipeline and other files."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("home") / "my-model"
     DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=20), weights="ema").save_pretrained(folder)
@@ -59,7 +59,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(folder, tmp_path_factory) -> Path:
-    """What is published of it."""
+    """The files of this folder that are published."""
     exported = tmp_path_factory.mktemp("exported") / "model"
     exported.mkdir()
     hub.export(folder, exported, "owner/faces", license="cc-by-nc-sa-4.0", dataset_license="cc-by-4.0")
@@ -68,7 +68,7 @@ def exported(folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def published(server, client, folder):
-    """`owner/faces`, by the one call that a user makes; and `owner/secret`, private, and `owner/gated`."""
+    """`owner/faces`, published as a user does it, the private `owner/secret`, and `owner/gated`."""
     settings = {"license": "cc-by-nc-sa-4.0", "dataset_license": "cc-by-4.0"}
     outcome = client.run(
         "result = hub.push(folder, 'owner/faces', **settings)", OWNER_TOKEN, folder=str(folder), settings=settings
@@ -91,7 +91,7 @@ result = hub.publish(write, repo_id, "model", hub.MODEL_FILES, "Publish", privat
 
 @pytest.fixture
 def publish(client, exported):
-    """Send what is exported, as somebody's."""
+    """Return a function that publishes the exported files with a token."""
 
     def publish(repo_id, token=OWNER_TOKEN, code=PUBLISH, private=None, **settings):
         return client.run(code, token, source=str(exported), repo_id=repo_id, private=private, **settings)
@@ -99,10 +99,10 @@ def publish(client, exported):
     return publish
 
 
-# What is published
+# Published files and the card
 
 
-def test_all_that_is_needed_and_nothing_else(server, published, folder):
+def test_exactly_the_needed_files_are_published(server, published, folder):
     files = server.repos["models", "owner/faces"].files
     weights = [f"unet/diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".bf16", ".fp16")]
     assert set(files) == {
@@ -122,7 +122,7 @@ def test_all_that_is_needed_and_nothing_else(server, published, folder):
         published.value
         == f"{server.endpoint}/owner/faces/commit/{server.repos['models', 'owner/faces'].branches['main']}"
     )
-    assert len(server.repos["models", "owner/faces"].commits) == 2  # the first is the Hub's own
+    assert len(server.repos["models", "owner/faces"].commits) == 2  # the first commit is the Hub's own
 
 
 def test_card(server, published):
@@ -149,8 +149,8 @@ def test_card(server, published):
     assert "None" not in card
 
 
-def test_folders_of_this_machine_are_no_names_on_the_hub(pipeline, tmp_path):
-    """Though they may look like some."""
+def test_local_folders_are_not_taken_for_repositories(pipeline, tmp_path):
+    """Even if their names look like repositories."""
     pipeline.save_pretrained(tmp_path / "model")
     config = {"dataset_name": "user/people", "pretrained_model_name_or_path": "user/base"}
     (tmp_path / "model" / "training_config.yaml").write_text(yaml.safe_dump(config))
@@ -177,7 +177,7 @@ def test_code_in_the_card_runs(client, bare_client, published, server):
         assert bare_client.run(code).error is None
 
 
-def test_publishing_again_keeps_what_a_person_wrote(server, client, published, folder, exported):
+def test_publishing_again_keeps_text_that_a_person_wrote(server, client, published, folder, exported):
     repo_id = "owner/edited"
     old = (exported / "README.md").read_text()
     edited = old.replace("## Limits and misuse", "## Thanks\n\nTo my neighbours.\n\n## Limits and misuse")
@@ -200,8 +200,8 @@ def test_publishing_again_keeps_what_a_person_wrote(server, client, published, f
     assert "unet/old.safetensors" not in files
 
 
-def test_pipeline_without_a_training(server, client, published):
-    """`pipeline.push_to_hub`, as in diffusers: the card draws its own pictures."""
+def test_pipeline_without_a_training_run(server, client, published):
+    """`pipeline.push_to_hub`, as in diffusers, generates the images of the card."""
     code = """
 pipeline = DDPMFacesPipeline.from_pretrained("owner/faces")
 result = pipeline.push_to_hub("owner/again", commit_message="Once more", private=True)
@@ -218,12 +218,12 @@ result = pipeline.push_to_hub("owner/again", commit_message="Once more", private
 
 
 @pytest.mark.parametrize("is_guided", [False, True])
-def test_pictures_are_those_of_the_model(tmp_path, is_guided):
-    """Of its weights in float32, which a user draws again from the seeds that the card names."""
+def test_card_images_come_from_the_published_weights(tmp_path, is_guided):
+    """The images come from the float32 weights, so a user can reproduce them from the seeds on the card."""
     torch.manual_seed(1)
     pipeline = DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=20))
     with torch.no_grad():
-        pipeline.unet.conv_out.weight.mul_(300)  # such that half precision shows
+        pipeline.unet.conv_out.weight.mul_(300)  # so that half precision makes a difference
     if is_guided:
         pipeline.set_guide(DDPMFacesPipeline(tiny_unet(), pipeline.scheduler), guidance_scale=1.5)
     hub.export(pipeline, tmp_path, "owner/faces")
@@ -245,13 +245,13 @@ def faces(pipeline):
 """
 
 
-def test_guide_is_published_too(server, client, bare_client, published, folder, tmp_path):
+def test_guide_is_published(server, client, bare_client, published, folder, tmp_path):
     torch.manual_seed(1)
     pipeline = DDPMFacesPipeline.from_pretrained(folder)
     guide = DDPMFacesPipeline(tiny_unet(block_out_channels=(4, 8)), DDPMFacesScheduler(num_train_timesteps=20))
     pipeline.set_guide(guide, guidance_scale=1.5)
     home = shutil.copytree(folder, tmp_path / "home")
-    pipeline.save_pretrained(home)  # into the folder of the training, which has more to tell
+    pipeline.save_pretrained(home)  # into the output folder of the training run, which has more records
     metrics = json.loads((home / "metrics.json").read_text())
     metrics["metrics"].append({**metrics["metrics"][0], "steps": 19, "guidance_scale": 1.5})
     (home / "metrics.json").write_text(json.dumps(metrics))
@@ -265,9 +265,9 @@ def test_guide_is_published_too(server, client, bare_client, published, folder, 
     assert load(files[weights[1]])["conv_in.weight"].dtype == torch.bfloat16
     card = files["README.md"].decode()
     assert "| guide | DDPMFacesUNet, 0.0 M parameters, guidance scale 1.5 |" in card
-    assert "steps 20, guidance scale 1 |" in card  # of a figure that was measured before
+    assert "steps 20, guidance scale 1 |" in card  # of a metric that was measured without the guide
     assert "steps 19, guidance scale 1.5 |" in card
-    assert "seeds 0, 1, 2 and so on, in 20 steps of DPM-Solver++" in card  # those of the training had no guide
+    assert "seeds 0, 1, 2 and so on, in 20 steps of DPM-Solver++" in card  # the training samples had no guide
     expected = pipeline(2, generator=torch.Generator().manual_seed(0), output_type="pt").images.double()
     for code, by in (
         ("from ddpm_faces import DDPMFacesPipeline as P; pipeline = P.from_pretrained('owner/guided')", client),
@@ -278,7 +278,7 @@ def test_guide_is_published_too(server, client, bare_client, published, folder, 
         assert outcome.error is None, outcome.output
         assert outcome.value == pytest.approx(expected.mean(dim=(1, 2, 3)).tolist(), abs=1e-6)
 
-    # Without it again
+    # Without the guide again
     outcome = client.run("result = hub.push(folder, 'owner/guided')", OWNER_TOKEN, folder=str(folder))
     assert outcome.error is None, outcome.output
     files = server.repos["models", "owner/guided"].files
@@ -289,13 +289,13 @@ def test_guide_is_published_too(server, client, bare_client, published, folder, 
 
 
 @pytest.mark.parametrize("changed", [None, "guide", "no guide"])
-def test_pictures_of_a_training_are_published_as_long_as_its_guide_is_there(folder, tmp_path, changed):
+def test_training_samples_are_published_only_with_the_same_guide(folder, tmp_path, changed):
     home = shutil.copytree(folder, tmp_path / "home")
     pipeline = DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=50))
     pipeline.set_guide(DDPMFacesPipeline(tiny_unet(), pipeline.scheduler), guidance_scale=1.5)
     pipeline.save_pretrained(home)
     summary = json.loads((home / "training_summary.json").read_text())
-    summary |= {"guide_images_seen": 24_000, "guidance_scale": 1.5}  # as a training with a guide of its own leaves it
+    summary |= {"guide_images_seen": 24_000, "guidance_scale": 1.5}  # as in a training run that kept a guide
     (home / "training_summary.json").write_text(json.dumps(summary))
     config = yaml.safe_load((home / "training_config.yaml").read_text())
     (home / "training_config.yaml").write_text(yaml.safe_dump({**config, "sample_sigma_min": 0.5}))
@@ -312,7 +312,7 @@ def test_pictures_of_a_training_are_published_as_long_as_its_guide_is_there(fold
         return
     assert "this network after" not in card
     pipeline = DDPMFacesPipeline.from_pretrained(home)
-    pipeline.scheduler = fast_solver(pipeline.scheduler, sigma_min=0.5)  # as the training's own grids
+    pipeline.scheduler = fast_solver(pipeline.scheduler, sigma_min=0.5)  # as in the grids during training
     drawn = pipeline(16, 20, [torch.Generator().manual_seed(seed) for seed in range(16)]).images
     assert np.array_equal(np.asarray(picture), np.asarray(image_grid(drawn, scale=6)))
 
@@ -378,7 +378,7 @@ result = pipeline.save_pretrained(folder, push_to_hub=True, private=True)
         ),
     ],
 )
-def test_what_is_not_published_is_not_saved_either(server, client, published, tmp_path, code, kind, says):
+def test_invalid_publishing_arguments_save_nothing(server, client, published, tmp_path, code, kind, says):
     repo = server.repos["models", "owner/faces"]
     before = "from diffusers import EDMEulerScheduler, PNDMScheduler\n"
     before += "pipeline = DDPMFacesPipeline.from_pretrained('owner/faces')\n"
@@ -389,16 +389,16 @@ def test_what_is_not_published_is_not_saved_either(server, client, published, tm
     assert ("models", "owner/x") not in server.repos
 
 
-# Every way in
+# Loading methods
 
 
 @dataclass
 class Way:
-    """Code that loads `source`, a folder or a repository, as pipeline `p`; LOAD is the loader that is usual."""
+    """Code that loads `source`, a folder or a repository, as pipeline `p`. LOAD is the usual loader."""
 
     name: str
     code: str
-    bare: str | None = None  # the same without the package, where it is another; "": there is none
+    bare: str | None = None  # the code without the package if it differs; "" if there is none
     token: str | None = None
     hub_only: bool = False
 
@@ -454,13 +454,13 @@ USUAL = functools.partial(DiffusionPipeline.from_pretrained, trust_remote_code=T
 LOAD = DDPMFacesPipeline.from_pretrained if package else USUAL
 HOME = os.path.dirname(constants.HF_HUB_CACHE)
 """
-COMMAND = "UPDATE_DOCS=1 python -m pytest tests/test_hub.py -k every_way_in"
+COMMAND = "UPDATE_DOCS=1 python -m pytest tests/test_hub.py -k every_loading_method"
 
 
-def test_every_way_in(client, bare_client, published, folder):
-    """Each gives the same picture, with and without the package: the table of docs/guides/publish.md."""
+def test_every_loading_method(client, bare_client, published, folder):
+    """Each method gives the same image, with and without the package. The table is in docs/guides/publish.md."""
     pictures = {}
-    lines = ["| way in | folder | Hub | folder, no package | Hub, no package |", "|---|---|---|---|---|"]
+    lines = ["| method | folder | Hub | folder, no package | Hub, no package |", "|---|---|---|---|---|"]
     problems = []
     for way in WAYS:
         cells = [way.name]
@@ -487,7 +487,7 @@ def test_every_way_in(client, bare_client, published, folder):
 
 
 def update(page: Path, begin: str, text: str, end: str) -> None:
-    """Hold a page to what was found, or write it there where UPDATE_DOCS says so."""
+    """Compare a page with the results, or write them to it if UPDATE_DOCS is set."""
     before, _, rest = page.read_text().partition(begin)
     written, _, after = rest.partition(end)
     if os.environ.get("UPDATE_DOCS"):
@@ -511,7 +511,7 @@ def update(page: Path, begin: str, text: str, end: str) -> None:
         ("DDPMFacesUNet.from_pretrained('owner/faces', subfolder='unet', use_safetensors=False)", None, "pickles"),
     ],
 )
-def test_no_way_in_says_why(client, published, code, token, says):
+def test_failed_loading_explains_why(client, published, code, token, says):
     outcome = client.run(code, token)
     assert says in outcome.output
     assert outcome.kind in ("ValueError", "OSError", "LocalEntryNotFoundError", "GatedRepoError"), outcome.output
@@ -519,11 +519,11 @@ def test_no_way_in_says_why(client, published, code, token, says):
         assert secret not in outcome.output
 
 
-# Publishing where something is wrong
+# Faults while publishing
 
 
 def is_whole(server, repo_id: str, exported: Path) -> bool:
-    """Whether all files of the export lie in the repository, and were put there by one commit."""
+    """Whether the repository contains all exported files, from one commit."""
     repo = server.repos["models", repo_id]
     there = {name: content for name, content in repo.files.items() if name != ".gitattributes"}
     files = {
@@ -548,14 +548,14 @@ STEPS = {
 
 @pytest.mark.parametrize("fault", [{"status": 500}, {"status": 503}, {"cut": "fin"}, {"cut": "reset"}], ids=str)
 @pytest.mark.parametrize("step", STEPS)
-def test_out_of_order_once(server, publish, exported, step, fault):
+def test_single_fault_is_recovered(server, publish, exported, step, fault):
     server.objects.clear()
     name = f"once-{step}-{'-'.join(map(str, fault.values()))}"
     broken = server.fail(STEPS[step].format(name=name), times=1, **fault)
     outcome = publish(f"owner/{name}")
     assert broken.hits == 1
     if step == "yaml" and outcome.error:
-        # The client asks once, and takes any other answer than yes for no.
+        # The client asks once, and takes any answer but yes as a no.
         assert "owner/" in outcome.error
         server.heal()
         assert publish(f"owner/{name}").error is None
@@ -564,7 +564,7 @@ def test_out_of_order_once(server, publish, exported, step, fault):
     assert is_whole(server, f"owner/{name}", exported)
 
 
-def test_card_is_not_lost_where_the_hub_is_busy(server, publish):
+def test_card_is_not_lost_while_the_hub_is_busy(server, publish):
     server.put("models", "owner/carded", {"README.md": b"Mine"})
     server.fail("HEAD /owner/carded/resolve/[^/]+/README.md", status=503)
     outcome = publish("owner/carded")
@@ -573,8 +573,8 @@ def test_card_is_not_lost_where_the_hub_is_busy(server, publish):
     assert server.repos["models", "owner/carded"].files == {"README.md": b"Mine"}
 
 
-def test_published_by_somebody_else_meanwhile(server, publish):
-    """In a repository that was not there when the work began."""
+def test_concurrent_publishing_overwrites_nothing(server, publish):
+    """Somebody else creates and fills the repository during publishing."""
     server.fail("POST /api/repos/create", call=lambda: server.put("models", "owner/meanwhile", {"README.md": b"T"}))
     outcome = publish("owner/meanwhile")
     assert "somebody else changed the repository in the meantime" in outcome.error
@@ -583,8 +583,8 @@ def test_published_by_somebody_else_meanwhile(server, publish):
 
 @pytest.mark.parametrize("fault", [{"status": 500}, {"status": 503}, {"cut": "reset"}], ids=str)
 @pytest.mark.parametrize("step", ["look", "create", "preupload", "put", "commit"])
-def test_out_of_order_for_ever(server, publish, exported, step, fault):
-    """An error that says so, nothing visible; and the same command once more, when all is well again, publishes."""
+def test_persistent_fault_publishes_nothing(server, publish, exported, step, fault):
+    """The error says that nothing was published, and the same command succeeds once the Hub is back."""
     server.objects.clear()
     name = f"ever-{step}-{'-'.join(map(str, fault.values()))}"
     server.fail(STEPS[step].format(name=name), **fault)
@@ -620,8 +620,8 @@ def test_offline(publish):
     assert outcome.waited == []
 
 
-def test_answer_lost(server, publish, exported):
-    """The commit has come, but nobody said so: it is not sent again, and not taken for somebody else's."""
+def test_lost_answer_does_not_publish_twice(server, publish, exported):
+    """The commit arrived, but its answer was lost: it is not sent again or taken for somebody else's commit."""
     server.fail(STEPS["commit"].format(name="lost"), lose_answer=True, times=1)
     outcome = publish("owner/lost")
     assert outcome.error is None, outcome.output
@@ -629,8 +629,8 @@ def test_answer_lost(server, publish, exported):
     assert is_whole(server, "owner/lost", exported)
 
 
-def test_answer_lost_and_then_the_hub(server, publish, exported):
-    """Nobody can know; so nobody says that nothing was published."""
+def test_lost_answer_and_unreachable_hub_is_reported(server, publish, exported):
+    """The result is unknown, so the error does not claim that nothing was published."""
     server.fail(STEPS["commit"].format(name="unsure"), lose_answer=True, times=1)
     server.fail(STEPS["commit"].format(name="unsure"), cut="reset")
     server.fail(r"GET /api/models/owner/unsure/tree/main", cut="reset")
@@ -649,7 +649,7 @@ PROPOSE += "result = [info.pr_url, info.pr_revision]\n"
 
 
 def test_pull_request(server, published, publish, client):
-    """By somebody who may read only; what is published stays as it is until the owner takes it."""
+    """A reader can open one. The published model stays the same until the owner merges it."""
     repo = server.repos["models", "owner/faces"]
     before = dict(repo.branches)
     outcome = publish("owner/faces", STRANGER_TOKEN, PROPOSE, proposal="{}")
@@ -672,7 +672,7 @@ def test_pull_request_is_not_opened_twice(server, published, publish):
 
 
 def test_branch(server, publish, exported):
-    """To an existing one; the main one stays as it is."""
+    """Publishing to an existing branch does not change the main branch."""
     server.put("models", "owner/branched", {"a.txt": b"a"})
     code = "HfApi().create_branch(repo_id, branch='next')\n" + PUBLISH.replace("private=private", "revision='next'")
     outcome = publish("owner/branched", code=code)
@@ -684,7 +684,7 @@ def test_branch(server, publish, exported):
     assert outcome.error == "`revision` 'none' must be a branch of owner/branched."
 
 
-def test_too_many_requests(server, publish, exported):
+def test_rate_limit_is_respected(server, publish, exported):
     server.fail(STEPS["commit"].format(name="busy"), status=429, headers={"Retry-After": "7"}, times=2)
     outcome = publish("owner/busy")
     assert outcome.error is None, outcome.output
@@ -709,8 +709,8 @@ def test_too_many_requests(server, publish, exported):
         (STRANGER_TOKEN, "owner/faces", "the token has no permission for this: .+ [HTTP 403]. Nothing was published."),
     ],
 )
-def test_not_allowed(server, published, publish, token, repo_id, says):
-    """Which is found before the work is done."""
+def test_missing_permission_is_reported(server, published, publish, token, repo_id, says):
+    """The permission is checked before the export."""
     before = server.repos["models", "owner/faces"].branches["main"]
     code = PUBLISH.replace("    shutil.copytree", "    print('the work')\n    shutil.copytree")
     outcome = publish(repo_id, token, code)
@@ -722,8 +722,8 @@ def test_not_allowed(server, published, publish, token, repo_id, says):
 
 
 @pytest.mark.parametrize("step", ["create", "batch", "commit"])
-def test_not_allowed_after_all(server, publish, step):
-    """As a token that is taken back meanwhile, or one for some repositories only."""
+def test_permission_revoked_while_publishing(server, publish, step):
+    """The token is revoked during publishing, or is valid for other repositories only."""
     server.fail(STEPS[step].format(name="forbidden"), status=403)
     server.objects.clear()
     outcome = publish("owner/forbidden")
@@ -732,22 +732,22 @@ def test_not_allowed_after_all(server, publish, step):
         assert list(repo.files) == [".gitattributes"]
 
 
-def test_gone_while_publishing(server, publish):
+def test_repository_deleted_while_publishing(server, publish):
     server.fail(STEPS["commit"].format(name="gone"), call=lambda: server.repos.pop(("models", "owner/gone")))
     outcome = publish("owner/gone")
     assert "owner/gone: the repository was not found, or is private" in outcome.error
     assert "[HTTP 404]" in outcome.error
 
 
-def test_created_by_somebody_else_meanwhile(server, publish, exported):
-    """Which the Hub answers with 409: then it exists."""
+def test_repository_created_by_somebody_else_while_publishing(server, publish, exported):
+    """The Hub answers 409, and the existing repository is used."""
     server.fail("POST /api/repos/create", call=lambda: server.put("models", "owner/race", {"a.txt": b"a"}), times=1)
     assert publish("owner/race").error is None
     assert set(server.repos["models", "owner/race"].files) > {"a.txt", "model_index.json"}
 
 
 def test_two_publishers_at_once(server, publish):
-    """The second does not overwrite what it has not seen."""
+    """The second does not overwrite a commit that it has not seen."""
 
     def somebody_else():
         server.put("models", "owner/two", {"README.md": b"Theirs"})
@@ -761,12 +761,12 @@ def test_two_publishers_at_once(server, publish):
 
 
 @pytest.mark.parametrize("step", ["put", "commit"])
-def test_killed_in_the_middle(server, client, publish, exported, step):
+def test_killed_publishing_can_be_repeated(server, client, publish, exported, step):
     server.objects.clear()
     name = f"killed-{step}"
     broken = server.fail(STEPS[step].format(name=name), call=lambda: os.kill(client.pid, signal.SIGKILL), times=1)
     assert publish(f"owner/{name}").killed
-    # A commit that has arrived is done, whoever still lives.
+    # A commit that has arrived is applied even if the client was killed.
     is_empty = list(server.repos["models", f"owner/{name}"].files) == [".gitattributes"]
     assert is_empty or (step == "commit" and is_whole(server, f"owner/{name}", exported))
     sent = len(server.objects)
@@ -792,10 +792,10 @@ hub.push(folder, "owner/full")
     assert ("models", "owner/full") not in server.repos
 
 
-# Private things stay private
+# Privacy
 
 
-def test_private_stays_private(server, publish):
+def test_private_repositories_stay_private(server, publish):
     assert publish("owner/mine", private=True).error is None
     assert server.repos["models", "owner/mine"].private
     assert publish("owner/mine", private=False).error is None
@@ -804,7 +804,7 @@ def test_private_stays_private(server, publish):
     assert server.repos["models", "owner/mine"].private
 
 
-def test_what_is_public_is_not_taken_for_private(server, publish):
+def test_private_is_refused_for_a_public_repository(server, publish):
     server.put("models", "owner/open", {"README.md": b"Open"})
     outcome = publish("owner/open", private=True)
     assert outcome.kind == "ValueError"
@@ -812,7 +812,7 @@ def test_what_is_public_is_not_taken_for_private(server, publish):
     assert list(server.repos["models", "owner/open"].files) == ["README.md"]
 
 
-def test_tokens_do_not_leave_the_house(server, publish, exported, tmp_path):
+def test_tokens_are_never_published(server, publish, exported, tmp_path):
     leaking = tmp_path / "leaking"
     shutil.copytree(exported, leaking)
     (leaking / "README.md").write_text(f"My token is {OWNER_TOKEN}.")
@@ -828,7 +828,7 @@ def test_bad_names(repo_id, folder):
         hub.push(folder, repo_id)
 
 
-def test_token_that_is_none_is_not_shown(folder):
+def test_malformed_token_is_not_shown(folder):
     with pytest.raises(ValueError, match="without spaces") as error:
         hub.push(folder, "owner/faces", token="secret\n")
     assert "secret" not in str(error.value)
@@ -843,7 +843,7 @@ def test_token_that_is_none_is_not_shown(folder):
         ("---\nbase_model: user/former\nlicense: other\nlicense_name: mine\n---\n<!-- generated: use -->\nMine", None),
     ],
 )
-def test_odd_cards(old, says, exported):
+def test_unusual_cards(old, says, exported):
     new = (exported / "README.md").read_text()
     if says:
         with pytest.raises(ValueError, match=says):
@@ -866,18 +866,18 @@ TRAINING = "<!-- generated: training -->\n| | |\n|---|---|\n{rows}\n<!-- end: tr
 @pytest.mark.parametrize(
     ("head", "rows", "expected"),
     [
-        # What the old card's own table names was generated, and goes where the new card names none or another.
+        # Entries that the old card's table names were generated. They are removed or replaced.
         ({"base_model": "user/former"}, "| base model | user/former |", {}),
         ({"datasets": ["user/former"]}, "| training images | user/former: 40 pictures |", {}),
         ({"datasets": ["user/former", "user/b"]}, "| training images | user/former |", {"datasets": ["user/b"]}),
         ({"base_model": ["user/former", "user/x"]}, "| base model | user/former |", {"base_model": ["user/x"]}),
-        # What it does not name, a person wrote.
+        # All other entries were written by a person.
         ({"base_model": "user/theirs"}, "| base model | user/former |", {"base_model": "user/theirs"}),
         ({"base_model": "user/theirs"}, "| batch size | 8 |", {"base_model": "user/theirs"}),
         ({"datasets": "user/theirs"}, "| training images | people |", {"datasets": "user/theirs"}),
     ],
 )
-def test_what_an_earlier_publishing_generated_goes(head, rows, expected):
+def test_metadata_of_an_earlier_publishing_is_replaced(head, rows, expected):
     old = f"---\n{yaml.safe_dump(head)}---\n{TRAINING.format(rows=rows)}"
     new = f"---\nlibrary_name: diffusers\n---\n{TRAINING.format(rows='| batch size | 16 |')}"
     merged = yaml.safe_load(merge_cards(old, new).split("---")[1])
@@ -897,7 +897,7 @@ def test_what_an_earlier_publishing_generated_goes(head, rows, expected):
     ],
 )
 def test_card_says_how_to_install_the_package(pipeline, tmp_path, monkeypatch, urls, says):
-    """It is not on PyPI: by the address that pyproject.toml has, or without one."""
+    """The package is not on PyPI: with the address in pyproject.toml, or without one."""
     message = email.message.Message()
     for url in urls:
         message["Project-URL"] = url
@@ -908,11 +908,11 @@ def test_card_says_how_to_install_the_package(pipeline, tmp_path, monkeypatch, u
     assert "pip install ddpm-faces" not in card
 
 
-def test_only_pipelines_that_work(folder, tmp_path, exported):
+def test_broken_pipelines_are_refused(folder, tmp_path, exported):
     with pytest.raises(ValueError, match="it has no model_index.json"):
         hub.export(tmp_path, tmp_path / "out", "owner/faces")
     with pytest.raises(ValueError, match="`variants` must be among bf16, fp16, got int8"):
-        hub.push(folder, "owner/faces", variants=["int8"])  # before the Hub is asked
+        hub.push(folder, "owner/faces", variants=["int8"])  # before any request to the Hub
     with pytest.raises(ValueError, match="`variants` must be among bf16, fp16, got 3"):
         hub.push(folder, "owner/faces", variants=[3])
     unet = tiny_unet()
@@ -935,7 +935,7 @@ def test_only_pipelines_that_work(folder, tmp_path, exported):
         ("training_summary.json", '{"hours": 1}'), ("training_config.yaml", "a: ["), ("training_config.yaml", ""),
     ],
 )  # fmt: skip
-def test_what_lies_beside_a_pipeline_is_damaged(pipeline, tmp_path, name, text):
+def test_damaged_training_records_are_named(pipeline, tmp_path, name, text):
     pipeline.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / name).write_text(text)
     (tmp_path / "out").mkdir()
@@ -943,8 +943,8 @@ def test_what_lies_beside_a_pipeline_is_damaged(pipeline, tmp_path, name, text):
         hub.export(tmp_path / "model", tmp_path / "out", "owner/faces", variants=())
 
 
-def test_what_does_not_generate_is_not_published(server, client, folder):
-    """Finite weights, and faces that are not: seen in the new process only."""
+def test_pipelines_that_do_not_generate_are_not_published(server, client, folder):
+    """The weights are finite but the images are not, which only the check in a new process finds."""
     code = """
 pipeline = DDPMFacesPipeline.from_pretrained(folder)
 for parameter in pipeline.unet.parameters():
@@ -957,7 +957,7 @@ hub.push(pipeline, "owner/broken", variants=())
     assert ("models", "owner/broken") not in server.repos
 
 
-# Loading where something is wrong
+# Faults while loading
 
 LOAD = "result = picture(DDPMFacesPipeline.from_pretrained(repo_id)).flatten().tolist()"
 GETS = {
@@ -970,8 +970,8 @@ GETS = {
 
 @pytest.mark.parametrize("fault", [{"status": 503}, {"cut": "fin"}, {"cut": "reset"}], ids=str)
 @pytest.mark.parametrize("step", GETS)
-def test_download_out_of_order_once(server, client, published, step, fault):
-    """It succeeds at once, or says why, and then at the second try."""
+def test_single_download_fault_is_recovered(server, client, published, step, fault):
+    """Loading succeeds at once, or reports an error and succeeds at the second try."""
     expected = client.run(LOAD, repo_id="owner/faces").value
     broken = server.fail(GETS[step], times=1, **fault)
     home = client.new_home()
@@ -983,7 +983,7 @@ def test_download_out_of_order_once(server, client, published, step, fault):
     assert outcome.value == expected
 
 
-def test_server_goes_down_after_the_first_download(server, client, published):
+def test_model_loads_from_the_cache_while_the_server_is_down(server, client, published):
     home = client.new_home()
     expected = client.run(LOAD, repo_id="owner/faces", home=home)
     server.fail(".*", status=503)
@@ -993,7 +993,7 @@ def test_server_goes_down_after_the_first_download(server, client, published):
 
 
 @pytest.mark.parametrize("fault", ["killed", "disk full"])
-def test_download_interrupted(server, client, published, fault):
+def test_interrupted_download_resumes(server, client, published, fault):
     home, code = client.new_home(), LOAD
     if fault == "killed":
         server.fail(GETS["object"], call=lambda: os.kill(client.pid, signal.SIGKILL), times=1)
@@ -1007,7 +1007,7 @@ def test_download_interrupted(server, client, published, fault):
 
 
 def test_corrupted_download_is_found_and_repaired(server, client, published):
-    """Of the right size, which is all that the client looks at."""
+    """The file has the right size, which is all that the client checks."""
     home = client.new_home()
     server.fail(GETS["object"], corrupt=True, times=1)
     wrong = client.run(LOAD, repo_id="owner/faces", home=home)
@@ -1020,12 +1020,12 @@ def test_corrupted_download_is_found_and_repaired(server, client, published):
     assert "owner/faces cannot be verified" in client.run("hub.verify('owner/faces')").error
 
 
-# Files from strangers
+# Untrusted files
 
 
 @pytest.fixture
 def strange(server, client, exported):
-    """Publish the export with some of its files exchanged, and try to load it."""
+    """Publish the export with some files replaced, and try to load it."""
 
     def strange(changes: dict[str, dict | bytes | None], code: str = LOAD):
         files = {p.relative_to(exported).as_posix(): p.read_bytes() for p in exported.rglob("*") if p.is_file()}
@@ -1087,7 +1087,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
     ],
     ids=lambda value: None if isinstance(value, bytes) else str(value)[:40],
 )  # fmt: skip
-def test_strange_configurations_take_no_memory(strange, file, change, says):
+def test_malicious_configurations_allocate_no_memory(strange, file, change, says):
     outcome = strange({file: change})
     assert outcome.kind in ("ValueError", "OSError"), outcome.output
     assert says in outcome.error, outcome.error
@@ -1113,8 +1113,8 @@ def test_strange_configurations_take_no_memory(strange, file, change, says):
     ],
     ids=lambda value: None if isinstance(value, bytes) else str(value)[:40],
 )
-def test_strange_configurations_of_diffusers_classes(strange, name, class_name, config, says):
-    """diffusers itself checks nothing, and takes gigabytes."""
+def test_malicious_configurations_of_diffusers_classes_are_refused(strange, name, class_name, config, says):
+    """diffusers itself does not check them, and would allocate gigabytes."""
     file = "scheduler/scheduler_config.json" if name == "scheduler" else f"{name}/config.json"
     config = config if isinstance(config, bytes) else json.dumps(config).encode()
     outcome = strange({"model_index.json": {name: ["diffusers", class_name]}, file: config})
@@ -1123,8 +1123,8 @@ def test_strange_configurations_of_diffusers_classes(strange, name, class_name, 
     assert int(re.search(r"grown by (\d+) KB", outcome.output)[1]) < 100_000
 
 
-def test_weights_elsewhere(strange, tmp_path):
-    """An index of shards that points out of the repository."""
+def test_weights_outside_the_repository_are_refused(strange, tmp_path):
+    """An index of shards points outside the repository."""
     index = {"metadata": {"total_size": 1}, "weight_map": {"conv_in.weight": "../../../../../../../etc/passwd"}}
     weights = "unet/diffusion_pytorch_model.safetensors"
     outcome = strange({weights: None, f"{weights}.index.json": json.dumps(index).encode()})
@@ -1140,7 +1140,7 @@ def test_pickles_among_the_shards_are_refused(strange, exported):
     assert "not safetensors and cannot be loaded" in outcome.error, outcome.output
 
 
-def test_weights_that_are_missing_are_no_weights(strange, exported):
+def test_missing_weights_are_refused(strange, exported):
     weights = "unet/diffusion_pytorch_model.safetensors"
     state = load_file(exported / weights)
     state["extra"] = state.pop("conv_in.weight")
@@ -1150,7 +1150,7 @@ def test_weights_that_are_missing_are_no_weights(strange, exported):
 
 
 def test_pickles_are_refused(strange, tmp_path):
-    """No weights but a pickle, that leaves a mark where it is opened."""
+    """The only weights are a pickle that leaves a file behind when it is opened."""
     mark = tmp_path / "mark"
     pickle = b"cposix\nsystem\n(S'touch " + str(mark).encode() + b"'\ntR."
     weights = "unet/diffusion_pytorch_model"
@@ -1161,7 +1161,7 @@ def test_pickles_are_refused(strange, tmp_path):
         assert not mark.exists()
 
 
-def test_code_runs_only_where_it_is_trusted(strange, tmp_path):
+def test_code_runs_only_with_trust_remote_code(strange, tmp_path):
     mark = tmp_path / "mark"
     code = f"open({str(mark)!r}, 'w').close()\n".encode()
     names = ["pipeline_ddpm_faces.py", "unet/unet_ddpm_faces.py", "scheduler/scheduling_ddpm_faces.py"]

@@ -1,4 +1,4 @@
-"""Data sets of `ddpm_faces.data.prepare` on the Hub: published, loaded, streamed, and trained on."""
+"""Datasets from `ddpm_faces.data.prepare` on the Hub: publishing, loading, streaming and training."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from ddpm_faces.data import load_faces
 faces = load_faces(repo_id, resolution=16, label_column="label")
 result = [[faces[i]["images"].permute(1, 2, 0).tolist(), int(faces[i]["labels"])] for i in range(len(faces))]
 """
-# The script, but for `accelerate launch`, and in a process that has imported most of what it takes already.
+# The script without `accelerate launch`, in a process that has already imported most dependencies.
 TRAIN = """
 import os, runpy, sys
 sys.argv = ["train.py", "--dataset_name", repo_id, *flags]
@@ -52,7 +52,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Ten, of the size that is asked for, so that what comes back is what was there."""
+    """Ten images of the requested size, so that they come back unchanged."""
     folder = tmp_path_factory.mktemp("people")
     rng = np.random.default_rng(0)
     for i in range(10):
@@ -70,7 +70,7 @@ def published(client, pictures):
     return outcome
 
 
-def test_what_is_published(server, published):
+def test_published_files(server, published):
     repo = server.repos["datasets", "owner/people"]
     assert set(repo.files) == {
         ".gitattributes", "README.md", "data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet",
@@ -108,7 +108,7 @@ def test_load_dataset_reads_it_back(client, published, pictures):
     assert sorted(loaded["train"] + loaded["test"]) == sorted(expected)
 
 
-def test_cache_of_the_training_reads_it_back(client, published):
+def test_training_cache_reads_it_back(client, published):
     outcome = client.run(READ, OWNER_TOKEN, repo_id="owner/people")
     assert outcome.error is None, outcome.output
     assert outcome.value == client.run(LOAD, OWNER_TOKEN, repo_id="owner/people").value["streamed"]
@@ -128,15 +128,15 @@ def test_training_reads_it_back(client, published, streaming):
 
 
 @pytest.mark.parametrize("token", [None, STRANGER_TOKEN])
-def test_private_faces_are_not_for_strangers(client, published, token):
+def test_private_dataset_needs_permission(client, published, token):
     for code in (LOAD, READ):
         outcome = client.run(code, token, repo_id="owner/people")
         assert "owner/people" in outcome.error
         assert outcome.value is None
 
 
-def test_publishing_again_keeps_what_a_person_wrote(server, client, pictures):
-    """And takes out the shards of last time, though not a file that was never ours."""
+def test_publishing_again_keeps_text_that_a_person_wrote(server, client, pictures):
+    """Earlier shards are deleted, but no other files."""
     server.put("datasets", "owner/album", {"data/train-00001-of-00002.parquet": b"PAR1", "thanks.txt": b"mine"})
     publish = {"source": str(pictures), "repo_id": "owner/album", "settings": {}}
     assert client.run(PREPARE, OWNER_TOKEN, **publish).error is None
@@ -154,7 +154,7 @@ def test_publishing_again_keeps_what_a_person_wrote(server, client, pictures):
 
 
 @pytest.mark.parametrize("fault", [{"status": 503, "times": 1}, {"lose_answer": True, "times": 1}], ids=str)
-def test_out_of_order_once(server, client, pictures, fault):
+def test_single_fault_is_recovered(server, client, pictures, fault):
     name = f"owner/once-{next(iter(fault))}"
     broken = server.fail(f"POST /api/datasets/{name}/commit/", **fault)
     outcome = client.run(PREPARE, OWNER_TOKEN, source=str(pictures), repo_id=name, settings={})
@@ -163,9 +163,9 @@ def test_out_of_order_once(server, client, pictures, fault):
     assert len(server.repos["datasets", name].commits) == 2
 
 
-def test_killed_in_the_middle(server, client, pictures):
+def test_killed_publishing_can_be_repeated(server, client, pictures):
     case = {"source": str(pictures), "repo_id": "owner/killed"}
-    case["settings"] = {"channels": 1}  # for a shard that does not lie there yet
+    case["settings"] = {"channels": 1}  # for a shard that is not there yet
     server.fail("PUT /[0-9a-f]{64}", call=lambda: os.kill(client.pid, signal.SIGKILL), times=1)
     assert client.run(PREPARE, OWNER_TOKEN, **case).killed
     assert list(server.repos["datasets", "owner/killed"].files) == [".gitattributes"]

@@ -1,4 +1,4 @@
-"""One image: what is read although PIL would refuse it, what is not, and what is said about that."""
+"""Reading single images: files that PIL would refuse, unreadable files, and their error messages."""
 
 import io
 import os
@@ -53,7 +53,7 @@ def international_text() -> PngImagePlugin.PngInfo:
     ],
     ids=["text", "plain", "international", "profile", "large profile"],
 )
-def test_much_metadata_cost_no_image(tmp_path, options):
+def test_large_metadata_do_not_make_an_image_unreadable(tmp_path, options):
     folder = save(tmp_path / "faces" / "face.png", **options)
     dataset = load_faces(train_data_dir=str(folder), resolution=8, cache_dir=str(tmp_path / "cache"))
     assert dataset.images[0, :, 4, 4].tolist() == [128, 100, 50]
@@ -78,7 +78,7 @@ def huge(tmp_path_factory) -> Path:
     pixels = np.full((12_000, 15_200), 40, dtype=np.uint8)
     pixels[:, :7_600] = 220
     exif = Image.Exif()
-    exif[0x0112] = 6  # show it rotated by 90 degrees clockwise: the left is on top
+    exif[0x0112] = 6  # show it rotated by 90 degrees clockwise: the left side moves to the top
     path = tmp_path_factory.mktemp("huge") / "20240101_120000.jpg"
     Image.fromarray(pixels).save(path, exif=exif, quality=50)
     return path
@@ -88,14 +88,14 @@ def huge(tmp_path_factory) -> Path:
 def test_huge_photos_are_read_without_being_decoded_at_full_size(huge):
     image = open_image(huge)
     pixels = picture_to_tensor(image, (32, 32))
-    assert max(image.size) < 2_000  # an eighth of what the file holds
+    assert max(image.size) < 2_000  # an eighth of the size of the file
     assert pixels[:, :14].min() > 210
     assert pixels[:, 18:].max() < 50
     assert resize_to_cover(open_image(huge), (30, 20)).shape == (3, 30, 24)
 
 
-def test_images_of_usual_size_are_decoded_whole(tmp_path):
-    """At a part of their size, JPEGs would have other pixels, and a run another fingerprint."""
+def test_images_of_normal_size_are_decoded_at_full_size(tmp_path):
+    """At a reduced size, JPEGs would have other pixels, and the fingerprint of a run would change."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8))
     save(tmp_path / "face.jpg", image)
     decoded = Image.open(tmp_path / "face.jpg")
@@ -151,7 +151,7 @@ def test_max_image_pixels_is_the_limit_of_both_readers(tmp_path):
         open_stream(**{**settings, "max_image_pixels": 0})
 
 
-def test_default_limit_refuses_what_fits_no_memory(tmp_path):
+def test_default_limit_refuses_images_larger_than_memory(tmp_path):
     file = io.BytesIO()
     Image.new("L", (64, 48)).save(file, "JPEG")
     content = bytearray(file.getvalue())
@@ -162,11 +162,11 @@ def test_default_limit_refuses_what_fits_no_memory(tmp_path):
         load_faces(train_data_dir=str(tmp_path))
 
 
-# Whatever a decoder raises
+# Errors of decoders
 
 
 class Odd(Exception):
-    """Of no kind that PIL is known to raise."""
+    """An error of a kind that PIL is not known to raise."""
 
 
 @pytest.mark.parametrize("error", [Odd("bad"), RuntimeError("bad"), RecursionError("bad"), AttributeError("bad")])
@@ -192,7 +192,7 @@ def test_any_error_of_a_decoder_names_the_image(tmp_path, monkeypatch, error):
     assert all("good.png" in batch["names"][0] for batch in batches)
 
 
-def test_too_little_memory_is_not_the_fault_of_an_image(tmp_path, monkeypatch):
+def test_out_of_memory_does_not_make_an_image_unreadable(tmp_path, monkeypatch):
     folder = save(tmp_path / "faces" / "face.pcx")
 
     def fail(self):
@@ -206,13 +206,13 @@ def test_too_little_memory_is_not_the_fault_of_an_image(tmp_path, monkeypatch):
         next(open_stream(**settings, batch_size=1).batches())
 
 
-# The place of the cache
+# The cache folder
 
 
 @pytest.mark.parametrize("variable", [True, False])
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, variable):
     folder = save(tmp_path / "faces" / "face.png")
-    (tmp_path / "file").touch()  # no folder can be made below it, whoever asks
+    (tmp_path / "file").touch()  # nobody can create a folder below it
     argument = "" if variable else f", cache_dir={str(tmp_path / 'file' / 'cache')!r}"
     code = f"from ddpm_faces.data import load_faces; load_faces(train_data_dir={str(folder)!r}{argument})"
     environment = {**os.environ, **({"HF_HOME": str(tmp_path / "file" / "home")} if variable else {})}
@@ -221,7 +221,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, variable):
     assert f"ValueError: `cache_dir` '{place}' cannot be written" in done.stderr
 
 
-def test_a_cache_of_a_data_set_that_cannot_be_written_is_named(tmp_path):
+def test_a_cache_of_a_dataset_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "set").mkdir()
     rows = {"image": [face()]}
     Dataset.from_dict(rows, Features({"image": ImageFeature()})).to_parquet(tmp_path / "set" / "train.parquet")
@@ -230,8 +230,8 @@ def test_a_cache_of_a_data_set_that_cannot_be_written_is_named(tmp_path):
         load_faces(str(tmp_path / "set"), cache_dir=str(tmp_path / "file" / "cache"))
 
 
-def test_a_lock_that_cannot_be_made_is_named(tmp_path, monkeypatch):
-    """As in a folder that others may write; the tests may run as root, who may write everywhere."""
+def test_a_lock_that_cannot_be_created_is_named(tmp_path, monkeypatch):
+    """As in a read-only folder. The tests may run as root, who can write everywhere."""
     folder = save(tmp_path / "faces" / "face.png")
 
     def refuse(*args, **kwargs):

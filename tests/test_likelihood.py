@@ -1,4 +1,4 @@
-"""The variational bound against distributions of PyTorch, and against bounds that are known."""
+"""The variational bound is compared with distributions of PyTorch, and with known bounds."""
 
 import math
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from ddpm_faces.variational_bound import bound_terms
 
 def pictures(num_images: int = 3, size: int = 4) -> torch.Tensor:
     values = torch.randint(256, (num_images, 3, size, size), generator=torch.Generator().manual_seed(0))
-    values[0, 0] = torch.tensor([0, 255]).repeat(size // 2)  # the values that take the tails
+    values[0, 0] = torch.tensor([0, 255]).repeat(size // 2)  # the values whose bins include the tails
     return values.to(torch.uint8)
 
 
@@ -28,7 +28,7 @@ def posterior(scheduler: DDPMFacesScheduler, x_0: torch.Tensor, x_t: torch.Tenso
 
 
 class Oracle(torch.nn.Module):
-    """Knows the one picture, and so the noise on it; says `fraction` for a learned variance."""
+    """Knows the image, and therefore the noise in it; predicts `fraction` for a learned variance."""
 
     def __init__(self, scheduler: DDPMFacesScheduler, picture: torch.Tensor, fraction: float | None = None) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def test_terms_are_divergences_of_the_posterior(variance_type, prediction_type):
             "learned_range": p.scale ** (1 - fraction) * beta.sqrt() ** fraction,
         }[variance_type]
         expected = kl_divergence(q, Normal(p.loc, deviation)).mean() / math.log(2)
-        torch.testing.assert_close(terms, expected[None], rtol=5e-4, atol=1e-7)  # of betas in float32
+        torch.testing.assert_close(terms, expected[None], rtol=5e-4, atol=1e-7)  # because of betas in float32
 
 
 def test_first_term_is_the_likelihood_of_the_pixels():
@@ -81,21 +81,21 @@ def test_first_term_is_the_likelihood_of_the_pixels():
     prediction = (x_0 + 0.01 * torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
     terms = bound_terms(scheduler, prediction, x_0, x_0, torch.zeros(3, dtype=torch.int64))
     alphas = 1 - scheduler.betas.double()
-    variance = scheduler.betas[1].double() * (1 - alphas[0]) / (1 - alphas[0] * alphas[1])  # of the posterior at t = 1
+    variance = scheduler.betas[1].double() * (1 - alphas[0]) / (1 - alphas[0] * alphas[1])  # posterior at t = 1
     pixels = Normal(prediction, variance.sqrt())
     upper = torch.where(x_0 == 1, 1.0, pixels.cdf(x_0 + 1 / 255))
     lower = torch.where(x_0 == -1, 0.0, pixels.cdf(x_0 - 1 / 255))
     expected = -(upper - lower).log2().mean(dim=(1, 2, 3))
     torch.testing.assert_close(terms, expected, rtol=1e-4, atol=1e-6)
-    # Far out, where a distribution function in float32 says that it cannot be.
+    # Far out in the tails, where a distribution function in float32 is 0.
     far = bound_terms(scheduler, -x_0.float().sign(), x_0.float().sign(), x_0.float(), torch.zeros(3).long())
     assert torch.isfinite(far).all()
     assert (far > 1000).all()
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
-def test_bound_of_who_knows_the_picture(variance_type):
-    """All divergences but those of the variances vanish, and there are the pixels and the pure noise beside them."""
+def test_bound_of_a_network_that_knows_the_image(variance_type):
+    """Only the divergences of the variances remain, plus the terms of the pixels and of pure noise."""
     scheduler = DDPMFacesScheduler(20, variance_type=variance_type, beta_end=0.2)
     picture = pictures(1)
     fraction = 0.25 if variance_type == "learned_range" else None
@@ -117,7 +117,7 @@ def test_bound_of_who_knows_the_picture(variance_type):
     torch.testing.assert_close(bits, expected[None] / math.log(2), rtol=1e-3, atol=2e-3)
 
 
-def test_some_terms_stand_for_all():
+def test_some_terms_estimate_the_whole_bound():
     scheduler = DDPMFacesScheduler(300, variance_type="fixed_large")
     picture = pictures(1)
     repeated = picture.expand(40, -1, -1, -1)
@@ -128,13 +128,13 @@ def test_some_terms_stand_for_all():
     bits = bits_per_dimension(unet, scheduler, repeated, num_terms=25)
     timesteps = torch.tensor(unet.timesteps).view(40, -1)
     assert timesteps.shape[1] <= 25
-    assert not timesteps[:, 0].any()  # the likelihood of the pixels, the largest term, is never left to chance
+    assert not timesteps[:, 0].any()  # the likelihood of the pixels, the largest term, is always evaluated
     assert (timesteps.diff(dim=1) > 0).all()
     assert timesteps.max() == 299
     error = bits.std() / len(bits) ** 0.5
     assert 0 < error < 0.05 * all_terms
     assert abs(bits.mean() - all_terms) < 4 * error
-    # What a picture is given does not depend on those beside it.
+    # The result of an image does not depend on the other images of its batch.
     torch.testing.assert_close(bits_per_dimension(unet, scheduler, repeated[:3], num_terms=25), bits[:3])
 
 

@@ -1,4 +1,4 @@
-"""Distances against closed forms, and against pictures that get worse step by step."""
+"""Distances are compared with closed forms, and checked on images of decreasing quality."""
 
 import sys
 
@@ -46,7 +46,7 @@ def noisy(images: torch.Tensor, deviation: float) -> torch.Tensor:
 
 
 def pixel_features(images: torch.Tensor) -> torch.Tensor:
-    """A feature network for tests that need none."""
+    """Stands in for a feature network."""
     return F.adaptive_avg_pool2d(images.float() / 255, 4).flatten(start_dim=1)
 
 
@@ -56,7 +56,7 @@ def network() -> EfficientNetLite0:
 
 
 def network_features(images: torch.Tensor, network: EfficientNetLite0) -> torch.Tensor:
-    return extract_features(images, network, batch_size=8)  # small batches take half the time on one core
+    return extract_features(images, network, batch_size=8)  # small batches are twice as fast on one core
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
     )
 
 
-def test_frechet_distance_with_fewer_pictures_than_features():
+def test_frechet_distance_with_fewer_images_than_features():
     features, reference = torch.randn(5, 12), 2 * torch.randn(7, 12) + 1
     cov_1, cov_2 = (np.cov(rows.double().numpy(), rowvar=False) for rows in (features, reference))
     roots = np.sqrt(np.linalg.eigvals(cov_1 @ cov_2).real.clip(0))
@@ -119,7 +119,7 @@ def test_frechet_distance_to_itself_is_zero(picture_features):
 
 
 def test_kernel_distance_of_constant_features():
-    """Without any spread each subset gives the same: k(x, x) + k(y, y) - 2 k(x, y)."""
+    """Without variance, each subset gives the same value: k(x, x) + k(y, y) - 2 k(x, y)."""
     x, y = [1.0, 2.0, -1.0, 0.5], [0.0, 1.0, 3.0, -0.5]
 
     def kernel(a, b):
@@ -130,8 +130,8 @@ def test_kernel_distance_of_constant_features():
     assert error == pytest.approx(0, abs=1e-12)
 
 
-def test_kernel_distance_is_unbiased_and_its_error_honest():
-    """In one dimension (xy + 1)^3 is a sum of powers, so MMD^2 = sum_k binomial(3, k) (E x^k - E y^k)^2."""
+def test_kernel_distance_is_unbiased_and_its_error_correct():
+    """In one dimension, (xy + 1)^3 is a sum of powers, so MMD^2 = sum_k binomial(3, k) (E x^k - E y^k)^2."""
     # x is 0 or 1, y is 0 or 2, each with probability one half; tiny subsets would show any bias.
     expected = 3 * (0.5 - 1) ** 2 + 3 * (0.5 - 2) ** 2 + (0.5 - 4) ** 2
     x, y = torch.randint(2, (2, 600, 40, 1)).double()
@@ -141,7 +141,7 @@ def test_kernel_distance_is_unbiased_and_its_error_honest():
     assert errors.square().mean().sqrt().item() == pytest.approx(means.std().item(), rel=0.15)
 
 
-def test_kernel_distance_tells_equal_from_shifted():
+def test_kernel_distance_separates_equal_from_shifted_features():
     rows = torch.randn(400, 16)
     mean, error = kernel_distance(rows[:200], rows[200:])
     assert abs(mean) < 3 * error
@@ -160,8 +160,8 @@ def test_kernel_distance_is_deterministic_and_seeded(picture_features, reference
 # Features
 
 
-def test_network_sees_what_the_docstring_says(network, pictures):
-    """By hand: resize, clamp, normalise, last feature map, mean; the network's own classifier must agree with it."""
+def test_network_input_matches_the_docstring(network, pictures):
+    """Resize, clamp, normalise and average the last feature map by hand; the network's own classifier must agree."""
     pixels = F.interpolate(pictures[:4].float(), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255)
     with torch.no_grad():
         logits = network.network((pixels - 127) / 128)
@@ -211,8 +211,8 @@ def conv_norm(before: int, after: int, kernel: int, stride: int = 1, groups: int
     return nn.Sequential(conv, nn.BatchNorm2d(after), nn.ReLU6())
 
 
-def test_mobilenet_is_the_one_of_the_paper(pictures):
-    """As modules, written from Table 2 of the paper; all of the weights find their place in it."""
+def test_mobilenet_matches_the_paper(pictures):
+    """All weights load into modules that are written from Table 2 of the paper."""
     layers, before = [conv_norm(3, 32, 3, 2)], 32
     for expansion, after, repetitions, stride in (
         (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
@@ -236,16 +236,16 @@ def test_mobilenet_is_the_one_of_the_paper(pictures):
 
 
 def test_precision_and_recall_by_hand():
-    """On a line, where each ball can be seen: radii of the real ones 1, 1, 1, 8; of the others 1, 1, 38."""
+    """Points on a line: the radii are 1, 1, 1, 8 for the real images and 1, 1, 38 for the others."""
     reference = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
     features = torch.tensor([[2.5], [3.5], [41.5]])
-    # 2.5 lies within 1 of 2, and within 8 of 10; 3.5 within 8 of 10; 41.5 nowhere.
-    # 2 lies within 1 of 2.5; 10 within 38 of 41.5; 0 and 1 nowhere, for 40.5 is more than 38.
+    # 2.5 is within 1 of 2 and within 8 of 10; 3.5 is within 8 of 10; 41.5 is in no ball.
+    # 2 is within 1 of 2.5; 10 is within 38 of 41.5; 0 and 1 are in no ball, because 40.5 is more than 38.
     assert precision_recall(features, reference, 1) == pytest.approx((2 / 3, 1 / 2))
 
 
-def test_precision_and_recall_tell_blur_from_repetition(network, pictures, picture_features, reference_features):
-    """Few kinds of good pictures have precision and no recall; ruined ones have neither."""
+def test_precision_and_recall_separate_blur_from_repetition(network, pictures, picture_features, reference_features):
+    """Few kinds of good images have precision but no recall. Ruined images have neither."""
     same = precision_recall(picture_features, reference_features)
     assert min(same) > 0.5
     assert precision_recall(reference_features, reference_features) == (1, 1)
@@ -261,11 +261,11 @@ def test_bad_neighbours(num_neighbours):
         precision_recall(torch.rand(9, 2), torch.rand(9, 2), num_neighbours)
 
 
-# Faces that get worse
+# Faces of decreasing quality
 
 
 @pytest.mark.parametrize("damage", ["blur", "noise", "repetition"])
-def test_distances_rise_with_the_damage(damage, network, pictures, picture_features, reference_features):
+def test_distances_increase_with_the_damage(damage, network, pictures, picture_features, reference_features):
     if damage == "repetition":
         steps = [picture_features[:count].repeat(100 // count, 1) for count in (20, 5)]
     else:
@@ -295,7 +295,7 @@ def test_channel_statistics():
 
 
 def test_error_of_means_is_the_closed_form():
-    """Of a mean of n: the standard deviation over the root of n, by 200 splits to some ten per cent."""
+    """The error of a mean is the standard deviation / sqrt(n); 200 splits estimate it within ten per cent."""
     torch.manual_seed(0)
     features, reference = torch.randn(400, 3), torch.randn(901, 3)
     errors = half_split_error(
@@ -312,8 +312,8 @@ def test_error_of_means_is_the_closed_form():
 
 
 @pytest.mark.parametrize(("dim", "shift", "scale"), [(2, 0.7, 1.0), (8, 0.2, 0.8)])
-def test_errors_of_precision_and_recall_are_those_of_new_images(dim, shift, scale):
-    """The truth is how the metrics scatter over sets that are drawn anew; a bootstrap gives up to twice of it."""
+def test_errors_of_precision_and_recall_match_new_images(dim, shift, scale):
+    """The true error is the spread of the metrics over new sets. A bootstrap gives up to twice that."""
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> tuple[torch.Tensor, torch.Tensor]:
@@ -326,7 +326,7 @@ def test_errors_of_precision_and_recall_are_those_of_new_images(dim, shift, scal
 
 
 def test_error_of_a_share():
-    """Binomial in the middle; never 0, for of 100 images that all show faces the next one may show none."""
+    """The error is binomial in the middle, and never 0: after 100 images with a face, the next may have none."""
     assert share_error(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
     assert share_error(0.9, 1000) == pytest.approx((0.9 * 0.1 / 1000) ** 0.5, rel=0.1)
     assert share_error(1.0, 99) == pytest.approx(0.01)
@@ -356,7 +356,7 @@ def never(images):
         ),
     ],
 )
-def test_bad_pictures(images, message):
+def test_bad_images(images, message):
     with pytest.raises(ValueError, match=message):
         extract_features(images, never)
 

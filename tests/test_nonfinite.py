@@ -25,8 +25,8 @@ def step(network, optimizer, guard, value: float, seed: int) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("normalised", [False, True])
-def test_bad_steps_leave_no_trace(normalised, value):
-    """Weights, statistics, and both moments and the count of Adam are those of the good steps alone."""
+def test_nonfinite_steps_change_nothing(normalised, value):
+    """Weights, statistics, Adam's moments and its step count equal those after the good steps only."""
     runs = []
     for values in ((1, 1, 1), (1, value, 1, value, 1)):
         network, optimizer, guard = make(normalised)
@@ -44,7 +44,7 @@ def test_bad_steps_leave_no_trace(normalised, value):
             assert torch.equal(tensor, runs[1][1][index][name]), name
 
 
-def test_statistics_that_were_loaded_are_good():
+def test_loaded_statistics_are_restored_after_a_skipped_step():
     network, optimizer, guard = make(normalised=True)
     network[1].running_mean.fill_(5.0)
     guard.remember()

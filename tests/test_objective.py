@@ -9,7 +9,7 @@ from ddpm_faces.variational_bound import bound_terms
 
 
 class Recorder:
-    """A network that remembers what it was shown, and answers with zeros, or what it is told."""
+    """A network that records its inputs and returns zeros or a given prediction."""
 
     def __init__(self, answer=None):
         self.answer = answer
@@ -59,7 +59,7 @@ def test_perfect_prediction_has_no_loss():
 
 @pytest.mark.parametrize("snr_gamma", [5.0, float("inf")])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_min_snr_weighs_an_error_in_x_0_alike_whatever_is_predicted(prediction_type, snr_gamma):
+def test_min_snr_weights_errors_in_x_0_equally_for_every_prediction_type(prediction_type, snr_gamma):
     scheduler = DDPMFacesScheduler(prediction_type=prediction_type, beta_schedule="squaredcos_cap_v2")
     x_0, error = torch.rand(64, 3, 8, 8) * 2 - 1, 0.1
     timesteps, noise = draw(64)
@@ -77,7 +77,7 @@ def test_min_snr_weighs_an_error_in_x_0_alike_whatever_is_predicted(prediction_t
 
     snr = (alpha_bar / (1 - alpha_bar)).flatten()
     assert snr.min() < 5 < snr.max()
-    # Errors of 1e-7 in float32 tables stand beside an eps that hardly differs where the picture is hardly there.
+    # Where almost no signal is left, eps hardly differs, and errors of 1e-7 in float32 tables become visible.
     torch.testing.assert_close(losses.double(), snr.clamp(max=snr_gamma) * error**2, rtol=1e-3, atol=1e-6)
     if snr_gamma == float("inf"):
         noise_error = ((noise_hat - noise) ** 2).mean(dim=(1, 2, 3))
@@ -103,15 +103,15 @@ def test_min_snr_gives_pure_noise_no_weight(prediction_type):
         ("v_prediction", float("inf")),
     ],
 )
-def test_min_snr_is_finite_where_float32_sees_no_noise(prediction_type, snr_gamma):
-    scheduler = DDPMScheduler(10, beta_start=1e-9, prediction_type=prediction_type)  # ours refuses such a beta
+def test_min_snr_is_finite_where_float32_rounds_the_noise_away(prediction_type, snr_gamma):
+    scheduler = DDPMScheduler(10, beta_start=1e-9, prediction_type=prediction_type)  # refused by ours
     assert scheduler.alphas_cumprod[0] == 1
     losses, _ = DDPMFacesObjective(scheduler, snr_gamma=snr_gamma)(Recorder(), torch.ones(200, 1, 1, 1))
     assert losses.isfinite().all()
 
 
-def test_min_snr_leaves_the_noise_its_weight_where_nothing_else_is():
-    scheduler = DDPMScheduler(2, trained_betas=[0.5, 1.0])  # ours refuses such betas with epsilon
+def test_min_snr_keeps_the_weight_of_epsilon_at_pure_noise():
+    scheduler = DDPMScheduler(2, trained_betas=[0.5, 1.0])  # DDPMFacesScheduler refuses such betas with epsilon
     x_0, generator = torch.ones(200, 1, 1, 1), torch.Generator().manual_seed(0)
     plain, timesteps = DDPMFacesObjective(scheduler)(Recorder(), x_0, generator=generator.manual_seed(0))
     weighted, _ = DDPMFacesObjective(scheduler, snr_gamma=5.0)(Recorder(), x_0, generator=generator.manual_seed(0))
@@ -127,15 +127,15 @@ def test_timesteps_are_uniform_and_reach_both_ends():
     assert (counts - 2000).abs().max() < 5 * 2000**0.5
 
 
-def test_all_but_the_network_is_float32():
-    """In bfloat16 the first timesteps would get no noise (1 - alpha_bar rounds to 0) and the loss would be coarse."""
+def test_everything_except_the_network_is_float32():
+    """In bfloat16, the first timesteps would get no noise (1 - alpha_bar rounds to 0), and the loss be coarse."""
     unet = Recorder(torch.zeros(4, 3, 8, 8, dtype=torch.bfloat16))
     losses, _ = DDPMFacesObjective(DDPMFacesScheduler())(unet, torch.zeros(4, 3, 8, 8))
     assert unet.sample.dtype == losses.dtype == torch.float32
 
 
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
-def test_hybrid_loss_adds_a_bound_that_teaches_the_variance_alone(snr_gamma):
+def test_hybrid_loss_adds_a_bound_that_trains_only_the_variance(snr_gamma):
     x_0 = torch.randint(256, (8, 3, 8, 8), generator=torch.Generator().manual_seed(1)) / 127.5 - 1
     timesteps, noise = torch.tensor([0, 0, 1, 2, 10, 100, 298, 299]), draw(8)[1]
     answer = torch.randn(8, 6, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -162,7 +162,7 @@ def test_hybrid_loss_adds_a_bound_that_teaches_the_variance_alone(snr_gamma):
 
 
 def test_best_learned_variance_is_that_of_the_error():
-    """Where x_0 is 0 or 1 with no way to tell, the mean is one half, and the variance must make up for it."""
+    """If x_0 is 0 or 1 at random, the mean is one half, and the learned variance must cover the error."""
     scheduler = DDPMFacesScheduler(20, variance_type="learned_range", prediction_type="sample", beta_end=0.2)
     objective, t = DDPMFacesObjective(scheduler), 4
     x_0 = torch.tensor([0.0, 1.0]).repeat(8).view(16, 1, 1, 1).expand(-1, 3, 8, 8)
@@ -202,7 +202,7 @@ def test_bad_input():
         DDPMFacesObjective(DDPMFacesScheduler(), loss_type="l1", snr_gamma=5.0)
 
 
-def test_given_timesteps_noise_and_augmentation_take_the_place_of_drawn_ones():
+def test_given_timesteps_noise_and_augmentation_replace_drawn_ones():
     x_0, noise = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 3, 8, 8)
     timesteps, augment_labels = torch.tensor([0, 7, 150, 299]), torch.randn(4, 9)
     scheduler, unet = DDPMFacesScheduler(), Recorder()

@@ -1,4 +1,4 @@
-"""The house: what imports what, and what importing costs."""
+"""The structure of the package: allowed imports, and the cost of importing."""
 
 import ast
 import subprocess
@@ -17,7 +17,7 @@ TRAVELLING = ("unet_ddpm_faces", "scheduling_ddpm_faces", "pipeline_ddpm_faces")
 
 def imported_modules(path: Path) -> set[str]:
     names, tree = set(), ast.parse(path.read_text())
-    if path.name == "__init__.py":  # its names are imported on first use, and `if TYPE_CHECKING` only declares them
+    if path.name == "__init__.py":  # names are imported on first use; `if TYPE_CHECKING` only declares them
         tree.body = [node for node in tree.body if not isinstance(node, ast.If)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -28,13 +28,13 @@ def imported_modules(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("module", TRAVELLING)
-def test_files_that_travel_to_the_hub_stand_alone(module):
+def test_published_code_is_self_contained(module):
     allowed = {"torch", "diffusers", *sys.stdlib_module_names}
     assert {name.split(".")[0] for name in imported_modules(SOURCE / f"{module}.py")} <= allowed
 
 
-# What each wing may import of the others; "" is the top level. Each arrow goes one way.
-WINGS = {
+# The packages that each package may import; "" is the top level. Imports go in one direction.
+ALLOWED_IMPORTS = {
     "": set(),
     "hub": {""},
     "data": {"", "hub"},
@@ -49,38 +49,38 @@ def wing_of(path: Path) -> str:
     return ".".join(path.relative_to(SOURCE).parts[:-1])
 
 
-def imported_wings(path: Path) -> set[str]:
-    """The wings of this package that a file imports from, at its top or within a function."""
+def imported_packages(path: Path) -> set[str]:
+    """Return the packages that a file imports from, at its top or within a function."""
     wings, here = set(), wing_of(path)
     for name in imported_modules(path):
         level = len(name) - len(name.lstrip("."))
         if level:
             first = name.lstrip(".").split(".")[0]
             is_sibling = level == 1 and here
-            wings.add(here if is_sibling else first if first in WINGS else "")
+            wings.add(here if is_sibling else first if first in ALLOWED_IMPORTS else "")
         elif name.split(".")[0] == "ddpm_faces":
             first = (name.split(".") + [""])[1]
-            wings.add(first if first in WINGS else "")
+            wings.add(first if first in ALLOWED_IMPORTS else "")
     return wings - {here}
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
-def test_wings_import_one_another_in_one_direction(path):
+def test_packages_import_each_other_in_one_direction(path):
     if path == SOURCE / "streaming.py":
         pytest.skip("an alias of the module's new place")
-    assert imported_wings(path) <= WINGS[wing_of(path)]
+    assert imported_packages(path) <= ALLOWED_IMPORTS[wing_of(path)]
     assert not {name for name in imported_modules(path) if name.split(".")[0] in ("training", "train")}
 
 
-def test_network_and_scheduler_do_not_know_each_other():
+def test_network_and_scheduler_do_not_import_each_other():
     for module in ("unet_ddpm_faces", "scheduling_ddpm_faces"):
         assert not {name for name in imported_modules(SOURCE / f"{module}.py") if name.startswith(".")}
 
 
-def test_what_is_imported_is_declared_with_its_lowest_version():
-    """A package that comes along with another one today may not tomorrow."""
+def test_imports_are_declared_with_their_lowest_versions():
+    """An undeclared package that another one installs today may be missing tomorrow."""
     imported = {name.split(".")[0] for path in SOURCE.rglob("*.py") for name in imported_modules(path)}
-    trackers = {"trackio", "wandb"}  # which `report_to` asks for by name
+    trackers = {"trackio", "wandb"}  # `report_to` imports these by name
     imported = {name for name in imported if name} - {"ddpm_faces", *trackers, *sys.stdlib_module_names}
     declared = {name.replace("-", "_") for name in lowest_versions()} | {"torch"}
     assert {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in imported} <= declared
@@ -98,8 +98,8 @@ def test_importing_is_cheap_and_needs_no_extra():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_publishing_is_the_only_way_from_the_pipeline_into_the_rest_of_the_package():
-    """The file travels; all else that it uses of the package are the other two that do."""
+def test_pipeline_imports_the_package_only_for_publishing():
+    """The file is published, and uses only the other two published files of the package."""
     code = (SOURCE / "pipeline_ddpm_faces.py").read_text()
     calls = [
         node
@@ -113,7 +113,7 @@ def test_publishing_is_the_only_way_from_the_pipeline_into_the_rest_of_the_packa
 
 
 @pytest.mark.parametrize("package", ["", "data", "evaluation", "hub", "training"])
-def test_type_checkers_see_each_lazy_name_where_python_finds_it(package):
+def test_type_checkers_and_python_find_each_lazy_name_in_the_same_module(package):
     tree = ast.parse((SOURCE / package / "__init__.py").read_text())
     (module_of,) = [
         ast.literal_eval(node.value)

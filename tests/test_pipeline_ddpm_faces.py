@@ -43,10 +43,10 @@ def quiet(pipeline):
     return pipeline
 
 
-# What comes out
+# Output
 
 
-def test_equals_diffusers_pipeline_at_equal_parts():
+def test_equals_diffusers_pipeline_with_the_same_components():
     unet = UNet2DModel(
         sample_size=16, block_out_channels=(8, 8), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=4, layers_per_block=1,
@@ -63,7 +63,7 @@ def test_diffusers_pipeline_runs_our_network():
     assert [image.size for image in images] == [(16, 16)] * 2
 
 
-def test_output_types_are_one_picture(pipeline):
+def test_output_types_show_the_same_image(pipeline):
     def generate(output_type):
         return pipeline(2, generator=torch.Generator().manual_seed(0), output_type=output_type).images
 
@@ -91,7 +91,7 @@ def test_non_square():
     assert pipeline().images[0].size == (24, 16)
 
 
-def test_none_steps_are_the_schedulers_own_number(pipeline):
+def test_default_number_of_steps_is_that_of_the_scheduler(pipeline):
     seen = []
     pipeline(callback_on_step_end=lambda pipe, i, t, tensors: seen.append((i, int(t))))
     assert seen == [(i, 19 - i) for i in range(20)]
@@ -100,7 +100,7 @@ def test_none_steps_are_the_schedulers_own_number(pipeline):
 # Reproducibility
 
 
-def test_picture_depends_on_its_generator_only(pipeline):
+def test_image_depends_only_on_its_generator(pipeline):
     together = pipeline(3, generator=generators(5, 6, 7), output_type="pt").images
     alone = pipeline(1, generator=generators(7), output_type="pt").images
     swapped = pipeline(2, generator=generators(7, 5), output_type="pt").images
@@ -115,7 +115,7 @@ def test_same_pixels_from_a_saved_model_in_a_fresh_process(pipeline, tmp_path):
     script = (
         "import sys, numpy, torch\n"
         "from ddpm_faces import DDPMFacesPipeline\n"
-        "torch.set_num_threads(1)\n"  # as here: sums over more threads differ in the last bit
+        "torch.set_num_threads(1)\n"  # as in this process: sums over more threads differ in the last bit
         "pipeline = DDPMFacesPipeline.from_pretrained(sys.argv[1])\n"
         "generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]\n"
         "numpy.save(sys.argv[2], pipeline(2, generator=generators, output_type='np').images)\n"
@@ -157,8 +157,8 @@ def test_half_precision_weights(pipeline, tmp_path, dtype):
 # Schedulers
 
 
-def test_exchanged_scheduler_is_scaled_and_stepped_as_it_wants(pipeline):
-    """Euler starts from noise of deviation sigma_max and feeds the network scaled samples: look at what it gets."""
+def test_other_schedulers_scale_and_step_as_in_diffusers(pipeline):
+    """Euler starts from noise with standard deviation sigma_max, and scales the input of the network."""
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
     inputs = []
     pipeline.unet.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
@@ -196,7 +196,7 @@ def test_zero_snr_is_refused_where_it_fails():
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
-def test_zero_snr_is_refused_for_epsilon_whoever_made_the_scheduler(pipeline, scheduler):
+def test_zero_snr_is_refused_for_epsilon_with_any_scheduler(pipeline, scheduler):
     pipeline.scheduler = scheduler
     with pytest.raises(ValueError, match="zero terminal SNR: the last timestep is pure noise, .* 'epsilon' cannot"):
         pipeline()
@@ -205,7 +205,7 @@ def test_zero_snr_is_refused_for_epsilon_whoever_made_the_scheduler(pipeline, sc
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_learned_variance(prediction_type, channels):
-    """Schedulers that know no variance draw what they draw of a network that predicts none."""
+    """Schedulers without a learned variance give the same images as with a network that predicts none."""
     scheduler = DDPMFacesScheduler(20, variance_type="learned_range", prediction_type=prediction_type)
     unet = tiny_unet(in_channels=channels, out_channels=2 * channels)
     plain = tiny_unet(in_channels=channels, out_channels=channels)
@@ -226,7 +226,7 @@ def test_learned_variance(prediction_type, channels):
             for network in (unet, plain)
         ]
         torch.testing.assert_close(*images)
-    assert solvers[-1].config.variance_type == "learned_range"  # a call leaves its scheduler as it was
+    assert solvers[-1].config.variance_type == "learned_range"  # a call does not change its scheduler
 
 
 # Callback
@@ -253,11 +253,11 @@ def test_callback_reads_the_steps_that_the_scheduler_takes(pipeline):
     pipeline.scheduler = HeunDiscreteScheduler.from_config(pipeline.scheduler.config)
     seen = []
     pipeline(1, 4, callback_on_step_end=lambda pipe, i, *_: seen.append((i, pipe.num_timesteps)) or {})
-    assert seen == [(i, 7) for i in range(7)]  # of second order: two evaluations a step, but the last
+    assert seen == [(i, 7) for i in range(7)]  # second order: two evaluations per step, except for the last
 
 
-def test_values_of_a_call_reach_no_other(pipeline):
-    """Not another thread, not another pipeline, not the call around it, and none that follows."""
+def test_values_of_a_call_are_not_visible_in_other_calls(pipeline):
+    """They are not visible in another thread, in another pipeline, in an outer call, or afterwards."""
     other, seen, barrier = pipeline.with_scheduler(pipeline.scheduler), {}, threading.Barrier(2, timeout=60)
 
     def inside(pipe, i, *_):
@@ -271,7 +271,7 @@ def test_values_of_a_call_reach_no_other(pipeline):
         return {}
 
     def call(steps):
-        # The two calls take turns; the longer one goes on alone after that.
+        # The two calls take turns; the longer one then continues alone.
         pipeline(1, steps, callback_on_step_end=lambda pipe, i, *rest: inside(pipe, i, *rest) if i < 4 else {})
 
     threads = [threading.Thread(target=call, args=(steps,), name=str(steps)) for steps in (6, 4)]
@@ -310,7 +310,7 @@ def test_class_labels():
 
 
 def a_guide(**overrides) -> DDPMFacesPipeline:
-    """Another network, narrower, of the same noise."""
+    """A narrower network with the same noise schedule."""
     torch.manual_seed(1)
     unet = tiny_unet(**{"block_out_channels": (4, 8), **overrides})
     return DDPMFacesPipeline(unet, DDPMFacesScheduler(num_train_timesteps=20))
@@ -321,7 +321,7 @@ class Stub(torch.nn.Module):
 
 
 class Combined(Stub):
-    """One network in place of two, by eq. 3 of https://huggingface.co/papers/2406.02507."""
+    """A single network that combines two by eq. 3 of https://huggingface.co/papers/2406.02507."""
 
     def __init__(self, unet, guide, scale):
         super().__init__()
@@ -337,7 +337,7 @@ class Combined(Stub):
 @pytest.mark.parametrize("is_fast", [False, True])
 @pytest.mark.parametrize("learns_variance", [False, True])
 @pytest.mark.parametrize("scale", [1.5, 0.3])
-def test_guidance_goes_on_from_the_guide(learns_variance, scale, is_fast):
+def test_guidance_extrapolates_from_the_guide(learns_variance, scale, is_fast):
     unet = tiny_unet(out_channels=6 if learns_variance else 3)
     scheduler = DDPMFacesScheduler(20, variance_type="learned_range" if learns_variance else "fixed_small")
     pipeline = quiet(DDPMFacesPipeline(unet, fast_solver(scheduler) if is_fast else scheduler))
@@ -358,15 +358,15 @@ def test_guide_alone_and_no_guide(pipeline):
     of_guide = pipeline(2, generator=generators(0, 1), output_type="pt", guidance_scale=0).images
     expected = quiet(guide)(2, generator=generators(0, 1), output_type="pt").images
     torch.testing.assert_close(of_guide, expected, atol=1e-5, rtol=0)
-    guide.unet.forward = None  # what is not asked for is not evaluated
+    guide.unet.forward = None  # without guidance, the guide is not evaluated
     pipeline(2)
 
 
 def test_guidance_leads_away_from_the_guides_mistakes():
-    """In closed form: each network knows one picture, and what comes out is as much further on."""
+    """In closed form: each network knows one image, and the result is extrapolated from both."""
 
     class OnePicture(Stub):
-        """Predicts the noise on a picture that is `value` all over."""
+        """Predicts the noise in an image whose pixels are all `value`."""
 
         def __init__(self, value):
             super().__init__()
@@ -385,7 +385,7 @@ def test_guidance_leads_away_from_the_guides_mistakes():
 
 
 def test_classes_of_a_guide():
-    """As many as the network has, or none: the guide of classifier-free guidance."""
+    """A guide has as many classes as the network or none, as in classifier-free guidance."""
     pipeline = quiet(DDPMFacesPipeline(tiny_unet(num_class_embeds=2), DDPMFacesScheduler(20)))
     images = {}
     for classes in (None, 2):
@@ -403,7 +403,7 @@ def test_guide_is_saved_with_the_pipeline(pipeline, tmp_path):
     expected = pipeline(2, generator=generators(0, 1), output_type="pt").images
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["_format_version"] == 2  # which an earlier version of this package refuses, and says so
+    assert index["_format_version"] == 2  # earlier versions of this package refuse this format with a message
     loaded = quiet(DDPMFacesPipeline.from_pretrained(tmp_path))
     assert loaded.config.guidance_scale == 1.25
     assert torch.equal(loaded(2, generator=generators(0, 1), output_type="pt").images, expected)
@@ -423,7 +423,7 @@ def test_guide_is_saved_with_the_pipeline(pipeline, tmp_path):
     assert loaded.config.guidance_scale == 1
     without = json.loads(loaded.to_json_string())
     without.pop("_name_or_path")
-    assert without == json.loads(before)  # what earlier versions load
+    assert without == json.loads(before)  # the format that earlier versions load
 
 
 def test_publishing_without_the_package_says_what_to_install(pipeline, tmp_path):
@@ -448,7 +448,7 @@ def test_publishing_without_the_package_says_what_to_install(pipeline, tmp_path)
     assert not (tmp_path / "other").exists()
 
 
-def test_networks_are_kept_where_the_scheduler_is_exchanged(pipeline):
+def test_networks_are_kept_when_the_scheduler_is_replaced(pipeline):
     pipeline.set_guide(a_guide(), 1.5)
     fast = pipeline.with_scheduler(fast_solver(pipeline.scheduler))
     assert (fast.unet, fast.guide, fast.config.guidance_scale) == (pipeline.unet, pipeline.guide, 1.5)
@@ -476,7 +476,7 @@ def test_networks_are_kept_where_the_scheduler_is_exchanged(pipeline):
         (lambda: None, 1.5, "`guidance_scale` must be 1 for a model without a guide, got 1.5"),
     ],
 )  # fmt: skip
-def test_what_cannot_guide(pipeline, guide, scale, message):
+def test_unsuitable_guides_are_refused(pipeline, guide, scale, message):
     kept = a_guide()
     pipeline.set_guide(kept, 1.25)
     with pytest.raises(ValueError, match=message):
@@ -484,7 +484,7 @@ def test_what_cannot_guide(pipeline, guide, scale, message):
     assert (pipeline.guide, pipeline.config.guidance_scale) == (kept.unet, 1.25)
 
 
-def test_schedulers_without_betas_know_no_noise_to_compare():
+def test_guide_with_a_scheduler_without_betas_is_refused():
     pipelines = [a_guide().with_scheduler(FlowMatchEulerDiscreteScheduler(20)) for _ in range(2)]
     with pytest.raises(ValueError, match="with the same noise at each timestep"):
         pipelines[0].set_guide(pipelines[1], 1.5)
@@ -518,12 +518,12 @@ def test_bad_input(pipeline, arguments, message):
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw", None])
-def test_pipeline_says_which_weights_it_holds(pipeline, tmp_path, weights):
+def test_pipeline_records_the_origin_of_its_weights(pipeline, tmp_path, weights):
     DDPMFacesPipeline(pipeline.unet, pipeline.scheduler, weights=weights).save_pretrained(tmp_path)
     assert DDPMFacesPipeline.from_pretrained(tmp_path).config.weights == weights
 
 
-# Several calls, several owners
+# Concurrent calls and shared networks
 
 
 @pytest.mark.parametrize("make_scheduler", [lambda scheduler: scheduler, fast_solver], ids=["ddpm", "fast_solver"])
@@ -551,10 +551,10 @@ def test_threads_that_share_a_pipeline_get_the_images_of_their_seeds(pipeline, m
     assert vars(pipeline.scheduler) == before
 
 
-def test_sampling_from_a_network_in_training_mode_leaves_it_as_it_was():
+def test_sampling_from_a_network_in_training_mode_restores_the_mode():
     unet = tiny_unet(block_types=("conv",)).train()
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in unet.modules())
-    unet.conv_in.eval()  # as a frozen part may be
+    unet.conv_in.eval()  # like a frozen part
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     pipeline = quiet(DDPMFacesPipeline(unet, DDPMFacesScheduler(num_train_timesteps=20)))
     together = pipeline(3, 5, generators(0, 1, 2), output_type="pt").images
@@ -566,8 +566,8 @@ def test_sampling_from_a_network_in_training_mode_leaves_it_as_it_was():
     torch.testing.assert_close(dict(unet.state_dict()), before, rtol=0, atol=0)
 
 
-def test_the_last_of_several_calls_puts_a_network_back(pipeline):
-    """Between its steps, the first call waits for the second to end."""
+def test_the_last_of_several_calls_restores_training_mode(pipeline):
+    """The first call waits between its steps for the second one to end."""
     pipeline.unet.train()
     seen, first_runs, second_is_done = [], threading.Event(), threading.Event()
 
@@ -586,7 +586,7 @@ def test_the_last_of_several_calls_puts_a_network_back(pipeline):
     assert all(module.training for module in pipeline.unet.modules())
 
 
-def test_training_mode_comes_back_after_an_error(pipeline):
+def test_training_mode_is_restored_after_an_error(pipeline):
     def fail(*_):
         raise RuntimeError("stop")
 
@@ -614,10 +614,10 @@ def test_from_pipe(pipeline, with_guide):
 
 @pytest.fixture(scope="module")
 def saved_by_287d241(tmp_path_factory) -> Path:
-    """Pipelines `alone` and `guided` as commit 287d241 saved them, and the images that they generated there.
+    """Pipelines `alone` and `guided` as commit 287d241 saved them, with the images that they generated there.
 
-    Of 20 v-prediction timesteps on the cosine schedule, seeds 0 and 1: conv blocks alone, and resnet blocks with
-    attention, a guide and a guidance scale of 1.5.
+    Both use v-prediction, 20 timesteps of the cosine schedule, and seeds 0 and 1. `alone` has conv blocks. `guided`
+    has resnet blocks with attention, and a guide with a scale of 1.5.
     """
     folder = tmp_path_factory.mktemp("saved")
     with tarfile.open(Path(__file__).parent / "fixtures" / "saved_by_287d241.tar.xz") as archive:
@@ -638,7 +638,7 @@ def test_an_earlier_folder_loads_with_the_package(saved_by_287d241, name, weight
 
 @pytest.mark.parametrize("name", ["alone", "guided"])
 def test_an_earlier_folder_loads_without_the_package(saved_by_287d241, tmp_path, name):
-    """By diffusers alone, which runs the code in the folder."""
+    """diffusers alone runs the code in the folder."""
     script = (
         "import sys, torch\n"
         "sys.modules['ddpm_faces'] = None\n"
@@ -654,7 +654,7 @@ def test_an_earlier_folder_loads_without_the_package(saved_by_287d241, tmp_path,
     torch.testing.assert_close(load_file(images), expected, atol=1e-5, rtol=0)
 
 
-# A folder that is saved into twice
+# Saving twice to the same folder
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -673,7 +673,7 @@ def test_a_folder_holds_what_was_saved_last(pipeline, tmp_path, variant, sizes):
     assert not list(tmp_path.rglob(".unfinished-*"))
 
 
-def test_variants_stand_side_by_side(pipeline, tmp_path):
+def test_variants_can_share_a_folder(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path, max_shard_size="5KB")
     pipeline.save_pretrained(tmp_path, variant="fp16")
     pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="5KB")

@@ -18,7 +18,7 @@ def test_grid_is_in_reading_order():
     assert grid.shape == (2 * 6 + 1, 3 * 8 + 2)
     assert grid[[0, 0, 0, 7, 7], [0, 9, 18, 0, 9]].tolist() == [10, 20, 30, 40, 50]
     assert (grid[6] == 255).all()  # the gap
-    assert (grid[7:, 18:] == 255).all()  # no sixth picture
+    assert (grid[7:, 18:] == 255).all()  # no sixth image
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (4, 2), (5, 3), (16, 4)])
@@ -62,7 +62,7 @@ def test_grids_side_by_side_under_their_names():
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
-def test_loss_curve_is_drawn_whatever_backend_a_notebook_names(tmp_path, backend):
+def test_loss_curve_does_not_depend_on_the_backend_of_a_notebook(tmp_path, backend):
     code = f"from ddpm_faces.plots import loss_curve; loss_curve([1, 2], [1.0, 0.5], {str(tmp_path / 'curve.png')!r})"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "MPLBACKEND": backend})
     with Image.open(tmp_path / "curve.png") as image:

@@ -20,7 +20,7 @@ def handlers():
 
 
 class Clock:
-    """A clock that tests set."""
+    """A clock that the test sets."""
 
     def __init__(self, monkeypatch):
         self.now = 1000.0
@@ -70,7 +70,7 @@ def test_no_limit(clock):
     assert preemption.reason() is None
 
 
-def test_handlers_come_back():
+def test_handlers_are_restored():
     before = {name: signal.getsignal(getattr(signal, name)) for name in NAMES}
     preemption = Preemption()
     assert signal.getsignal(signal.SIGTERM) != before["SIGTERM"]

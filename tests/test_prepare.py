@@ -20,7 +20,7 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
-def test_what_load_dataset_and_training_read_back(pictures, tmp_path):
+def test_load_dataset_and_training_read_the_same_images(pictures, tmp_path):
     where = prepare(
         str(pictures), tmp_path / "set", resolution=16, label_column="folder", num_test_images=2, license="mit",
         cache_dir=str(tmp_path / "cache"),
@@ -44,7 +44,7 @@ def test_what_load_dataset_and_training_read_back(pictures, tmp_path):
     assert "A camera" not in "".join(p.read_bytes().decode("latin1") for p in (tmp_path / "set" / "data").iterdir())
 
 
-def test_many_pictures_make_many_shards(tmp_path, monkeypatch):
+def test_many_images_make_many_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("ddpm_faces.data.preparation._MANY_IMAGES", 8)
     (tmp_path / "p").mkdir()
     for i in range(9):

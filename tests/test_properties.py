@@ -1,4 +1,4 @@
-"""Properties that hold for all numbers, and not only for those that somebody thought of."""
+"""Properties that hold for all values, tested with random ones."""
 
 from itertools import islice
 
@@ -23,7 +23,7 @@ seeds = st.integers(0, 2**32)
 
 @st.composite
 def schedules(draw):
-    """A number of timesteps, and a number of sampling steps that it allows."""
+    """A number of timesteps, and a valid number of sampling steps."""
     num_train_timesteps = draw(st.integers(1, 2000))
     return num_train_timesteps, draw(st.integers(1, num_train_timesteps))
 
@@ -42,19 +42,19 @@ def test_timesteps_descend_within_range_and_equal_diffusers(schedule, timestep_s
     assert num_train_timesteps > timesteps[0]
     assert timesteps[-1] >= 0
     assert all(after < before for before, after in zip(timesteps[:-1], timesteps[1:], strict=True))
-    # The "trailing" timesteps of diffusers run past the end now and then.
+    # The "trailing" timesteps of diffusers sometimes run past the end.
     assert timesteps == [t for t in theirs.timesteps.tolist() if t >= 0]
 
 
 @st.composite
 def layouts(draw):
-    """Processes, images of a step on each of them, and images of a micro-batch."""
+    """The number of processes, of images per step on each, and of images per micro-batch."""
     num_processes, per_process = draw(st.integers(1, 9)), draw(st.integers(1, 12))
     return num_processes, per_process, draw(st.integers(1, per_process + 3))
 
 
 def step(seed: int, images_seen: int, batch_size: int, share: slice) -> Batch:
-    """One process's share of a step. The pixel of an image says which place in the batch it has."""
+    """One process's share of a step. The pixel of an image is its position in the batch."""
     images = torch.arange(batch_size).view(-1, 1, 1, 1)[share]
     names = [str(place) for place in range(batch_size)][share]
     draws = draw_step(seed, images_seen, batch_size, share, 300, (1, 1, 1))
@@ -63,7 +63,7 @@ def step(seed: int, images_seen: int, batch_size: int, share: slice) -> Batch:
 
 @a_few
 @given(layouts(), seeds)
-def test_processes_and_micro_batches_meet_each_image_once_with_its_own_draws(layout, seed):
+def test_each_image_is_used_once_with_its_own_draws_in_every_layout(layout, seed):
     num_processes, per_process, micro_batch_size = layout
     batch_size = num_processes * per_process
     shares = [share_of(batch_size, process, num_processes) for process in range(num_processes)]
@@ -84,14 +84,14 @@ def test_processes_and_micro_batches_meet_each_image_once_with_its_own_draws(lay
 
 @st.composite
 def interrupted_runs(draw):
-    """Images, the batch size, the number of steps, and the steps after which the run is stopped and resumed."""
+    """The number of images, the batch size, the number of steps, and the steps after which the run is resumed."""
     batch_size = draw(st.integers(1, 8))
     num_steps = draw(st.integers(1, 20))
     return draw(st.integers(batch_size, 40)), batch_size, num_steps, draw(st.sets(st.integers(0, num_steps)))
 
 
 def train(num_images: int, batch_size: int, seed: int, first: int, last: int) -> list[list]:
-    """The images of some steps, with their timesteps and noise: all that a step learns from."""
+    """Return the images of some steps with their timesteps and noise, which determine the training."""
     dataset = FaceDataset(torch.arange(num_images, dtype=torch.uint8).view(-1, 1, 1, 1))
     batches = FaceBatches(dataset, batch_size, slice(0, batch_size), seed)
     batches.images_seen = first * batch_size
@@ -99,13 +99,13 @@ def train(num_images: int, batch_size: int, seed: int, first: int, last: int) ->
     for number, batch in enumerate(islice(batches.batches(), last - first), start=first):
         draws = draw_step(seed, number * batch_size, batch_size, slice(0, batch_size), 300, (1, 1, 1))
         steps.append([batch["names"], batch["images"].tolist(), draws.timesteps.tolist(), draws.noise.tolist()])
-        assert batches.images_seen == (number + 1) * batch_size  # what a checkpoint remembers
+        assert batches.images_seen == (number + 1) * batch_size  # the state in a checkpoint
     return steps
 
 
 @a_few
 @given(interrupted_runs(), seeds)
-def test_run_that_is_resumed_anywhere_meets_the_images_and_draws_of_one_that_never_stopped(run, seed):
+def test_resumed_run_uses_the_images_and_draws_of_an_uninterrupted_one(run, seed):
     num_images, batch_size, num_steps, stops = run
     whole = train(num_images, batch_size, seed, 0, num_steps)
     marks = sorted({0, num_steps, *stops})

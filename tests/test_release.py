@@ -1,4 +1,4 @@
-"""What a release consists of: one version in all places that state it, a wheel and a source distribution."""
+"""Releases: one version everywhere, a wheel and a source distribution."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def test_citation_and_changelog_state_the_version_of_the_package():
     assert headings[:2] == ["Unreleased", f"{citation['version']} - {citation['date-released']}"]
 
 
-# The workflows. GitHub runs them, so what can be checked here is that they name what exists.
+# The workflows. Only GitHub can run them, so these tests check that the names in them exist.
 
 
 WORKFLOWS = {path.name: path.read_text() for path in (ROOT / ".github" / "workflows").iterdir()}
@@ -43,7 +43,7 @@ def test_workflow_names_targets_and_files_that_exist(name):
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_workflow_may_only_read_unless_a_job_says_more(name):
+def test_workflows_are_read_only_unless_a_job_needs_more(name):
     workflow = yaml.safe_load(WORKFLOWS[name])
     assert workflow["permissions"] == {"contents": "read"}
     for job in workflow["jobs"].values():
@@ -60,12 +60,12 @@ def test_each_python_version_that_is_declared_is_tested():
     assert project["requires-python"] == f">={declared[0]}"
 
 
-# What is built. The tests that build are slow; they share one build, and so one process.
+# Wheel and source distribution. These slow tests share one build, and therefore one process.
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A folder with the source distribution, and the wheel that was built from it."""
+    """A folder with the source distribution and the wheel built from it."""
     folder = tmp_path_factory.mktemp("built")
     build(ROOT, folder)
     return folder
@@ -76,7 +76,7 @@ def build(source: Path, folder: Path, *arguments: str) -> None:
 
 
 def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> str:
-    """Run a command that does not see this checkout, and return all that it printed."""
+    """Run a command without access to this clone, and return its output."""
     inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -85,7 +85,7 @@ def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> st
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory) -> Path:
-    """A new environment with the wheel. It borrows the dependencies of this one, but not its ddpm-faces."""
+    """A new environment with the wheel. It shares the dependencies of this one, but not its ddpm-faces."""
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder, with_pip=False)
     (wheel,) = built.glob("*.whl")
@@ -99,7 +99,7 @@ def installed(built, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("release")
-def test_wheel_from_the_source_distribution_is_that_from_the_repository(built, tmp_path):
+def test_wheels_from_source_distribution_and_repository_are_equal(built, tmp_path):
     build(ROOT, tmp_path, "--wheel")
     (from_repository,), (from_source_distribution,) = tmp_path.glob("*.whl"), built.glob("*.whl")
     assert from_repository.read_bytes() == from_source_distribution.read_bytes()
@@ -107,7 +107,7 @@ def test_wheel_from_the_source_distribution_is_that_from_the_repository(built, t
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("release")
-def test_source_distribution_holds_its_tests_and_what_they_need(built, tmp_path):
+def test_source_distribution_contains_its_tests_and_their_data(built, tmp_path):
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path, filter="data")
@@ -124,7 +124,7 @@ def test_source_distribution_holds_its_tests_and_what_they_need(built, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("release")
-def test_installed_wheel_runs_and_holds_what_the_command_needs(installed, tmp_path):
+def test_installed_wheel_runs(installed, tmp_path):
     python = installed / "bin" / "python"
     home = Path(run(python, "-c", "import ddpm_faces; print(ddpm_faces.__file__)", cwd=tmp_path).strip()).parent
     assert home.is_relative_to(installed)

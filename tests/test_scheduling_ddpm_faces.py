@@ -1,4 +1,4 @@
-"""Tests of the scheduler: against diffusers, the article's formulas, and data whose diffusion is known exactly."""
+"""The scheduler is compared with diffusers, the article's formulas, and data with exact solutions."""
 
 import inspect
 import math
@@ -23,11 +23,11 @@ EXTRA_PACKAGES = {"LMSDiscreteScheduler": "scipy", "DPMSolverSDEScheduler": "tor
 SPACINGS = ("linspace", "leading", "trailing")
 LEARNED = ("learned", "learned_range")
 
-# The article's schedule in float64, as the formulas below are.
+# The article's schedule in float64, like the formulas below.
 BETAS = torch.linspace(0.0001, 0.02, 300, dtype=torch.float64)
 ALPHAS_BAR = (1 - BETAS).cumprod(dim=0)
 
-# diffusers' schedulers hand torch tensors to numpy 1 protocols.
+# diffusers' schedulers use numpy 1 protocols on torch tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
 
@@ -45,7 +45,7 @@ def karras_scheduler(name):
 
 
 def random_step_inputs(variance_type="fixed_small", shape=(2, 3, 4, 4), dtype=torch.float32):
-    """A prediction and an x_t, large enough that clipping and thresholding have something to do."""
+    """A prediction and an x_t, large enough for clipping and thresholding to have an effect."""
     prediction, sample, variance = torch.randn((3, *shape), generator=seed(1), dtype=torch.float64)
     if variance_type in LEARNED:
         prediction = torch.cat([prediction, variance.abs() / 2], dim=1)
@@ -92,7 +92,7 @@ def test_equals_diffusers_at_every_timestep(options, num_train_timesteps):
     torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5, atol=1e-12)
     assert len(ours) == num_train_timesteps
     assert ours.timesteps.tolist() == theirs.timesteps.tolist()
-    assert_same_steps(ours, theirs, ours.timesteps)  # as it stands before any set_timesteps
+    assert_same_steps(ours, theirs, ours.timesteps)  # before any call of set_timesteps
 
     t = torch.arange(num_train_timesteps)
     original, noise = torch.randn((2, num_train_timesteps, 1, 2, 2), generator=seed())
@@ -109,7 +109,7 @@ def test_timesteps_equal_diffusers_for_every_number_of_steps(timestep_spacing, n
     for n in range(1, num_train_timesteps + 1):
         ours.set_timesteps(n)
         theirs.set_timesteps(n)
-        # diffusers' "trailing" rounds past the end at times (7 of 300: 299, 256, ..., 42, -1), and there is no t = -1.
+        # diffusers' "trailing" sometimes rounds past the end (7 of 300: 299, 256, ..., 42, -1) to an invalid t.
         assert ours.timesteps.tolist() == [t for t in theirs.timesteps.tolist() if t >= 0], f"{n} steps"
         assert len(ours.timesteps) == ours.num_inference_steps == n
 
@@ -133,7 +133,7 @@ def test_given_and_shifted_timesteps_equal_diffusers():
         assert_same_steps(ours, theirs, ours.timesteps)
 
 
-def test_previous_timestep_is_of_the_kind_that_is_asked():
+def test_previous_timestep_has_the_type_of_its_argument():
     ours, theirs = DDPMFacesScheduler(num_train_timesteps=20), DDPMScheduler(num_train_timesteps=20)
     ours.set_timesteps(5)
     theirs.set_timesteps(5)
@@ -152,7 +152,7 @@ def test_trained_betas_equal_diffusers():
     ours, theirs = DDPMFacesScheduler(**config), DDPMScheduler(**config)
     assert torch.equal(ours.betas, theirs.betas)
     assert_same_steps(ours, theirs, ours.timesteps)
-    # The portable way to carry a schedule that other schedulers do not know, pure noise at the end included.
+    # `trained_betas` carry a schedule that other schedulers do not know, even one that ends in pure noise.
     zero_snr = DDPMFacesScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert zero_snr.alphas_cumprod[-1] == 0
     written_out = DDPMFacesScheduler(prediction_type="v_prediction", trained_betas=zero_snr.betas.tolist())
@@ -170,7 +170,7 @@ def test_unlike_diffusers_fixed_large_log_is_a_variance():
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_large", "learned"])
-def test_unlike_diffusers_the_finished_picture_gets_no_noise(variance_type):
+def test_unlike_diffusers_the_last_step_adds_no_noise(variance_type):
     config = {"num_train_timesteps": 300, "timestep_spacing": "trailing", "variance_type": variance_type}
     ours, theirs = DDPMFacesScheduler(**config), DDPMScheduler(**config)
     ours.set_timesteps(10)
@@ -202,7 +202,7 @@ def test_article_terms():
         "posterior_variance": BETAS * (1 - alphas_bar_prev) / (1 - ALPHAS_BAR),
     }
     for name, values in expected.items():
-        # 1 - alpha_bar_t is about 1e-4 at the first timesteps, where float32 keeps three digits of it.
+        # 1 - alpha_bar_t is about 1e-4 at the first timesteps, where float32 keeps three digits.
         rtol = 1e-3 if name in ("sqrt_one_minus_alphas_cumprod", "posterior_variance") else 1e-5
         got = getattr(ours, name)
         assert got.dtype == torch.float32
@@ -240,7 +240,7 @@ def test_article_forward_diffuse_process_for_a_batch():
         torch.testing.assert_close(ours.add_noise(x_0, noise, single)[2].double(), expected[2], rtol=0, atol=1e-5)
 
 
-# 3. Pixels of N(MEAN, STD^2), whose best possible network and whose samples' distribution are known exactly
+# 3. Pixels of N(MEAN, STD^2), for which the optimal network and the distribution of samples are known exactly
 
 
 MEAN, STD = 0.3, 0.2
@@ -260,7 +260,7 @@ def best_prediction(x, alpha_bar, prediction_type="epsilon"):
 
 
 def exact_moments(timesteps, variance_type="fixed_small"):
-    """Mean and deviation of samples drawn with the best network: DDPM eq. 11, linear in x_t, applied to moments."""
+    """Mean and standard deviation of samples from the optimal network, by DDPM eq. 11, which is linear in x_t."""
     alphas_bar = ALPHAS_BAR.tolist()
     mean, variance = 0.0, 1.0
     for t, prev_t in zip(timesteps, [*timesteps[1:], None], strict=True):
@@ -304,14 +304,14 @@ def test_objective_of_the_best_network_is_the_known_minimum(prediction_type):
         alpha_bar = ALPHAS_BAR[timesteps].float().view(-1, 1, 1, 1)
         return SimpleNamespace(sample=best_prediction(noisy_samples, alpha_bar, prediction_type))
 
-    # What x_t leaves unknown of x_0, as it shows in eps, x_0 and v.
+    # The remaining uncertainty of x_0 given x_t, in terms of eps, x_0 and v.
     unknown = STD**2 * (1 - ALPHAS_BAR) / (ALPHAS_BAR * STD**2 + 1 - ALPHAS_BAR)
     share = {"epsilon": ALPHAS_BAR / (1 - ALPHAS_BAR), "sample": 1, "v_prediction": 1 / (1 - ALPHAS_BAR)}
     minimum = unknown * share[prediction_type]
 
     pictures = MEAN + STD * torch.randn((30_000, 1, 4, 4), generator=seed(1))
     losses, timesteps = DDPMFacesObjective(scheduler)(best_network, pictures, generator=seed(2))
-    # At the timesteps that were drawn; and over all T, from which they are drawn uniformly.
+    # At the drawn timesteps, and as a mean over all T.
     for excess in (losses - minimum[timesteps], losses - minimum.mean()):
         assert abs(excess.mean()) <= 5 * excess.std() / len(losses) ** 0.5
     assert (timesteps.min(), timesteps.max()) == (0, 299)
@@ -331,7 +331,7 @@ def test_objective_of_the_best_network_is_the_known_minimum(prediction_type):
     ids=str,
 )
 @pytest.mark.parametrize("name", KARRAS_SCHEDULERS)
-def test_config_survives_every_scheduler_and_the_way_back(name, options, tmp_path, caplog, monkeypatch):
+def test_config_survives_conversion_to_every_scheduler_and_back(name, options, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(diffusers.utils.logging.get_logger("diffusers"), "propagate", True)
     ours = DDPMFacesScheduler(**options)
     other = karras_scheduler(name).from_config(ours.config)
@@ -342,7 +342,7 @@ def test_config_survives_every_scheduler_and_the_way_back(name, options, tmp_pat
     for scheduler in (other, loaded, back, DDPMFacesScheduler.from_pretrained(tmp_path / "ours")):
         assert scheduler.config.num_train_timesteps == len(ours)
         assert {key: scheduler.config[key] for key in CONFIG_KEYS} == {key: ours.config[key] for key in CONFIG_KEYS}
-        if name != "EDMEulerScheduler" or scheduler is back:  # has noise levels of its own
+        if name != "EDMEulerScheduler" or scheduler is back:  # uses its own noise levels
             assert torch.equal(scheduler.betas, ours.betas)
     if name != "EDMEulerScheduler":
         assert "not expected" not in caplog.text
@@ -365,12 +365,12 @@ def test_compatibles_are_named():
 
 
 class GaussianUNet(ModelMixin, ConfigMixin):
-    """The best network for pixels of N(MEAN, STD^2); between two timesteps log(sigma) is linear."""
+    """The optimal network for pixels of N(MEAN, STD^2). Between two timesteps, log(sigma) is linear."""
 
     @register_to_config
     def __init__(self, sample_size=64, in_channels=1, out_channels=1):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))  # a model without one has no dtype
+        self.weight = torch.nn.Parameter(torch.zeros(()))  # a model without parameters has no dtype
         self.log_sigmas = (1 / ALPHAS_BAR - 1).log() / 2
 
     def forward(self, sample, timestep):
@@ -387,7 +387,7 @@ def gaussian_pipeline(scheduler):
 
 
 def exact_flow_moments(t):
-    """Mean and deviation when N(0, 1) at t follows the probability flow down to x_0, as solvers without noise do."""
+    """Mean and standard deviation after N(0, 1) at t follows the probability flow to x_0, as in ODE solvers."""
     alpha_bar = float(ALPHAS_BAR[int(t)])
     std_t = (alpha_bar * STD**2 + 1 - alpha_bar) ** 0.5
     return MEAN - STD * alpha_bar**0.5 * MEAN / std_t, STD / std_t
@@ -406,14 +406,14 @@ def test_every_scheduler_samples_in_the_pipeline(name):
     torch.manual_seed(0)  # DPMSolverSDEScheduler takes no generator
     pixels = pipeline(**call).images
 
-    # 98,304 pixels: 5 standard errors are 0.003 of the mean and 0.002 of the deviation. To the latter comes what a
-    # solver of first order, or of second order with noise, misses in 50 steps.
+    # 98,304 pixels: 5 standard errors are 0.003 for the mean and 0.002 for the standard deviation. The latter also has
+    # the error of a first-order solver, or of a second-order one with noise, in 50 steps.
     if name in ("DDPMFacesScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler"):
         (mean, std), tolerance = exact_moments(list(range(294, -1, -6))), 0.0025
     elif name in ("KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"):
         (mean, std), tolerance = (MEAN, STD), 0.011
     else:
-        scheduler.set_timesteps(50)  # the pipeline has set those of a copy
+        scheduler.set_timesteps(50)  # the pipeline has used a copy
         mean, std = exact_flow_moments(scheduler.timesteps[0])
         first_order = name in ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverSinglestepScheduler")
         tolerance = 0.016 if first_order else 0.005
@@ -483,7 +483,7 @@ def test_bad_input_is_named(call, message):
 
 
 UNBOUNDED = ("steps_offset", "clip_sample_range", "sample_max_value")
-# What JSON can hold, and a person or a stranger may have written into a scheduler_config.json.
+# Wrong values that a scheduler_config.json may contain.
 ODD_VALUES = [None, "x", "0", -1, 2**70, math.inf, math.nan, [], {}, [[1]], [5], [None], ["linear"], ["x"] * 300]
 
 
@@ -506,7 +506,7 @@ def test_add_noise_in_half_precision(dtype):
     nothing, noise = torch.zeros(300, 1, 2, 2), torch.ones(300, 1, 2, 2)
     got = ours.add_noise(nothing.to(dtype), noise.to(dtype), t)
     assert got.dtype == ours.get_velocity(nothing.to(dtype), noise.to(dtype), t).dtype == dtype
-    # Where 1 - alpha_bar_t is rounded to half precision, the first timesteps have no noise left.
+    # With 1 - alpha_bar_t in half precision, the first timesteps would have no noise.
     torch.testing.assert_close(got.float(), ours.add_noise(nothing, noise, t), rtol=0.01, atol=0)
 
 
@@ -522,13 +522,13 @@ def test_step_in_half_precision(options, dtype):
     for t in (299, 150, 1, 0):
         got = ours.step(prediction.to(dtype), t, sample.to(dtype), generator=seed())
         assert got.prev_sample.dtype == got.pred_original_sample.dtype == dtype
-        # randn draws other numbers in other types: compare the deterministic part.
+        # randn draws other numbers in other dtypes, so only the deterministic part is compared.
         expected = ours.step(prediction, t, sample).pred_original_sample
         torch.testing.assert_close(got.pred_original_sample.float(), expected, rtol=0.1, atol=0.1)
         assert got.prev_sample.isfinite().all()
 
 
-def test_picture_depends_on_its_own_generator_only():
+def test_image_depends_only_on_its_own_generator():
     ours = DDPMFacesScheduler()
     prediction, sample = random_step_inputs(shape=(4, 3, 4, 4))
     batch = ours.step(prediction, 200, sample, generator=[seed(i) for i in range(4)]).prev_sample

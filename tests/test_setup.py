@@ -5,7 +5,7 @@ from ddpm_faces.training import setup
 from ddpm_faces.training.setup import SetupError, locked
 
 
-def test_folder_into_which_nothing_came_goes_away(tmp_path):
+def test_empty_output_folder_is_removed(tmp_path):
     with locked(str(tmp_path / "run"), True):
         assert (tmp_path / "run" / ".lock").exists()
     assert not (tmp_path / "run").exists()
@@ -14,7 +14,7 @@ def test_folder_into_which_nothing_came_goes_away(tmp_path):
     assert (tmp_path / "run" / "checkpoint").exists()
 
 
-def test_waiting_run_makes_the_folder_anew_that_the_other_took_away(tmp_path, monkeypatch):
+def test_waiting_run_recreates_the_folder_that_the_other_removed(tmp_path, monkeypatch):
     acquire, calls = FileLock.acquire, []
 
     def vanishing(self, *args, **kwargs):
@@ -30,7 +30,7 @@ def test_waiting_run_makes_the_folder_anew_that_the_other_took_away(tmp_path, mo
         assert (tmp_path / "run" / ".lock").exists()
 
 
-def test_folder_of_a_run_that_is_still_going_on(tmp_path, monkeypatch):
+def test_folder_of_a_run_in_progress_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "LOCK_SECONDS", 0)
     with locked(str(tmp_path), True), pytest.raises(SetupError, match="is in use by another run"):
         locked(str(tmp_path), True).__enter__()

@@ -1,4 +1,4 @@
-"""Few steps, against the exact solution where there is one."""
+"""Sampling in few steps is compared with exact solutions."""
 
 import math
 
@@ -19,7 +19,7 @@ SCHEDULES = [
 
 
 @pytest.mark.parametrize("config", SCHEDULES)
-def test_timesteps_are_distinct_and_as_many_as_asked_for(config):
+def test_timesteps_are_distinct_and_of_the_requested_number(config):
     scheduler = DDPMFacesScheduler(**config)
     solver = fast_solver(scheduler)
     for num_steps in (1, 2, 10, 20, 157, len(scheduler)):
@@ -35,11 +35,11 @@ def test_timesteps_are_distinct_and_as_many_as_asked_for(config):
 
 
 @pytest.mark.parametrize("sigma_min", [None, 0.1])
-def test_all_steps_divide_the_noise_by_the_same(sigma_min):
+def test_all_steps_divide_the_noise_by_the_same_factor(sigma_min):
     solver = fast_solver(DDPMFacesScheduler(1000, beta_schedule="squaredcos_cap_v2"), sigma_min)
     solver.set_timesteps(10)
     expected = torch.logspace(math.log10(120), math.log10(sigma_min or 0.02), 10)
-    assert torch.allclose(solver.sigmas[:-1], expected, rtol=0.2)  # where there is most noise, few timesteps are near
+    assert torch.allclose(solver.sigmas[:-1], expected, rtol=0.2)  # at the highest noise levels, timesteps are sparse
     assert torch.allclose(solver.sigmas[2:-1], expected[2:], rtol=0.05)
     assert solver.sigmas[-1] == 0
 
@@ -53,7 +53,7 @@ def test_impossible_sigma_min(sigma_min):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("epsilon_scaling", [None, 1.003, 0.95])
 def test_predicted_noise_is_divided(prediction_type, epsilon_scaling):
-    """Against diffusers' solver with a network whose noise is smaller by itself, in all steps but the first."""
+    """The reference is diffusers' solver with a network that predicts less noise in all steps but the first."""
     scheduler = DDPMFacesScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type)
     solver = fast_solver(scheduler, epsilon_scaling=epsilon_scaling)
     plain = DPMSolverMultistepScheduler.from_config(scheduler.config, trained_betas=scheduler.betas.tolist())
@@ -87,7 +87,7 @@ def test_impossible_epsilon_scaling(epsilon_scaling):
 
 
 def gaussian_faces(solver, scheduler, deviation: float, num_steps: int, noise: torch.Tensor) -> torch.Tensor:
-    """Solve from `noise` with the exact prediction for data of N(0.5, deviation^2), times the deviation: x_0."""
+    """Return x_0 from `noise`, with the exact prediction for data of N(0.5, deviation^2)."""
     solver.set_timesteps(num_steps)
     x = noise.clone()
     for t in solver.timesteps:
@@ -100,7 +100,7 @@ def gaussian_faces(solver, scheduler, deviation: float, num_steps: int, noise: t
 
 
 def test_ten_steps_keep_brightness_and_detail():
-    """Fine detail has a small deviation; brightness, which all pixels share, one of tens. How much of it is lost?"""
+    """Fine detail has a small standard deviation, and brightness, which all pixels share, one of tens."""
     scheduler = DDPMFacesScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     even = DPMSolverMultistepScheduler.from_config(
         scheduler.config, timestep_spacing="trailing", trained_betas=scheduler.betas.tolist()
@@ -108,7 +108,7 @@ def test_ten_steps_keep_brightness_and_detail():
     noise = torch.linspace(-3, 3, 13, dtype=torch.float64)
 
     def gain(solver, deviation: float, num_steps: int) -> torch.Tensor:
-        """By what a deviation is multiplied: by 1 in the exact solution."""
+        """Return the factor on a standard deviation; it is 1 in the exact solution."""
         solved = gaussian_faces(solver, scheduler, deviation, num_steps, noise)
         assert abs(solved[6] - 0.5) < 0.01 * max(1, deviation)  # the mean, from a noise of 0
         return (solved[-1] - solved[0]) / (6 * deviation)
@@ -120,7 +120,7 @@ def test_ten_steps_keep_brightness_and_detail():
     assert gain(even, 0.1, 10) < 0.6  # and smooth
 
 
-def test_it_is_not_saved(pipeline, tmp_path):
+def test_fast_solver_cannot_be_saved(pipeline, tmp_path):
     pipeline = DDPMFacesPipeline(pipeline.unet, fast_solver(pipeline.scheduler))
     assert isinstance(pipeline.scheduler, FastSolver)
     with pytest.raises(ValueError, match="could not be loaded again, so nothing is saved"):
@@ -136,7 +136,7 @@ def test_more_steps_than_timesteps_are_refused(steps):
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_a_learned_variance_is_ignored(channels):
-    """In a loop of one's own, which may hand over all that the network predicts."""
+    """A user's own loop may pass the whole output of the network."""
     scheduler = DDPMFacesScheduler(num_train_timesteps=20, variance_type="learned_range")
     plain, learned = fast_solver(DDPMFacesScheduler(num_train_timesteps=20)), fast_solver(scheduler)
     x = torch.randn(2, channels, 4, 4)

@@ -16,7 +16,7 @@ from ddpm_faces.data import picture_to_tensor
 from ddpm_faces.data.stream import FaceStream
 
 
-datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or every `load_dataset` would ask the Hub to count it
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no `load_dataset` asks the Hub to count a download
 
 NUM_SHARDS, SHARD_SIZE = 4, 6
 NUM_PICTURES = NUM_SHARDS * SHARD_SIZE
@@ -24,7 +24,7 @@ FEATURES = Features({"image": datasets.Image(), "label": ClassLabel(names=["youn
 
 
 def picture(number: int) -> bytes:
-    """A picture that says in its colour which one it is."""
+    """An image whose colour is its number."""
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), (number, 0, 0)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -41,7 +41,7 @@ def parquet(
     for shard in range(num_shards):
         files.append(str(folder / f"{shard}-of-{num_shards}.parquet"))
         shard_rows = rows[shard * len(rows) // num_shards : (shard + 1) * len(rows) // num_shards]
-        # Two groups of rows, so that a place lies within a group, between two, and between two files.
+        # Two groups of rows, so that positions lie within a group, between groups, and between files.
         columns = {name: [row[name] for row in shard_rows] for name in features}
         Dataset.from_dict(columns, features).to_parquet(files[-1], batch_size=4)
     return load_dataset("parquet", data_files=files, split="train", streaming=True)
@@ -53,7 +53,7 @@ def faces(tmp_path_factory) -> datasets.IterableDataset:
 
 
 def decode(image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-    """The number of the picture in red, and something drawn in green."""
+    """Return the number of the image in red, and a random number in green."""
     pixels = picture_to_tensor(image, (4, 4)).clone()
     pixels[1] = int(rng.integers(256))
     return pixels
@@ -83,12 +83,12 @@ def assert_same(batches: list[dict[str, Any]], expected: list[dict[str, Any]]) -
         assert (batch["names"], batch["skipped"]) == (other["names"], other["skipped"])
 
 
-# What is read
+# Order and contents
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("num_processes", [1, 2, 3])  # three share four files by taking turns at the rows
-def test_each_epoch_reads_each_picture_once(faces, num_processes, num_workers):
+@pytest.mark.parametrize("num_processes", [1, 2, 3])  # three processes share four files by taking turns at the rows
+def test_each_epoch_reads_each_image_once(faces, num_processes, num_workers):
     batches = []
     for process in range(num_processes):
         stream = make_stream(faces, num_workers=num_workers, process_index=process, num_processes=num_processes)
@@ -98,7 +98,7 @@ def test_each_epoch_reads_each_picture_once(faces, num_processes, num_workers):
         assert sorted(numbers_of_epoch(epoch, batches)) == list(range(NUM_PICTURES))
 
 
-def test_batches_hold_pictures_labels_and_names(faces):
+def test_batches_contain_images_labels_and_names(faces):
     stream = make_stream(faces, label_column="label")
     for batch in first(stream, 6):
         assert batch.keys() == {"images", "labels", "names", "skipped"}
@@ -116,7 +116,7 @@ def test_orders_differ_by_epoch_and_seed(faces):
     assert_same(first(make_stream(faces), 10), batches)
     orders = [numbers_of_epoch(epoch, batches) for epoch in (0, 1)]
     orders.append(numbers_of_epoch(0, first(make_stream(faces, seed=1), 10)))
-    starts = [order[:4] for order in orders]  # a block: the files are in another order as well, and so is a block
+    starts = [order[:4] for order in orders]  # the order of the files and that within a block
     assert len({tuple(sorted(start)) for start in starts}) > 1
     assert all(start != sorted(start) for start in starts)
     assert len({tuple(order) for order in orders}) == 3
@@ -128,7 +128,7 @@ def test_one_block_shuffles_all(faces):
     assert sum(a != b for a, b in zip(shards[:-1], shards[1:], strict=True)) > 2 * NUM_SHARDS
 
 
-def test_folder_of_pictures(tmp_path):
+def test_folder_of_images(tmp_path):
     for number in range(6):
         (tmp_path / f"{number}.png").write_bytes(picture(number))
     folder = load_dataset("imagefolder", data_dir=str(tmp_path), split="train", streaming=True)
@@ -136,7 +136,7 @@ def test_folder_of_pictures(tmp_path):
     for batch in batches:
         assert sorted(numbers([batch])) == list(range(6))
         assert all(f"{number}.png" in name for number, name in zip(numbers([batch]), batch["names"], strict=True))
-    assert numbers(batches[:1]) != numbers(batches[1:])  # one source of files, in another order in each epoch
+    assert numbers(batches[:1]) != numbers(batches[1:])  # the same files, in another order in each epoch
 
 
 def test_fewer_files_than_workers_and_processes(tmp_path):
@@ -146,18 +146,18 @@ def test_fewer_files_than_workers_and_processes(tmp_path):
     assert sorted(numbers([batch for stream in streams for batch in first(stream, 1)])) == list(range(10))
 
 
-# Going on
+# Resuming
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_goes_on_exactly(faces, num_workers):
+def test_resumes_exactly(faces, num_workers):
     stream = make_stream(faces, num_workers=num_workers)
     expected, states = [], [stream.state_dict()]
     for batch in islice(stream.batches(), 14):
         expected.append(batch)
         states.append(json.loads(json.dumps(stream.state_dict())))
     assert states[13]["places"][0]["epoch"] > states[3]["places"][0]["epoch"]
-    # Within blocks, at the end of one, and over the end of an epoch; for two workers, also when the second is next.
+    # Within a block, at its end, and over the end of an epoch. With two workers, also when the second is next.
     for consumed in (0, 1, 3, 4, 5, 8, 11):
         resumed = make_stream(faces, num_workers=num_workers)
         assert resumed.load_state_dict(states[consumed]) is None
@@ -165,7 +165,7 @@ def test_goes_on_exactly(faces, num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_goes_on_exactly_after_each_batch(faces, num_workers):
+def test_resumes_exactly_after_each_batch(faces, num_workers):
     state, batches = None, []
     for _ in range(12):
         stream = make_stream(faces, num_workers=num_workers)
@@ -176,7 +176,7 @@ def test_goes_on_exactly_after_each_batch(faces, num_workers):
     assert_same(batches, first(make_stream(faces, num_workers=num_workers), 12))
 
 
-def test_goes_on_exactly_where_processes_take_turns_at_rows(faces):
+def test_resumes_exactly_where_processes_take_turns_at_rows(faces):
     def one_of_three() -> FaceStream:
         return make_stream(faces, process_index=1, num_processes=3)
 
@@ -188,12 +188,12 @@ def test_goes_on_exactly_where_processes_take_turns_at_rows(faces):
     assert_same(first(one_of_three(), 3), expected)
 
 
-def test_one_stream_goes_on_by_itself(faces):
+def test_iterating_again_continues_the_stream(faces):
     stream = make_stream(faces, num_workers=2)
     assert_same(first(stream, 3) + first(stream, 4), first(make_stream(faces, num_workers=2), 7))
 
 
-def test_no_worker_and_one_read_alike_and_the_batch_size_may_change(faces):
+def test_zero_and_one_worker_read_alike_and_the_batch_size_may_change(faces):
     stream = make_stream(faces, num_workers=1)
     first(stream, 3)
     resumed = make_stream(faces, batch_size=10)
@@ -210,7 +210,7 @@ def test_readers_of_one_stream_do_not_disturb_each_other(faces):
         next(ahead)
 
 
-def test_going_on_reads_one_block_again_and_decodes_nothing_twice():
+def test_resuming_reads_one_block_again_and_decodes_nothing_twice():
     opened, read, decoded = [], [], []
 
     def generate(shards: list[int]) -> Iterator[dict[str, Any]]:
@@ -236,7 +236,7 @@ def test_going_on_reads_one_block_again_and_decodes_nothing_twice():
     resumed = make_stream(dataset, decode=counted_decode)
     resumed.load_state_dict(stream.state_dict())
     batches = first(resumed, 1)  # of rows 8 to 11, the third block, and of 12 to 15, the fourth
-    # The file of row 8 begins with row 6: rows 6 and 7 are what datasets passes over to find it.
+    # The file of row 8 begins with row 6, so `datasets` skips rows 6 and 7.
     assert read[: 12 - 6] == rows_of_epoch[6:]
     assert len(read) == 16 - 6
     assert len(opened) == 2
@@ -253,7 +253,7 @@ def test_going_on_reads_one_block_again_and_decodes_nothing_twice():
         ({"seed": 3}, "`seed` was 0 and is 3"),
     ],
 )
-def test_begins_its_epoch_anew_where_the_split_has_changed(faces, change, message):
+def test_epoch_restarts_if_the_split_has_changed(faces, change, message):
     stream = make_stream(faces, num_workers=2)
     first(stream, 6)
     assert stream.epoch == 1
@@ -267,7 +267,7 @@ def test_begins_its_epoch_anew_where_the_split_has_changed(faces, change, messag
     assert_same(batches, first(begun, 2))
 
 
-def test_training_draws_the_same_whether_it_reads_or_not(faces):
+def test_reading_leaves_the_global_random_state_unchanged(faces):
     state = torch.get_rng_state()
     first(make_stream(faces), 2)
     assert torch.equal(torch.get_rng_state(), state)
@@ -285,12 +285,12 @@ def broken(tmp_path) -> datasets.IterableDataset:
     return parquet(tmp_path, rows)
 
 
-def test_unreadable_picture_is_named(broken):
+def test_unreadable_image_is_named(broken):
     with pytest.raises(ValueError, match=r"An image cannot be read: epoch 0, process 0, worker 0, row [357]"):
         first(make_stream(broken), 2)
 
 
-def test_unreadable_pictures_are_skipped_counted_and_named(broken):
+def test_unreadable_images_are_skipped_counted_and_named(broken):
     stream = make_stream(broken, skip_unreadable=True, batch_size=3, block_size=3)
     batches = first(stream, 3)
     state = stream.state_dict()
@@ -311,14 +311,14 @@ def test_unreadable_pictures_are_skipped_counted_and_named(broken):
     assert resumed.num_skipped == stream.num_skipped
 
 
-def test_epoch_without_readable_picture(tmp_path):
+def test_epoch_without_readable_image(tmp_path):
     rows = [{"image": {"bytes": b"junk", "path": None}, "label": 0}] * 6
     stream = make_stream(parquet(tmp_path, rows), skip_unreadable=True)
     with pytest.raises(ValueError, match="no readable image in its 6 rows of epoch 0"):
         first(stream, 1)
 
 
-def test_epoch_that_is_readable_before_the_place_only(tmp_path):
+def test_epoch_that_is_readable_only_before_the_position(tmp_path):
     rows = [row(0)] + [{"image": {"bytes": b"junk", "path": None}, "label": 0}] * 5
     arguments = {"skip_unreadable": True, "batch_size": 1, "block_size": 1}
     stream = make_stream(parquet(tmp_path, rows), **arguments)
@@ -389,7 +389,7 @@ def test_stream_without_types_is_known_by_its_first_row(as_picture: Callable):
         make_stream(dataset, image_column="caption")
 
 
-def test_other_columns_of_pictures_are_not_read(tmp_path):
+def test_other_image_columns_are_not_read(tmp_path):
     features = Features({"image": datasets.Image(), "mask": datasets.Image()})
     rows = [{"image": row(number)["image"], "mask": {"bytes": b"junk", "path": None}} for number in range(5)]
     dataset = parquet(tmp_path, rows, features=features)

@@ -1,4 +1,4 @@
-"""The oracle is `nn.BatchNorm2d` in one process, which sees the whole batch."""
+"""Synchronised BatchNorm is compared with `nn.BatchNorm2d` in one process, on the whole batch."""
 
 from datetime import timedelta
 
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm_faces.training.sync_batch_norm import SyncBatchNorm2d, convert_sync_batch_norm
 
 
-# How many samples of the batch each process has, and in what the network computes.
+# The number of samples on each process, and the dtype of the network.
 CASES = {
     "even": ((2, 2), torch.float64),
     "uneven": ((4, 1), torch.float64),
@@ -38,10 +38,10 @@ def make_batch(case: str) -> torch.Tensor:
 
 
 def step(unet: nn.Module, batch: torch.Tensor, timesteps: torch.Tensor, global_batch_size: int) -> dict:
-    """One pass forward and back; the loss is the mean over the batch of all processes."""
+    """Run a forward and a backward pass. The loss is the mean over the batch of all processes."""
     batch = batch.clone().requires_grad_()
     output = unet(batch, timesteps).sample
-    # Unlike a mean, of use for BatchNorm: no sum of its outputs is constant.
+    # Unlike a plain mean, this loss has gradients: the sum of BatchNorm's outputs is constant.
     (output**3 + output).flatten(start_dim=1).mean(dim=1).sum().div(global_batch_size).backward()
     network = getattr(unet, "module", unet)
     return {
@@ -57,7 +57,7 @@ def make_layer(momentum: float | None = 0.1, **kwargs) -> nn.BatchNorm2d:
 
 
 def make_inputs(dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Far from zero, where a variance of type E[x^2] - E[x]^2, or one in bfloat16, is noise."""
+    """Inputs far from zero, where the variance as E[x^2] - E[x]^2, or in bfloat16, would be noise."""
     return (torch.randn(6, 4, 5, 3, generator=torch.Generator().manual_seed(2)) + 100).to(dtype)
 
 
@@ -70,7 +70,7 @@ LAYERS = {
 
 
 def run_process(rank: int, num_processes: int, folder: str) -> None:
-    """What each process does: all cases for this number of processes, saved for the tests to look at."""
+    """Compute all cases for this number of processes, and save the results for the tests."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -87,7 +87,7 @@ def run_process(rank: int, num_processes: int, folder: str) -> None:
         mine = slice(first, first + shares[rank])
         unet = DistributedDataParallel(convert_sync_batch_norm(make_unet(case)))
         timesteps = torch.arange(sum(shares))
-        # DDP averages gradients over processes, so that the loss of each counts `num_processes` times.
+        # DDP averages gradients over processes, so each loss is multiplied by `num_processes`.
         results[case] = step(unet, make_batch(case)[mine], timesteps[mine], sum(shares) / num_processes)
 
     if num_processes == 2:
@@ -100,7 +100,7 @@ def run_process(rank: int, num_processes: int, folder: str) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = layer(make_inputs(torch.bfloat16)[mine])
         results["bfloat16"] = {"output": output.detach(), "buffers": layer.state_dict()}
-        if rank == 0:  # the other does not take part: an `all_reduce` would wait for it
+        if rank == 0:  # the other process does not take part, so an `all_reduce` would hang
             results["evaluation"] = {"output": layer.eval()(make_inputs(torch.float32)).detach()}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -109,8 +109,8 @@ def run_process(rank: int, num_processes: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results_of(tmp_path_factory):
-    """The results of all processes, of which each number runs once."""
-    mp.get_context("forkserver").set_forkserver_preload(["ddpm_faces.unet_ddpm_faces"])  # one import for all
+    """Return the results of all processes. Each number of processes runs once."""
+    mp.get_context("forkserver").set_forkserver_preload(["ddpm_faces.unet_ddpm_faces"])  # one import for all processes
     results = {}
 
     def run(num_processes: int) -> list[dict]:
@@ -161,12 +161,12 @@ def test_statistics_are_float32_under_bfloat16_autocast(results_of):
     results = [result["bfloat16"] for result in results_of(2)]
     output = torch.cat([result["output"] for result in results])
     assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output, expected.bfloat16(), rtol=1e-2, atol=1e-3)  # a rounding, at most
+    torch.testing.assert_close(output, expected.bfloat16(), rtol=1e-2, atol=1e-3)  # at most a rounding error
     torch.testing.assert_close(results[0]["buffers"], layer.state_dict(), rtol=1e-5, atol=0)
     assert results[0]["buffers"]["running_var"].dtype == torch.float32
 
 
-def test_evaluation_is_that_of_one_process(results_of):
+def test_evaluation_equals_one_process(results_of):
     results = results_of(2)[0]
     layer = make_layer().eval()
     layer.load_state_dict(results["bfloat16"]["buffers"])
@@ -183,6 +183,6 @@ def test_conversion_keeps_parameters_and_state():
     assert norms
     assert all(type(norm) is SyncBatchNorm2d for norm in norms)
 
-    # In one process it is the layer it was.
+    # In one process, it equals the original layer.
     batch, timesteps = make_batch("even"), torch.arange(4)
     torch.testing.assert_close(step(unet, batch, timesteps, 4), step(plain, batch, timesteps, 4), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Datasets of all the shapes that people have: the map-style reader and the stream read the same values."""
+"""Datasets in all supported layouts: the map-style reader and the stream read the same values."""
 
 import io
 import tarfile
@@ -26,7 +26,7 @@ def numbers(images: torch.Tensor) -> list[int]:
 
 
 def read(folder: Path, tmp_path: Path, **settings) -> list[int]:
-    """What the map-style reader reads, after a check that the stream reads the same."""
+    """Return the result of the map-style reader, and check that the stream reads the same."""
     name = {} if "dataset_name" in settings else {"train_data_dir": str(folder)}
     dataset = load_faces(**name, resolution=8, cache_dir=str(tmp_path / "cache"), **settings)
     stream = open_stream(**name, resolution=(8, 8), batch_size=len(dataset), **settings)
@@ -119,7 +119,7 @@ def test_images_come_before_binary_columns_and_binary_columns_that_hold_none_are
 # Folders of `save_to_disk`, and damaged ones
 
 
-def test_what_save_to_disk_writes(folder, tmp_path):
+def test_output_of_save_to_disk(folder, tmp_path):
     features = {"image": datasets.Image()}
     parts = {
         name: rows({"image": [png(k + number) for number in range(4)]}, features)
@@ -181,7 +181,7 @@ def labelled(folder: Path, feature, values: list) -> str:
         (ClassLabel(names=["a", "b"]), [0, 1, None], None, r"\(2.png\): no label"),
     ],
 )
-def test_labels_of_no_class_are_named_in_a_stream(folder, feature, values, num_class_embeds, message):
+def test_labels_outside_the_classes_are_named_in_a_stream(folder, feature, values, num_class_embeds, message):
     settings = {"label_column": "y", "num_class_embeds": num_class_embeds, "batch_size": 1}
     source = labelled(folder, feature, values)
     with pytest.raises(ValueError, match=f"An image cannot be read: .*{message}"):
@@ -200,7 +200,7 @@ def test_more_class_names_than_classes_are_refused_before_a_stream_is_read(folde
 
 @pytest.mark.parametrize("reader", ["map", "stream"])
 def test_class_labels_beyond_their_names_are_named(folder, tmp_path, reader):
-    """A file that says so: `datasets` itself refuses to write one."""
+    """The file is written by hand, because `datasets` refuses to write one."""
     features = Features({"image": datasets.Image(), "y": ClassLabel(names=["a", "b"])})
     labelled(folder, Value("int64"), [0, 1, 2, -1])
     shards = datasets.load_dataset("parquet", data_files=str(folder / "train.parquet"), streaming=reader == "stream")
@@ -216,7 +216,7 @@ def test_class_labels_beyond_their_names_are_named(folder, tmp_path, reader):
         load_faces(str(folder / "saved"), label_column="y", cache_dir=str(tmp_path / "cache"))
 
 
-def test_truth_values_are_labels_in_both_readers(folder, tmp_path):
+def test_booleans_are_labels_in_both_readers(folder, tmp_path):
     source = labelled(folder, Value("bool"), [True, False, True])
     assert load_faces(source, label_column="y", cache_dir=str(tmp_path / "cache")).labels.tolist() == [1, 0, 1]
     (batch,) = islice(open_stream(source, label_column="y", batch_size=3).batches(), 1)

@@ -1,7 +1,7 @@
-"""Training is tested by launching it: the real script, with faults from outside.
+"""Training is tested by launching the real script, with injected faults.
 
-By `accelerate launch` where that has something to do; other processes are forks of one that has imported what the
-script imports, more than ten seconds sooner.
+Tests that need `accelerate launch` use it. All other runs are forks of a process that has imported the dependencies of
+the script, which saves more than ten seconds each.
 """
 
 import io
@@ -77,7 +77,7 @@ def command(
 
 
 def environment(num_processes: int = 1, faults: dict | None = None) -> dict[str, str]:
-    # Threads that wait for work must not keep others from it: tests run side by side.
+    # Tests run side by side, so waiting threads must not block others.
     extra = {"OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true"}
     if faults is not None:
         path = [str(ROOT / "tests" / "faults"), os.environ.get("PYTHONPATH", "")]
@@ -86,9 +86,9 @@ def environment(num_processes: int = 1, faults: dict | None = None) -> dict[str,
 
 
 def train(output_dir: Path, num_processes: int = 1, faults: dict | None = None, **overrides):
-    """Launch, wait, and return what came of it."""
+    """Launch a run, wait for it, and return its result."""
     arguments, environ = command(output_dir, num_processes, **overrides), environment(num_processes, faults)
-    if arguments[1] == str(SCRIPT) and "HF_ENDPOINT" not in environ:  # which is read as the Hub's client is imported
+    if arguments[1] == str(SCRIPT) and "HF_ENDPOINT" not in environ:  # read when the Hub's client is imported
         return run_script(arguments[1:], environ, num_processes)
     return subprocess.run(arguments, env=environ, capture_output=True, text=True, start_new_session=True)
 
@@ -115,7 +115,7 @@ def read_log(output_dir: Path, key: str = "loss") -> list[dict]:
 
 
 def untimed(output_dir: Path) -> list[dict]:
-    """The log, less what depends on the clock and the machine."""
+    """Return the log without the entries that depend on the clock and the machine."""
     timed = {"images_per_second", "data_wait", "memory_gb"}
     entries = [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in entry.items() if key not in timed} for entry in entries]
@@ -131,13 +131,13 @@ def assert_equal_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor])
 
 
 def assert_close_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], rtol: float = 2e-3) -> None:
-    """To float32 rounding, of which Adam's division by tiny moments makes more."""
+    """Assert equality up to float32 rounding, which Adam's division by tiny moments amplifies."""
     for name in a:
         assert (a[name] - b[name]).float().norm() <= rtol * b[name].float().norm() + 1e-6, name
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
-    """Bit for bit: the averaged weights, the raw ones, the optimizer, and each entry of the log."""
+    """Assert that EMA, raw weights, optimizer and all log entries are bit-identical."""
     assert_equal_weights(weights(run), weights(expected))
     last = [list_checkpoints(folder)[-1] for folder in (run, expected)]
     assert last[0].name == last[1].name
@@ -152,7 +152,7 @@ def assert_same_run(run: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
-    """A run that went through without interruption; never written to."""
+    """An uninterrupted run. Tests must not write to it."""
     output_dir = tmp_path_factory.mktemp("finished") / "run"
     assert str(output_dir / "samples.png") in succeed(output_dir, launch=True)
     return output_dir
@@ -160,7 +160,7 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def parquet(tmp_path_factory) -> Path:
-    """A data set folder in four files, with classes."""
+    """A dataset folder with four files and classes."""
     folder = tmp_path_factory.mktemp("parquet") / "set"
     (folder / "data").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -179,25 +179,25 @@ def parquet(tmp_path_factory) -> Path:
     return folder
 
 
-# What a run is
+# A run and its output
 
 
-def test_what_a_run_leaves(finished):
+def test_output_of_a_run(finished):
     pipeline = DDPMFacesPipeline.from_pretrained(finished)
     assert pipeline(2).images[0].size == (16, 16)
     assert pipeline.scheduler.config.num_train_timesteps == 20
     assert pipeline.config.weights == "ema"
-    for path in finished.rglob("*.safetensors"):  # are read by whoever the umask allows to
+    for path in finished.rglob("*.safetensors"):  # have the permissions of the umask
         assert path.stat().st_mode & 0o666 == path.parent.stat().st_mode & 0o666
-    alone = DiffusionPipeline.from_pretrained(finished, trust_remote_code=True)  # by the code in the folder
+    alone = DiffusionPipeline.from_pretrained(finished, trust_remote_code=True)  # with the code in the folder
     assert alone(2).images[0].size == (16, 16)
 
     log = read_log(finished)
     assert [entry["images_seen"] for entry in log] == list(range(16, 97, 16))
-    assert [entry["epoch"] for entry in log] == [0, 0, 1, 1, 1, 2]  # five batches of eight make an epoch
+    assert [entry["epoch"] for entry in log] == [0, 0, 1, 1, 1, 2]  # an epoch has five batches of eight
     assert all(entry["images_per_second"] > 0 and np.isfinite(entry["loss"]) for entry in log)
     assert all(0 <= entry["data_wait"] < 1 and entry["memory_gb"] > 0.1 and entry["grad_norm"] > 0 for entry in log)
-    # Warm-up over the first two steps to 1e-3, then the cosine, to 0 after the last image; of each entry's last step.
+    # Warm-up to 1e-3 over two steps, then a cosine to 0 after the last image; at the last step of each entry.
     rates = [entry["learning_rate"] for entry in log]
     expected = [5e-4, *(1e-3 * (1 + np.cos(np.pi * (images - 24) / 80)) / 2 for images in range(32, 97, 16))]
     np.testing.assert_allclose(rates, expected, atol=1e-9)
@@ -205,7 +205,7 @@ def test_what_a_run_leaves(finished):
     assert list(by_bin)[:2] == ["00-01", "02-03"]
     assert len(by_bin) == 10
 
-    assert checkpoint_names(finished) == [64, 96]  # the newest two, of which the last is the best
+    assert checkpoint_names(finished) == [64, 96]  # the newest two; the last one is the best
     for name in ("samples.png", "loss_curve.png", "samples/0000000048.png"):
         assert Image.open(finished / name).size[0] > 100
     events = EventAccumulator(str(finished / "logs" / "training")).Reload()
@@ -216,7 +216,7 @@ def test_what_a_run_leaves(finished):
 
 
 def test_progress_in_the_log_of_a_job_is_short(tmp_path):
-    """Where standard error is a file, each line stays: one in ten seconds, however fast the steps are."""
+    """In a log file every update is a line, so there is one every ten seconds, for any speed."""
     lengths = {"train_batch_size": 1, "max_train_images": 300, "log_every_images": 300}
     never = {f"{what}_every_images": 0 for what in ("sample", "checkpoint", "validate")}
     result = train(tmp_path / "run", **lengths, **never, num_samples=1)
@@ -226,8 +226,8 @@ def test_progress_in_the_log_of_a_job_is_short(tmp_path):
     assert result.stderr.count("Training:") < 10 + seconds / 10
 
 
-def test_saved_weights_are_the_average(finished):
-    """Not the last ones: both lie in the checkpoint, and the average in the pipeline."""
+def test_saved_weights_are_the_ema(finished):
+    """The checkpoint contains raw and EMA weights, and the pipeline the EMA weights."""
     last = list_checkpoints(finished)[-1]
     saved = weights(finished)
     assert all(torch.equal(value, saved[name]) for name, value in load_file(last / "ema.safetensors").items())
@@ -237,7 +237,7 @@ def test_saved_weights_are_the_average(finished):
 
 @slow
 def test_ema_averages_the_statistics_of_batch_norm(tmp_path):
-    """Averaged weights with the raw weights' statistics would normalise other activations."""
+    """EMA weights with the statistics of the raw weights would normalise other activations."""
     run = tmp_path / "run"
     succeed(run, **ARTICLE)
     last = list_checkpoints(run)[-1]
@@ -249,7 +249,7 @@ def test_ema_averages_the_statistics_of_batch_norm(tmp_path):
         assert not torch.equal(saved[name], raw[name])
 
 
-def test_grid_shows_raw_and_averaged_weights(finished):
+def test_grid_shows_raw_and_ema_weights(finished):
     pictures = [np.asarray(Image.open(finished / "samples" / f"{n:010d}.png")) for n in (48, 96)]
     assert pictures[0].shape[1] > 2 * pictures[1].shape[1]
     width = pictures[1].shape[1]
@@ -257,8 +257,8 @@ def test_grid_shows_raw_and_averaged_weights(finished):
     assert (raw != averaged).any()
 
 
-def test_validation_and_samples_leave_training_alone(finished, tmp_path):
-    """Dropout draws from the global random state, so a change of that would be seen."""
+def test_validation_and_samples_do_not_affect_training(finished, tmp_path):
+    """Dropout draws from the global random state, so a change of this state would be noticed."""
     succeed(
         tmp_path / "run", sample_every_images=8, num_samples=1, validate_every_images=8, num_validation_images=4,
         report_to="none", checkpoint_every_images=16, sample_sigma_min=0.5,
@@ -269,7 +269,7 @@ def test_validation_and_samples_leave_training_alone(finished, tmp_path):
     actual = {entry["images_seen"]: entry["held_out_loss"] for entry in read_log(tmp_path / "run", "held_out_loss")}
     assert {images_seen: actual[images_seen] for images_seen in expected} == expected
 
-    # Whoever loads a checkpoint can draw its picture again.
+    # The grid can be reproduced from the checkpoint.
     checkpoint = list_checkpoints(tmp_path / "run")[-2]
     pipeline = DDPMFacesPipeline.from_pretrained(tmp_path / "run")
     pipeline.unet.load_state_dict(load_file(checkpoint / "ema.safetensors"))
@@ -283,11 +283,13 @@ def test_validation_and_samples_leave_training_alone(finished, tmp_path):
 # A guide
 
 
-def test_early_average_guides_what_comes_out(finished, tmp_path):
-    """Kept over an interruption, drawn with, saved; and nothing that is learned is changed by it."""
+def test_early_ema_becomes_the_guide(finished, tmp_path):
+    """The guide survives an interruption, is used for samples, and is saved. The training does not change."""
     run = tmp_path / "run"
     settings = {"guidance_scale": 1.5, "guide_images": 30, "checkpoints_total_limit": 9}
-    fail(run, 1, {"in_step": {"at": 24, "signal": "SIGUSR1"}}, **settings)  # before what is due after 32
+    fail(
+        run, 1, {"in_step": {"at": 24, "signal": "SIGUSR1"}}, **settings
+    )  # before the tasks that are due after 32 images
     output = fail(run, 1, {"in_step": {"at": 72}}, **settings)
     assert "The weights after 32 images are kept as the guide." in output
     assert "as the guide" not in succeed(run, **settings)
@@ -305,13 +307,13 @@ def test_early_average_guides_what_comes_out(finished, tmp_path):
     assert (summary["guide_images_seen"], summary["guidance_scale"]) == (32, 1.5)
 
 
-def test_guide_without_averages_and_of_a_run_that_no_longer_wants_one(tmp_path):
+def test_guide_without_ema_and_after_guidance_is_switched_off(tmp_path):
     run = tmp_path / "run"
     fail(run, 1, {"in_step": {"at": 72}}, guidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
     output = succeed(run, guidance_scale=1, use_ema="false", checkpoints_total_limit=9)
     assert "`guidance_scale` was 1.5 and is 1.0: the learned weights are not affected" in output
     assert DDPMFacesPipeline.from_pretrained(run).guide is None
-    # The last checkpoint has none, so none comes back; the one after 64 images has that of a quarter of the run.
+    # The last checkpoint has no guide, so none is restored. The one after 64 images has the guide of a quarter.
     output = succeed(run, guidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
     assert "Note: The run kept no guide after 24 images, and it is past that point." in output
     assert "Note: the pipeline has no guide, because the run kept none after 24 images" in output
@@ -323,7 +325,7 @@ def test_guide_without_averages_and_of_a_run_that_no_longer_wants_one(tmp_path):
     succeed(run, guidance_scale=1, use_ema="false", checkpoints_total_limit=9)
     assert not (run / "guide").exists()
     succeed(tmp_path / "last", max_train_images=96, guidance_scale=1.5, guide_images=90, use_ema="false")
-    assert DDPMFacesPipeline.from_pretrained(tmp_path / "last").guide is None  # it would be the network itself
+    assert DDPMFacesPipeline.from_pretrained(tmp_path / "last").guide is None  # it would equal the network itself
 
 
 # Exact resume
@@ -351,8 +353,8 @@ SOURCES = {
         pytest.param(2, "stream", "no", marks=slow),
     ],
 )
-def test_killed_run_goes_on_bit_for_bit(tmp_path, parquet, num_processes, source, mixed_precision):
-    """Killed within a step in the middle of an epoch, and again within a save."""
+def test_killed_run_resumes_bit_for_bit(tmp_path, parquet, num_processes, source, mixed_precision):
+    """The run is killed during a step in the middle of an epoch, and again during a save."""
     settings = {**SOURCES[source], "mixed_precision": mixed_precision}
     if source == "stream":
         settings["dataset_name"] = parquet
@@ -371,8 +373,8 @@ def test_killed_run_goes_on_bit_for_bit(tmp_path, parquet, num_processes, source
     assert_same_run(run, expected)
 
 
-# Each fault, what the run says, and the newest checkpoint that it leaves. The steps are of 8 images, checkpoints are
-# due after 48 and 96, and after 32 and 64, where the held-out loss is the best so far.
+# Each fault, the message of the run, and its newest checkpoint afterwards. Steps have 8 images. Checkpoints are due
+# after 48 and 96 images, and after 32 and 64, where the held-out loss is the best so far.
 LINEAGE = [
     ({"in_step": {"at": 0, "signal": "SIGTERM"}}, "Preempted after 8 of 96 images: received SIGTERM", 8),
     ({"in_step": {"at": 8, "signal": "SIGINT"}}, "Preempted after 16 of 96 images: received SIGINT", 16),
@@ -390,7 +392,7 @@ LINEAGE = [
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its launcher died")
 @pytest.mark.parametrize("faults", [LINEAGE[3:7] + LINEAGE[9:], pytest.param(LINEAGE, marks=slow)], ids=["six", "all"])
-def test_run_that_meets_each_fault_equals_the_one_that_met_none(finished, tmp_path, faults):
+def test_run_with_every_fault_equals_an_uninterrupted_run(finished, tmp_path, faults):
     run = tmp_path / "run"
     for fault, message, newest in faults:
         limit = {"time_limit_minutes": 60} if "age_minutes" in fault else {}
@@ -398,7 +400,7 @@ def test_run_that_meets_each_fault_equals_the_one_that_met_none(finished, tmp_pa
         assert message in output, (fault, output)
         if "Preempted" in message:
             assert f"exit status {EXIT_PREEMPTED}" in output
-        # What lost its launcher hears of it within the step, or the next.
+        # A process without its launcher receives the signal during this step or the next.
         slack = 8 if fault.get("in_step", {}).get("target") == "launcher" else 0
         assert newest <= checkpoint_names(run)[-1] <= newest + slack, fault
         assert not (run / "model_index.json").exists()
@@ -412,7 +414,7 @@ def test_run_that_meets_each_fault_equals_the_one_that_met_none(finished, tmp_pa
 
 
 @slow
-def test_full_disk_for_a_while_loses_nothing(finished, tmp_path):
+def test_temporarily_full_disk_loses_nothing(finished, tmp_path):
     run = tmp_path / "run"
     result = train(run, 1, {"disk_full": {"from": 48, "to": 96, "bytes": 20_000}})
     assert result.returncode == 0, result.stderr
@@ -423,14 +425,14 @@ def test_full_disk_for_a_while_loses_nothing(finished, tmp_path):
 
 
 def test_one_rank_killed(tmp_path):
-    """The others do not hang, and what they saved before stands."""
+    """The others do not hang, and the earlier checkpoint stays."""
     run = tmp_path / "run"
     fail(run, 2, {"in_step": {"at": 40, "rank": 1}}, launch=True)
     assert checkpoint_names(run)[-1] == 32
     assert not (run / "model_index.json").exists()
 
 
-def test_damaged_checkpoint_is_set_aside_and_the_one_before_taken(finished, tmp_path):
+def test_damaged_checkpoint_is_set_aside_and_the_previous_one_used(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     optimizer = run / "checkpoint-0000000096" / "optimizer.bin"
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
@@ -452,7 +454,7 @@ def test_ema_switched_on_in_the_middle_of_a_run(tmp_path):
 
 
 def test_training_in_a_thread_and_its_signal_handlers(tmp_path):
-    """A notebook calls `main` in a process that goes on, a server in a thread."""
+    """A notebook calls `main` in a process that continues, and a server calls it in a thread."""
     flags = command(tmp_path / "run", report_to="none")[2:]
     code = f"""
 import runpy, signal, sys, threading
@@ -472,8 +474,8 @@ thread.join()
 
 
 @pytest.mark.parametrize(("num_processes", "fault"), [(1, {}), (2, {"rank": 1})])
-def test_last_pictures_that_fail_leave_the_model(tmp_path, num_processes, fault):
-    """On one process of two, the other does not wait for it."""
+def test_failed_final_images_keep_the_model(tmp_path, num_processes, fault):
+    """If one process of two fails, the other does not wait for it."""
     output = train(tmp_path / "run", num_processes, faults={"last_grid": fault})
     assert output.returncode == 0, output.stderr
     assert "The last grid of samples could not be drawn: ZeroDivisionError" in output.stderr
@@ -507,9 +509,9 @@ def test_damaged_best_checkpoint_leaves_the_last_weights(tmp_path):
 
 
 def test_exit_codes_without_launcher(tmp_path):
-    """As `srun` starts it in examples/slurm.sh: a process for each GPU, and the code of each arrives.
+    """Runs are started as with `srun` in examples/slurm.sh: one process per GPU, each with its own exit code.
 
-    One of the two receives the signal, and both end. What is due after their last step is done when the run goes on.
+    One of the two receives the signal, and both end. The tasks due after their last step are done when the run resumes.
     """
     arguments = command(tmp_path / "run")
     arguments = [sys.executable, *arguments[arguments.index(str(SCRIPT)) :]]
@@ -531,7 +533,7 @@ def test_exit_codes_without_launcher(tmp_path):
 
 
 def test_compiled_run_ends_like_any_other(finished, tmp_path, monkeypatch):
-    # By dynamo without a compiler, which calculates as PyTorch does. Its wrapper would rename all weights.
+    # Uses dynamo without a compiler, so results equal PyTorch's. Its wrapper would rename all weights.
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     succeed(tmp_path / "run")
     assert_same_run(tmp_path / "run", finished)
@@ -542,7 +544,7 @@ def test_compiled_run_ends_like_any_other(finished, tmp_path, monkeypatch):
     [(1, 4, 1, 4), (1, 4, 2, 2), (2, 1, 1, 1), (8, 4, 1, 4), (4, 4, 2, 2), (3, 4, 1, 3), (1, 1, 2, 1)],
 )
 def test_threads_are_no_more_than_cores(monkeypatch, threads, cores, processes, expected):
-    """The launcher's are one, or as many as the machine has; between them, somebody has chosen."""
+    """The launcher sets one thread, or one per core of the machine. Any other number is the user's choice."""
     chosen = [threads]
     monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
@@ -554,7 +556,7 @@ def test_threads_are_no_more_than_cores(monkeypatch, threads, cores, processes, 
 
 
 def test_two_runs_in_one_folder(finished, tmp_path):
-    """The second is refused while the first is alive; here it is a process that holds the lock."""
+    """The second is refused while the first is alive. Here, another process holds the lock."""
     run = tmp_path / "run"
     run.mkdir()
     lock = f"lock = filelock.FileLock({str(run / '.lock')!r})"
@@ -569,7 +571,7 @@ def test_two_runs_in_one_folder(finished, tmp_path):
         holder.wait()
 
 
-# Hardware invariance
+# Independence of the layout
 
 
 INVARIANT = {"dropout": 0, "augment_probability": 0.5, "random_flip": None, "low_discrepancy_timesteps": "true"}
@@ -577,14 +579,14 @@ INVARIANT = {"dropout": 0, "augment_probability": 0.5, "random_flip": None, "low
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory) -> Path:
-    """A run without dropout, which each process draws for itself; never written to."""
+    """A run without dropout, because each process draws its own. Tests must not write to it."""
     output_dir = tmp_path_factory.mktemp("reference") / "run"
     succeed(output_dir, **INVARIANT)
     return output_dir
 
 
-def test_low_discrepancy_meets_each_tenth_of_the_timesteps(finished, reference):
-    """Sixteen images between two entries of the log: multiples of the golden ratio leave no gap of a tenth."""
+def test_low_discrepancy_covers_each_tenth_of_the_timesteps(finished, reference):
+    """A log entry has sixteen images, and multiples of the golden ratio leave no gap of a tenth."""
 
     def missed(run: Path) -> int:
         return sum(loss is None for entry in read_log(run) for loss in entry["loss_by_timestep"].values())
@@ -598,7 +600,7 @@ def test_low_discrepancy_meets_each_tenth_of_the_timesteps(finished, reference):
     [(2, None), pytest.param(1, 2, marks=slow), pytest.param(4, 1, marks=slow)],
     ids=str,
 )
-def test_layout_changes_rounding_only(tmp_path, reference, num_processes, device_batch_size):
+def test_layout_changes_only_rounding(tmp_path, reference, num_processes, device_batch_size):
     run = tmp_path / "run"
     succeed(run, num_processes, device_batch_size=device_batch_size, launch=num_processes > 1, **INVARIANT)
     assert_close_weights(weights(run), weights(reference))
@@ -613,7 +615,7 @@ def test_layout_changes_rounding_only(tmp_path, reference, num_processes, device
 
 @slow
 def test_sharded_over_processes(tmp_path, reference):
-    """FSDP: parameters, gradients, moments and averages in shares; saved, resumed, and whole in the pipeline."""
+    """FSDP shards parameters, gradients, moments and EMA. They are saved, resumed, and complete in the pipeline."""
     run = tmp_path / "run"
     settings = {**INVARIANT, "guidance_scale": 1.5}
     fail(run, 2, {"fsdp": True, "in_step": {"at": 72}}, launch_config="fsdp.yaml", **settings)
@@ -627,8 +629,8 @@ def test_sharded_over_processes(tmp_path, reference):
 
 
 @slow
-def test_batch_norm_sees_the_batch_of_all_processes(tmp_path):
-    """The article's network, which a process of half the batch would otherwise train differently."""
+def test_batch_norm_uses_the_batch_of_all_processes(tmp_path):
+    """Without this, the article's network would train differently on half of the batch."""
     one = succeed(tmp_path / "one", 1, **ARTICLE)
     succeed(tmp_path / "two", 2, **ARTICLE)
     assert_close_weights(weights(tmp_path / "two"), weights(tmp_path / "one"))
@@ -636,7 +638,7 @@ def test_batch_norm_sees_the_batch_of_all_processes(tmp_path):
 
 
 @slow
-def test_resume_with_another_layout_says_so(finished, tmp_path):
+def test_resuming_with_another_layout_prints_notes(finished, tmp_path):
     run = tmp_path / "run"
     fail(run, 1, {"in_step": {"at": 72}})
     output = succeed(run, 2, learning_rate=5e-4, num_drawn_images=44)
@@ -655,11 +657,11 @@ def test_stream_resumed_with_another_number_of_processes(tmp_path, parquet):
     assert re.search(r"begins epoch 1 anew, because `num_processes` was 2 and is 1", succeed(run, 1, **settings))
 
 
-# What is not finite
+# Non-finite values
 
 
 def test_nonfinite_steps_are_skipped_counted_and_named(tmp_path):
-    """Two of them, on one of two processes; after the second, the run has to make room and goes on."""
+    """Two steps are not finite on one of two processes. After the second, the run is preempted and resumes."""
     run = tmp_path / "run"
     faults = {"nan": {"from": 32, "to": 48, "rank": 1, "picture": 2}, "in_step": {"at": 40, "signal": "SIGTERM"}}
     assert "Preempted after 48 of 96 images" in fail(run, 2, faults)
@@ -676,8 +678,8 @@ def test_nonfinite_steps_are_skipped_counted_and_named(tmp_path):
     assert all(value.isfinite().all() for value in weights(run).values())
 
 
-def test_run_that_learns_nothing_stops(finished, tmp_path):
-    """With an article's network, whose BatchNorm statistics must not be spoilt either."""
+def test_run_stops_after_too_many_nonfinite_steps(finished, tmp_path):
+    """Uses an article network, whose BatchNorm statistics must not change either."""
     run = tmp_path / "run"
     output = fail(run, 1, {"nan": {"from": 48, "to": 1000}}, max_nonfinite_steps=3, validate_every_images=0, **ARTICLE)
     assert f"exit status {EXIT_NONFINITE}" in output
@@ -689,7 +691,7 @@ def test_run_that_learns_nothing_stops(finished, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_neither_saved_nor_published(tmp_path):
-    """An absurd learning rate makes them infinite in a step whose gradient is finite."""
+    """A huge learning rate makes them infinite in a step with a finite gradient."""
     run = tmp_path / "run"
     output = fail(run, 1, learning_rate=1e39, lr_warmup_images=0, max_nonfinite_steps=100)
     assert f"exit status {EXIT_NONFINITE}" in output
@@ -698,7 +700,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_published(tmp_path):
     assert not (run / "model_index.json").exists()
 
 
-# A disk, pictures and workers that fail
+# Failures of the disk, of images and of workers
 
 
 @pytest.fixture
@@ -712,7 +714,7 @@ def pictures(tmp_path) -> Path:
     return tmp_path / "pictures"
 
 
-def test_unreadable_pictures(pictures, tmp_path):
+def test_unreadable_images(pictures, tmp_path):
     (pictures / "cats" / "broken.png").write_bytes(b"no picture")
     settings = {"train_data_dir": pictures, "max_train_images": 16, "num_validation_images": 0, "report_to": "none"}
     output = fail(tmp_path / "run", **settings)
@@ -736,9 +738,9 @@ def test_dead_worker_is_replaced(finished, tmp_path):
 # Data
 
 
-def test_article_network_in_bf16_from_a_folder_of_pictures(pictures, tmp_path, monkeypatch):
-    """Precision comes from `accelerate launch`, and all that the article's preset switches off is off."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as `accelerate launch` sets it where --cpu is not given
+def test_article_network_in_bf16_from_a_folder_of_images(pictures, tmp_path, monkeypatch):
+    """The precision comes from `accelerate launch`, and everything that the configuration switches off is off."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as `accelerate launch` sets it without --cpu
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     output = succeed(
         tmp_path / "run", launch=True, mixed_precision="bf16", config=ROOT / "training/configs/article64.yaml",
@@ -760,7 +762,7 @@ def test_article_network_in_bf16_from_a_folder_of_pictures(pictures, tmp_path, m
 
 
 @slow
-def test_classes_random_crops_of_wide_pictures_and_augmentation(pictures, tmp_path):
+def test_classes_random_crops_of_wide_images_and_augmentation(pictures, tmp_path):
     succeed(
         tmp_path / "run", train_data_dir=pictures, label_column="folder", resolution=[16, 24], crop="random",
         in_channels=1, augment_probability=0.3, random_flip=None, max_train_images=32, num_validation_images=0,
@@ -771,9 +773,9 @@ def test_classes_random_crops_of_wide_pictures_and_augmentation(pictures, tmp_pa
     assert pipeline(2, class_labels=[0, 1]).images[0].size == (24, 16)
 
 
-# From a trained model
+# Fine-tuning
 
-# One step that changes nothing: the weights are what the run starts from.
+# One step that changes nothing, so the result shows the initial weights.
 STILL = {
     "learning_rate": 1e-30, "max_train_images": 8, "num_validation_images": 0, "checkpoint_every_images": 0,
     "report_to": "none", "num_samples": 1,
@@ -781,7 +783,7 @@ STILL = {
 
 
 def test_run_starts_from_a_trained_model(finished, pictures, tmp_path):
-    """With other pictures, of another size, with augmentations and classes, which at first say nothing."""
+    """With other images, another size, and new labels for augmentation and classes that have no effect at first."""
     output = succeed(
         tmp_path / "run", pretrained_model_name_or_path=finished, train_data_dir=pictures, resolution=[16, 24],
         label_column="folder", augment_probability=0.3, random_flip=None, dropout=0.2, **STILL,
@@ -792,14 +794,14 @@ def test_run_starts_from_a_trained_model(finished, pictures, tmp_path):
     assert_equal_weights(started, trained)
     assert not any(weight.any() for weight in new.values())
     network = dict.fromkeys(("resolution", "block_out_channels", "block_types", "norm_num_groups", "dropout"))
-    back = {**STILL, **network, "num_train_timesteps": None}  # which come from where it starts
+    back = {**STILL, **network, "num_train_timesteps": None}  # taken over from the pretrained model
     succeed(tmp_path / "back", pretrained_model_name_or_path=tmp_path / "run", **back)
     assert_equal_weights(weights(tmp_path / "back"), trained)
     pipeline = DDPMFacesPipeline.from_pretrained(tmp_path / "back")
     assert (pipeline.unet.config.sample_size, pipeline.unet.config.dropout) == ([16, 24], 0.2)
 
 
-def test_resumed_run_needs_its_pretrained_model_no_more(finished, tmp_path):
+def test_resumed_run_no_longer_needs_its_pretrained_model(finished, tmp_path):
     base = shutil.copytree(finished, tmp_path / "base")
     run = {"pretrained_model_name_or_path": base, "learning_rate": 1e-4, "block_out_channels": None}
     succeed(tmp_path / "whole", **run)
@@ -810,7 +812,7 @@ def test_resumed_run_needs_its_pretrained_model_no_more(finished, tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_trained_model_of_another_kind_is_refused(finished, tmp_path):
+def test_incompatible_pretrained_model_is_refused(finished, tmp_path):
     output = fail(
         tmp_path / "run", pretrained_model_name_or_path=finished, block_out_channels=[8, 12],
         prediction_type="epsilon", beta_schedule="linear",
@@ -826,7 +828,7 @@ def test_trained_model_of_another_kind_is_refused(finished, tmp_path):
 
 
 def test_early_stopping_keeps_the_best_weights(tmp_path):
-    """A learning rate at which the loss soon rises."""
+    """The learning rate is so high that the loss soon rises."""
     run = tmp_path / "run"
     output = succeed(
         run, early_stopping_patience=2, validate_every_images=16, learning_rate=0.3, lr_scheduler="constant",
@@ -842,8 +844,8 @@ def test_early_stopping_keeps_the_best_weights(tmp_path):
 
 
 @slow
-def test_best_checkpoint_that_cannot_be_saved_leaves_the_one_before(tmp_path):
-    """The same training twice; in the second the disk is full just when the loss is at its best."""
+def test_best_checkpoint_that_cannot_be_saved_keeps_the_previous_one(tmp_path):
+    """The same training twice; in the second run, the disk is full when the loss is at its best."""
     settings = {"early_stopping_patience": 2, "validate_every_images": 16, "learning_rate": 0.3, "max_grad_norm": 0}
     settings |= {"lr_scheduler": "constant", "max_train_images": 2000, "lr_warmup_images": 64}
     settings |= {"ema_rampup_ratio": 0.01, "sample_every_images": 0, "checkpoints_total_limit": 1}
@@ -863,7 +865,7 @@ ASSESSED = {
 }  # fmt: skip
 
 
-def test_run_stops_on_copies_with_the_weights_from_before(tmp_path):
+def test_run_stops_on_copies_with_the_last_clean_weights(tmp_path):
     run = tmp_path / "run"
     output = succeed(
         run, faults={"copies": {"from": 40}}, audit_every_images=16, stop_on_copies=True, checkpoints_total_limit=1,
@@ -882,7 +884,7 @@ def test_run_stops_on_copies_with_the_weights_from_before(tmp_path):
     assert DDPMFacesPipeline.from_pretrained(run).guide is None
 
 
-def test_clean_checkpoint_that_cannot_be_saved_leaves_the_one_before(tmp_path):
+def test_clean_checkpoint_that_cannot_be_saved_keeps_the_previous_one(tmp_path):
     output = succeed(
         tmp_path / "run", faults={"copies": {"from": 40}, "disk_full": {"from": 32, "to": 33, "bytes": 20_000}},
         audit_every_images=16, stop_on_copies=True, checkpoints_total_limit=1, **ASSESSED,
@@ -890,8 +892,8 @@ def test_clean_checkpoint_that_cannot_be_saved_leaves_the_one_before(tmp_path):
     assert "The pipeline has the weights after 16" in output
 
 
-def test_samples_are_measured_and_searched_on_the_way(tmp_path):
-    """Copies do not stop a run that was not told so; what it ends with is said of it."""
+def test_samples_are_evaluated_and_audited_during_training(tmp_path):
+    """Copies do not stop a run without `stop_on_copies`, and its metrics.json has the verdict."""
     run = tmp_path / "run"
     succeed(
         run, num_processes=2, faults={"copies": {"from": 40}}, audit_every_images=32, evaluate_every_images=32,
@@ -906,7 +908,7 @@ def test_samples_are_measured_and_searched_on_the_way(tmp_path):
     assert json.loads((run / "metrics.json").read_text())["memorisation"]["verdict"].startswith("Copies found")
 
 
-def test_too_few_pictures_to_search(pictures, tmp_path):
+def test_too_few_images_to_audit(pictures, tmp_path):
     output = fail(
         tmp_path / "run", train_data_dir=pictures, num_drawn_images=None, audit_every_images=16,
         num_validation_images=100, checkpoint_every_images=16, report_to="none",
@@ -915,10 +917,10 @@ def test_too_few_pictures_to_search(pictures, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# Bad input, and trying out
+# Bad input and dry runs
 
 
-def test_label_of_no_class_in_a_stream_is_named(parquet, tmp_path):
+def test_label_outside_the_classes_of_a_stream_is_named(parquet, tmp_path):
     settings = {**SOURCES["stream"], "num_class_embeds": 2, "dataset_name": parquet, "num_validation_images": 0}
     output = fail(tmp_path / "run", **{**settings, "validation_split": None})
     assert re.search(r"error: .*row \d+ .*label 2 is outside 0 to 1", output)
@@ -935,7 +937,7 @@ def test_bad_input_leaves_nothing(tmp_path):
 
 
 @slow
-def test_batch_that_processes_cannot_share(tmp_path):
+def test_batch_size_must_be_divisible_by_the_processes(tmp_path):
     assert "`train_batch_size` must be a multiple of the number of processes (2), got 7" in fail(
         tmp_path / "run", 2, train_batch_size=7
     )
@@ -975,7 +977,7 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub that the runs of a test know, and where they may write."""
+    """A local Hub to which the runs of a test may write."""
     with HubServer() as server:
         for name, value in server.environment(tmp_path / "home", OWNER_TOKEN).items():
             if name.startswith("HF_"):
@@ -985,7 +987,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_finished_run_is_published(hub, tmp_path):
-    """If that fails, the run is whole, and the same command publishes it."""
+    """If publishing fails, the model is complete, and the same command publishes it."""
     run = tmp_path / "my-faces"
     settings = {"push_to_hub": "true", "hub_private_repo": "true", "hub_license": "apache-2.0"}
     hub.fail("POST /api/models/owner/my-faces/commit/", status=403)
@@ -1006,7 +1008,7 @@ def test_finished_run_is_published(hub, tmp_path):
     assert str(tmp_path).encode() not in b"".join(repo.files.values())
     assert not any("checkpoint" in name or "optimizer" in name for name in repo.files)
 
-    # And another run starts from it.
+    # Another run is fine-tuned from it.
     base = {"pretrained_model_name_or_path": "owner/my-faces", "block_out_channels": None}
     succeed(tmp_path / "next", push_to_hub="true", **base, **STILL)
     assert_equal_weights(weights(tmp_path / "next"), weights(run))
@@ -1014,7 +1016,7 @@ def test_finished_run_is_published(hub, tmp_path):
 
 
 @slow
-def test_dry_run_asks_the_hub(hub, tmp_path, monkeypatch):
+def test_dry_run_checks_permission_on_the_hub(hub, tmp_path, monkeypatch):
     output = succeed(tmp_path / "run", dry_run="true", push_to_hub="true")
     assert re.search(r"Hub +owner/run, at the end; this token has write access", output)
     assert hub.repos == {}
@@ -1025,8 +1027,8 @@ def test_dry_run_asks_the_hub(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_typed_command(tmp_path, num_processes):
-    """`ddpm-faces train` does what the script does, and says what to do next."""
+def test_train_command(tmp_path, num_processes):
+    """`ddpm-faces train` does the same as the script, and prints the next commands."""
     flags = command(tmp_path / "typed", max_train_images=32)[2:]
     typed = [Path(sys.executable).with_name("ddpm-faces"), "train", "--num-processes", str(num_processes)]
     environ = {**environment(), "HF_HOME": str(tmp_path / "home")}  # without `accelerate config`
@@ -1043,7 +1045,7 @@ def test_typed_command(tmp_path, num_processes):
         torch.testing.assert_close(weights(tmp_path / "typed")[name], weight)
 
 
-def test_typed_command_hands_on_signals_and_exit_codes(tmp_path):
+def test_train_command_passes_on_signals_and_exit_codes(tmp_path):
     flags = command(tmp_path / "run", max_train_images=10**9)[2:]
     environ = {**environment(), "HF_HOME": str(tmp_path / "home"), "PYTHONUNBUFFERED": "1"}
     executable = Path(sys.executable).with_name("ddpm-faces")

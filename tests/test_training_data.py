@@ -24,7 +24,7 @@ def load(folder: str, **overrides):
     return load_training_data(TrainingConfig(**settings), ALONE)
 
 
-def test_a_tenth_at_most_is_held_out_and_never_trained_on(folder):
+def test_at_most_a_tenth_is_held_out_and_never_trained_on(folder):
     data = load(folder)
     seen = [int(images[0, 0, 0]) for images in data.batches.dataset.images]
     held_out = [int(images[0, 0, 0]) for images in data.held_out.images]
@@ -32,24 +32,24 @@ def test_a_tenth_at_most_is_held_out_and_never_trained_on(folder):
     assert sorted(seen + held_out) == list(range(30))
 
 
-def test_nothing_is_held_out_of_too_few(folder):
+def test_nothing_is_held_out_of_too_few_images(folder):
     data = load(folder, max_train_samples=9)
     assert data.held_out is None
     assert len(data.batches.dataset) == 9
 
 
-def test_held_out_faces_are_drawn_on_top():
+def test_held_out_faces_are_drawn_in_addition():
     data = load_training_data(TrainingConfig(num_drawn_images=40, num_validation_images=8, resolution=[16]), ALONE)
     assert (len(data.batches.dataset), len(data.held_out)) == (40, 8)
 
 
-def test_folder_of_pictures_has_no_splits(folder):
+def test_folder_of_images_has_no_splits(folder):
     with pytest.raises(ValueError, match="`validation_split` 'test': a folder of images has no splits"):
         load(folder, validation_split="test")
 
 
-def test_folder_that_grows_holds_out_nothing_that_was_trained_on(tmp_path):
-    """Resuming remembers how many were held out; by content, those of before stay, or give way to new images."""
+def test_growing_folder_never_holds_out_training_images(tmp_path):
+    """Resuming keeps the number of held-out images. Earlier ones stay held out or are replaced by new images."""
 
     def add(names: range) -> None:
         for name in names:
@@ -71,7 +71,7 @@ def test_folder_that_grows_holds_out_nothing_that_was_trained_on(tmp_path):
     assert not digests(after.held_out.images) & digests(before.batches.dataset.images)
 
 
-def test_duplicates_count_once_among_the_images_that_are_held_out(tmp_path):
+def test_duplicates_count_once_among_the_held_out_images(tmp_path):
     for number in range(50):
         pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         for copy in "ab":

@@ -1,4 +1,4 @@
-"""Tests of the network: the article's, the residual one, and what diffusers and torch do with either."""
+"""Tests of the network: the article's network, the residual network, and their use with diffusers and torch."""
 
 import inspect
 import json
@@ -56,7 +56,7 @@ CONFIGS = {
 
 
 def make_unet(**config):
-    """A network in which nothing is as initialised: no branch silent, no running statistics of 0 and 1."""
+    """A network without zero-initialised branches or initial running statistics."""
     torch.manual_seed(0)
     unet = DDPMFacesUNet(**{"sample_size": 16, **config})
     with torch.no_grad():
@@ -92,7 +92,7 @@ def unet(request):
     return make_unet(**CONFIGS[request.param])
 
 
-# The article's network, stated once more
+# The article's network, implemented independently
 
 
 class SimpleBlock(nn.Module):
@@ -140,7 +140,7 @@ class SimpleUnet(nn.Module):
 
 
 def article_weights(unet):
-    """The state of `unet` under the names of `SimpleUnet`."""
+    """Return the state of `unet` with the names of `SimpleUnet`."""
     renames = {
         r"^time_embedding\.0": "time",
         r"^conv_in": "first",
@@ -170,7 +170,7 @@ def test_article_network(widths, sample_size, training):
         expected = article.train(training)(inputs["sample"], inputs["timestep"])
         actual = unet.train(training)(**inputs).sample
     assert relative_error(actual, expected) < 1e-5
-    # Training moves the same running statistics by the same amount.
+    # Training changes the running statistics by the same amount.
     article_state = article.state_dict()
     for name, tensor in article_weights(unet).items():
         torch.testing.assert_close(tensor, article_state[name], rtol=1e-4, atol=1e-4)
@@ -185,11 +185,11 @@ def test_defaults_are_the_article_network():
     assert counter.get_total_flops() == pytest.approx(11.5e9, abs=0.05e9)
 
 
-# The residual network, stated once more in float64
+# The residual network, implemented independently in float64
 
 
 def residual_network(unet, sample, timestep):
-    """A network of residual blocks, from its weights: group norm, attention and time embedding by hand."""
+    """Compute a network of residual blocks from its weights, with hand-written norm, attention and time embedding."""
     config, weights = unet.config, {name: tensor.double() for name, tensor in unet.state_dict().items()}
     last = len(config.block_types)
 
@@ -260,7 +260,11 @@ def residual_network(unet, sample, timestep):
         CONFIGS["resnet"],
         CONFIGS["rgba_oblong"],
         {**CONFIGS["attention"], "num_class_embeds": None, "layers_per_block": 2},
-        {**CONFIGS["attention"], "num_class_embeds": None, "attention_head_dim": 64},  # one head, as wide as its level
+        {
+            **CONFIGS["attention"],
+            "num_class_embeds": None,
+            "attention_head_dim": 64,
+        },  # one head with the width of its level
     ],
     ids=["resnet", "attention", "mid attention", "one head"],
 )
@@ -274,7 +278,7 @@ def test_residual_network(config):
         assert relative_error(unet.double()(**inputs).sample, expected) < 1e-6  # the embedding of t stays float32
 
 
-# Its interface
+# Interface
 
 
 @torch.no_grad()
@@ -286,7 +290,7 @@ def test_output(unet):
     as_tuple = unet(**inputs, return_dict=False)
     assert isinstance(as_tuple, tuple)
     assert len(as_tuple) == 1
-    assert torch.equal(as_tuple[0], output)  # which also says: the same input twice, the same output
+    assert torch.equal(as_tuple[0], output)  # this also checks that equal inputs give equal outputs
 
 
 @torch.no_grad()
@@ -299,7 +303,7 @@ def test_timestep_forms(unet):
 
 
 @torch.no_grad()
-def test_pictures_of_a_batch_do_not_mix(unet):
+def test_images_of_a_batch_do_not_mix(unet):
     inputs = make_inputs(unet, batch_size=3)
     together = unet(**inputs).sample
     for i in range(3):
@@ -368,7 +372,7 @@ def test_in_diffusers_pipeline(name):
 
 def loss_and_gradients(unet, inputs):
     unet.zero_grad()
-    torch.manual_seed(2)  # of dropout
+    torch.manual_seed(2)  # because of dropout
     output = unet(**inputs).sample
     (output * torch.linspace(-1, 2, output.numel()).view_as(output)).sum().backward()
     return output.detach(), {name: parameter.grad for name, parameter in unet.named_parameters()}
@@ -393,7 +397,7 @@ def test_gradient_checkpointing(unet):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gradient_checkpointing_leaves_batch_norm_alone(compiled):
+def test_gradient_checkpointing_does_not_change_batch_norm(compiled):
     # The blocks run a second time in the backward pass, and BatchNorm must not count that batch twice.
     plain, checkpointed = (make_unet(**CONFIGS["article"]).train() for _ in range(2))
     checkpointed.enable_gradient_checkpointing()
@@ -408,7 +412,7 @@ def test_gradient_checkpointing_leaves_batch_norm_alone(compiled):
             torch.testing.assert_close(buffer, expected[name], msg=name)
 
 
-def test_gradient_checkpointing_takes_a_second_backward_pass():
+def test_gradient_checkpointing_supports_a_second_backward_pass():
     unet = make_unet(**CONFIGS["article"]).train()
     unet.enable_gradient_checkpointing()
     loss = unet(**make_inputs(unet)).sample.square().mean()
@@ -446,11 +450,11 @@ def test_one_batch_is_learned():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert start == pytest.approx(1, abs=0.05)  # it starts by predicting no noise
+    assert start == pytest.approx(1, abs=0.05)  # a new network predicts zero
     assert evaluate() < 0.1 * start
 
 
-# Other ways to run
+# Compilation, memory formats and precision
 
 
 @torch.no_grad()
@@ -480,7 +484,7 @@ def test_compiles_once_for_all_timesteps(kind):
         torch.testing.assert_close(
             compiled(sample, kind(timestep)).sample, unet(sample, timestep).sample, msg=f"t = {timestep}"
         )
-    assert len(graphs) <= 2  # the first number is compiled as a constant, the second as any number
+    assert len(graphs) <= 2  # the first value is compiled as a constant, the second as a variable
 
 
 @torch.no_grad()
@@ -580,7 +584,7 @@ def test_bad_sample(shape, match):
         unet(torch.zeros(shape), 0)
 
 
-def test_class_labels_missing_or_needless():
+def test_missing_and_unexpected_class_labels():
     with pytest.raises(ValueError, match="`class_labels` must be given.*`num_class_embeds` is 5"):
         make_unet(**CONFIGS["attention"])(torch.zeros(1, 3, 16, 16), 0)
     with pytest.raises(ValueError, match="`class_labels` must be None"):
@@ -594,7 +598,7 @@ def test_one_block_type_for_all_levels(block_type, tmp_path):
     listed = make_unet(**config, block_types=(block_type, block_type))
     assert list(unet.config.block_types) == [block_type, block_type]
     assert unet.state_dict().keys() == listed.state_dict().keys()
-    # What earlier versions read: one name per pair of levels.
+    # The form that earlier versions read: one name per pair of levels.
     unet.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["block_types"] == [block_type, block_type]
     assert list(DDPMFacesUNet.from_pretrained(tmp_path).config.block_types) == [block_type, block_type]
@@ -636,7 +640,7 @@ def test_bad_config(config, match):
         DDPMFacesUNet(**config)
 
 
-# What JSON can hold, and a person or a stranger may have written into a config.json.
+# Wrong values that a config.json may contain.
 ODD_VALUES = [
     None,
     True,
@@ -675,7 +679,7 @@ def test_config_of_wrong_types(name):
         ({"attention_head_dim": 6}, r"`attention_head_dim` \(6\) must divide the width of its level \(8\)"),
     ],
 )
-def test_widths_that_do_not_divide(config, match):
+def test_indivisible_widths_are_refused(config, match):
     config = {**RESNET, "block_types": ("resnet_attn",), "block_out_channels": (8, 16), **config}
     with pytest.raises(ValueError, match=match), torch.device("meta"):
         DDPMFacesUNet(**config)
@@ -700,12 +704,12 @@ def make_augment_labels(unet, batch_size=2):
 
 
 @torch.no_grad()
-def test_augment_labels_of_zero_say_nothing(augment_unet):
+def test_augment_labels_of_zero_have_no_effect(augment_unet):
     inputs = make_inputs(augment_unet)
     zeros = torch.zeros(2, augment_unet.config.augment_dim)
     plain = augment_unet(**inputs).sample
     assert torch.equal(augment_unet(**inputs, augment_labels=zeros).sample, plain)
-    # A network that was never told of augmentation computes the same from the same weights.
+    # A network without augmentation labels computes the same with the same weights.
     unet = DDPMFacesUNet.from_config({**augment_unet.config, "augment_dim": None}).eval()
     weights = augment_unet.state_dict()
     del weights["augment_embedding.weight"]
@@ -724,7 +728,7 @@ def test_augment_labels_are_added_to_the_embedding_of_time(augment_unet):
 
 
 @torch.no_grad()
-def test_each_augment_label_counts_for_its_own_picture(augment_unet):
+def test_each_augment_label_applies_only_to_its_own_image(augment_unet):
     inputs = make_inputs(augment_unet)
     plain = augment_unet(**inputs).sample
     for i in range(augment_unet.config.augment_dim):
@@ -743,7 +747,7 @@ def test_augment_labels_give_every_parameter_a_gradient(augment_unet):
 
 
 def test_augment_labels_of_zero_give_every_parameter_a_gradient(augment_unet):
-    # A gradient of 0 and not none, which DistributedDataParallel would wait for.
+    # The gradient is 0, not None: DistributedDataParallel would wait for it.
     inputs = {**make_inputs(augment_unet), "augment_labels": torch.zeros(2, augment_unet.config.augment_dim)}
     _, gradients = loss_and_gradients(augment_unet.train(), inputs)
     assert [name for name, gradient in gradients.items() if gradient is None] == []
@@ -769,7 +773,7 @@ def test_augment_labels_save_and_load(augment_unet, tmp_path):
 
 
 @torch.no_grad()
-def test_loads_what_was_saved_before_augmentation(tmp_path):
+def test_loads_networks_saved_before_augmentation(tmp_path):
     unet = make_unet(**CONFIGS["attention"], augment_dim=None)
     unet.save_pretrained(tmp_path)
     path = Path(tmp_path) / "config.json"
@@ -785,7 +789,7 @@ def test_loads_what_was_saved_before_augmentation(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_augment_labels_in_half_precision(augment_unet, dtype):
-    # The labels come in float32, whatever the weights.
+    # The labels are float32 for every dtype of the weights.
     inputs, labels = make_inputs(augment_unet), make_augment_labels(augment_unet)
     expected = augment_unet(**inputs, augment_labels=labels).sample
     inputs["sample"] = inputs["sample"].to(dtype)
@@ -804,7 +808,7 @@ def test_augment_labels_compile(augment_unet):
 
 
 @torch.no_grad()
-def test_augment_labels_leave_positions_as_they_were(augment_unet):
+def test_augment_labels_keep_the_order_of_positional_arguments(augment_unet):
     inputs = make_inputs(augment_unet)
     args = (inputs["sample"], inputs["timestep"], inputs.get("class_labels"), False)
     assert torch.equal(augment_unet(*args)[0], augment_unet(**inputs).sample)
@@ -843,4 +847,4 @@ def test_layerwise_casting_computes_in_its_compute_type(name, storage):
         unet.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
         found = unet(sample, 3, labels).sample
     assert found.dtype == torch.float32
-    assert (found - expected).abs().mean() <= 0.1 * expected.abs().mean()  # the weights are rounded, and no more
+    assert (found - expected).abs().mean() <= 0.1 * expected.abs().mean()  # only the weights are rounded

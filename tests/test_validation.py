@@ -29,7 +29,7 @@ def test_bins():
     assert timestep_bins(25)[-1] == 25
 
 
-def test_each_picture_meets_each_bin_once_with_its_own_noise(dataset, objective):
+def test_each_image_is_evaluated_once_per_bin_with_its_own_noise(dataset, objective):
     seen = []
 
     def unet(sample, timesteps, **kwargs):
@@ -42,14 +42,14 @@ def test_each_picture_meets_each_bin_once_with_its_own_noise(dataset, objective)
     for case, (noisy, timestep) in enumerate(seen):
         picture, number = divmod(case, 10)
         assert 30 * number <= timestep < 30 * (number + 1)
-        # What a network of zeros gets wrong is the noise itself.
+        # The error of a network that predicts zeros is the noise itself.
         alpha_bar = objective.scheduler.alphas_cumprod[timestep]
         noise = (noisy - alpha_bar.sqrt() * samples[picture]) / (1 - alpha_bar).sqrt()
         torch.testing.assert_close(losses[picture, number], noise.square().mean(), rtol=1e-2, atol=1e-3)
     assert len({round(loss, 6) for loss in losses.flatten().tolist()}) == 70
 
 
-def test_same_each_time_in_any_batches_and_random_state_is_untouched(dataset, objective):
+def test_losses_do_not_depend_on_batches_and_random_state_is_unchanged(dataset, objective):
     unet = tiny_unet()
     state = torch.get_rng_state()
     losses = [held_out_losses(Accelerator(cpu=True), unet, objective, dataset, size) for size in (70, 70, 3)]
@@ -60,7 +60,7 @@ def test_same_each_time_in_any_batches_and_random_state_is_untouched(dataset, ob
 
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_processes_share_the_cases(dataset, objective, num_processes):
-    """Each in turn, with what they would gather put together."""
+    """The processes run one after the other, and their results are combined."""
     unet = tiny_unet()
     expected = held_out_losses(Accelerator(cpu=True), unet, objective, dataset, 8)
     parts = []

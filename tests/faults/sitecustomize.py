@@ -1,6 +1,7 @@
-"""Faults for training/train.py, which Python imports before it where this folder is on PYTHONPATH.
+"""Faults for training/train.py. Python imports this file first if its folder is on PYTHONPATH.
 
-FAULTS holds a JSON dictionary: from the name of a fault to the images seen at which it strikes, and options.
+FAULTS contains a JSON dictionary that maps the name of a fault to the number of images seen at which it strikes, and
+to options.
 """
 
 import json
@@ -10,7 +11,7 @@ import sys
 
 
 def strike(fault: dict) -> None:
-    """Send what the fault says to this process, or to its launcher."""
+    """Send the signal of the fault to this process, or to its launcher."""
     target = {"self": os.getpid, "launcher": os.getppid}[fault.get("target", "self")]()
     os.kill(target, getattr(signal, fault.get("signal", "SIGKILL")))
 
@@ -28,7 +29,7 @@ def install(faults: dict) -> None:
     original_step = guard.NonFiniteGuard.step
 
     def step(self, grad_norm):
-        """In the middle of a step: after the gradient, before the weights."""
+        """Strike in the middle of a step: after the gradient, before the update of the weights."""
         fault = faults.get("in_step", {})
         if seen["images"] == fault.get("at") and rank == fault.get("rank", rank):
             strike(fault)
@@ -140,7 +141,7 @@ def install(faults: dict) -> None:
 
         setup.FileLock.acquire = acquire
 
-    if "fsdp" in faults:  # which accelerate starts with accelerators only
+    if "fsdp" in faults:  # accelerate starts this with accelerators only
         from accelerate.state import AcceleratorState, PartialState
         from accelerate.utils import DistributedType
 
