@@ -511,7 +511,7 @@ def test_damaged_best_checkpoint_leaves_the_last_weights(tmp_path):
 def test_exit_codes_without_launcher(tmp_path):
     """Runs are started as with `srun` in examples/slurm.sh: one process per GPU, each with its own exit code.
 
-    One of the two receives the signal, and both end. The tasks due after their last step are done when the run resumes.
+    One of the two receives the signal, and both end. The tasks due after their last step are done on resuming.
     """
     arguments = command(tmp_path / "run")
     arguments = [sys.executable, *arguments[arguments.index(str(SCRIPT)) :]]
