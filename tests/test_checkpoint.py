@@ -237,7 +237,7 @@ def test_fp16_switched_on_later_starts_with_a_new_loss_scale(saved, tmp_path):
     io.accelerator.scaler = torch.amp.GradScaler("cpu")
     _, _, notes = io.load(checkpoint_path(tmp_path, 16))
     assert notes == [
-        "The checkpoint has no loss scale because the run did not use fp16 before: the scale starts anew."
+        "The checkpoint has no loss scale because the run did not use fp16: the scale starts from its default."
     ]
     assert io.accelerator.scaler is not None
     io.save(checkpoint_path(tmp_path, 24), RunState(images_seen=24))

@@ -246,7 +246,7 @@ def test_resuming_reads_one_block_again_and_decodes_nothing_twice():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_workers": 1}, "epoch 1 anew, because `num_workers` was 2 and is 1"),
+        ({"num_workers": 1}, "epoch 1, because `num_workers` was 2 and is 1"),
         ({"num_processes": 2}, "`num_processes` was 1 and is 2"),
         ({"num_processes": 2, "process_index": 1}, "`process_index` was 0 and is 1"),
         ({"block_size": 8}, "`block_size` was 4 and is 8"),

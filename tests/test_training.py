@@ -654,7 +654,7 @@ def test_stream_resumed_with_another_number_of_processes(tmp_path, parquet):
     run = tmp_path / "run"
     settings = {**SOURCES["stream"], "dataset_name": parquet}
     fail(run, 2, {"in_step": {"at": 72}}, **settings)
-    assert re.search(r"begins epoch 1 anew, because `num_processes` was 2 and is 1", succeed(run, 1, **settings))
+    assert re.search(r"restarts epoch 1, because `num_processes` was 2 and is 1", succeed(run, 1, **settings))
 
 
 # Non-finite values

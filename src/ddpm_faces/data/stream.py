@@ -28,7 +28,7 @@ class FaceStream(IterableDataset):
 
     ```python
     stream = FaceStream(dataset, decode, batch_size=32, num_workers=4, process_index=rank, num_processes=world_size)
-    message = stream.load_state_dict(checkpoint["stream"])  # None, or the reason why the epoch begins anew
+    message = stream.load_state_dict(checkpoint["stream"])  # None, or the reason why the epoch restarts
     for batch in stream.batches(pin_memory=True):
         ...
         checkpoint["stream"] = stream.state_dict()  # of this process after this batch, not counting prefetched ones
@@ -163,7 +163,7 @@ class FaceStream(IterableDataset):
 
         Returns:
             `str`, *optional*: `None` if the batches resume exactly. If the images are now split or shuffled
-            differently, the epoch begins anew, and this is a sentence that tells why.
+            differently, the epoch restarts, and this sentence explains why.
         """
         self.num_skipped = state_dict["num_skipped"]
         changes = [
@@ -173,7 +173,7 @@ class FaceStream(IterableDataset):
         ]
         if changes:
             self.start_epoch(min(place["epoch"] for place in state_dict["places"]))
-            return f"The stream begins epoch {self.epoch} anew, because {', '.join(changes)}."
+            return f"The stream restarts epoch {self.epoch}, because {', '.join(changes)}."
         self._places = list(state_dict["places"])
         self._next_worker = state_dict["next_worker"]
         return None

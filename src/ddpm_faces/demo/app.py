@@ -312,7 +312,7 @@ def build(maker: FaceMaker) -> gr.Blocks:
     model = maker.model
     link = f"[{model}](https://huggingface.co/{model})" if "/" in model else f"`{model}`"
     with gr.Blocks(title="Generated faces", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
-        gr.Markdown(f"# Generated faces\n{link} generates these faces from noise. None of these people exist.")
+        gr.Markdown(f"# Generated faces\n{link} generates faces from noise. None of these people exist.")
         with gr.Tab("Faces"):
             faces_tab(maker)
         with gr.Tab("Walk"):
@@ -327,7 +327,7 @@ def faces_tab(maker: FaceMaker) -> None:
             shown = gr.HTML(placeholder(8, columns=4), elem_id="faces")
             file = gr.DownloadButton("Download PNG", size="sm", interactive=False)
         with gr.Column(scale=2, min_width=300):
-            seed = seed_number(42, "Seed", "Seed of the first face; each other face uses the next seed.")
+            seed = seed_number(42, "Seed", "Seed of the first face; the next faces use the next seeds.")
             num_images = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Number of faces", buttons=[])
             steps = steps_slider(maker)
             label = class_dropdown(maker, IN_TURN)

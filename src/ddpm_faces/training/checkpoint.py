@@ -284,7 +284,9 @@ class CheckpointIO:
             accelerator.load_state(str(checkpoint))
         finally:
             accelerator.scaler = scaler
-        return ["The checkpoint has no loss scale because the run did not use fp16 before: the scale starts anew."]
+        return [
+            "The checkpoint has no loss scale because the run did not use fp16: the scale starts from its default."
+        ]
 
     # EMA
 
