@@ -140,9 +140,9 @@ def test_card(server, published):
         "| training images | user/people: 40 pictures |", "| base model | user/base |",
         "| images seen | 96,000 |", "| training time | 1.5 h on 2 x NVIDIA H100 |",
         "| license of the training images | cc-by-4.0 |",
-        "| Frechet distance | 12.5 ± 0.4 | n 512, seed 0, extractor efficientnet-lite0", "EMA weights",
-        "No copies were found among 512 faces.", "seeds 5, 6, 7 and so on, in all 20 steps", "loss_curve.png",
-        'DDPMFacesPipeline.from_pretrained("owner/faces")', "## Limits and misuse",
+        "| Frechet distance | 12.5 ± 0.4 |", "number of samples 512; seed 0; extractor efficientnet-lite0",
+        "EMA weights", "No copies were found among 512 faces.", "seeds 5, 6, 7 and so on, in all 20 steps",
+        "loss_curve.png", 'DDPMFacesPipeline.from_pretrained("owner/faces")', "## Limits and misuse",
     ):  # fmt: skip
         assert text in card, text
     assert "{{" not in card
@@ -265,8 +265,8 @@ def test_guide_is_published(server, client, bare_client, published, folder, tmp_
     assert load(files[weights[1]])["conv_in.weight"].dtype == torch.bfloat16
     card = files["README.md"].decode()
     assert "| guide | DDPMFacesUNet, 0.0 M parameters, guidance scale 1.5 |" in card
-    assert "steps 20, guidance scale 1 |" in card  # of a metric that was measured without the guide
-    assert "steps 19, guidance scale 1.5 |" in card
+    assert "steps 20; guidance scale 1 |" in card  # of a metric that was measured without the guide
+    assert "steps 19; guidance scale 1.5 |" in card
     assert "seeds 0, 1, 2 and so on, in 20 steps of DPM-Solver++" in card  # the training samples had no guide
     expected = pipeline(2, generator=torch.Generator().manual_seed(0), output_type="pt").images.double()
     for code, by in (

@@ -68,7 +68,7 @@ def template_values(
         "solver_arguments": betas,
         "training": [(name, _cell(value)) for name, value in training.items() if value not in (None, {}, "")],
         "has_config": bool(config),
-        "metrics": [_metric_row(metric) for metric in entries],
+        **_metric_table(entries),
         "memorisation": metrics.get("memorisation", {}).get("verdict", _NOT_AUDITED),
     }
 
@@ -79,12 +79,30 @@ def _network(network: torch.nn.Module | None) -> str | None:
     return f"{type(network).__name__}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters"
 
 
-def _metric_row(metric: dict[str, Any]) -> dict[str, str]:
+def _metric_table(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the rows of the table of metrics, and in words what all metrics have in common."""
+    common: dict[str, Any] = {}
+    if entries:
+        shown = (k for k in entries[0] if k not in ("name", "type", "value", "error", "real_faces"))
+        common = {k: entries[0][k] for k in shown if all(entry.get(k) == entries[0][k] for entry in entries)}
+    return {"metrics": [_metric_row(entry, common) for entry in entries], "conditions": _in_words(common)}
+
+
+def _metric_row(metric: dict[str, Any], common: dict[str, Any]) -> dict[str, str]:
     error = f" ± {metric['error']:.3g}" if metric.get("error") is not None else ""
-    shown = {k: v for k, v in metric.items() if k not in ("name", "type", "value", "error")}
-    provenance = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
-    name, provenance = _cell(metric["name"]), _cell(provenance)
-    return {"name": name, "text": f"{metric['value']:.4g}{error}", "provenance": provenance}
+    real = metric.get("real_faces")
+    details = {k: v for k, v in metric.items() if k not in ("name", "type", "value", "error", "real_faces", *common)}
+    return {
+        "name": _cell(metric["name"]),
+        "text": f"{metric['value']:.4g}{error}",
+        "real_faces": "" if real is None else f"{real:.4g}",
+        "details": _in_words(details),
+    }
+
+
+def _in_words(provenance: dict[str, Any]) -> str:
+    names = {"n": "number of samples", "n_reference": "number of real images"}
+    return _cell("; ".join(f"{names.get(k, k.replace('_', ' '))} {value}" for k, value in provenance.items()))
 
 
 def _cell(value: Any) -> str:
