@@ -2,10 +2,22 @@ import os
 import shutil
 import tempfile
 
-import pytest
-import torch
-from hub_client import HubClient
-from hub_server import HubServer
+
+# The networks here are so small that a second thread only makes them slower, and threads that spin while they wait
+# take the other worker's core. Torch reads both variables on import, here and in each process that a test starts.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+# Training uses all cores that it may use, so each worker of pytest-xdist gets its share of them.
+ALL_CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+if ALL_CORES and "PYTEST_XDIST_WORKER" in os.environ:
+    number, count = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    share = sorted(ALL_CORES)[number::count]
+    os.sched_setaffinity(0, share or ALL_CORES)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hub_client import HubClient  # noqa: E402
+from hub_server import HubServer  # noqa: E402
 
 
 # The tests have their own caches, which start empty and leave nothing in the home folder.
@@ -14,12 +26,19 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="ddpm-faces-tests-")
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet  # noqa: E402
 
 
-# The networks here are so small that threads cost more than they save, above all on a busy machine.
-torch.set_num_threads(1)
-
-
 def pytest_unconfigure():
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture
+def all_cores():
+    """For a test of how cores are used."""
+    share = os.sched_getaffinity(0) if ALL_CORES else set()
+    if share:
+        os.sched_setaffinity(0, ALL_CORES)
+    yield
+    if share:
+        os.sched_setaffinity(0, share)
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +71,7 @@ def pipeline() -> DDPMFacesPipeline:
     return pipeline
 
 
-# The Hub: tests that use it share one `xdist_group`, because they share these fixtures and the published models.
+# The Hub: the tests of a worker share these fixtures and the published models.
 
 
 @pytest.fixture(scope="session")

@@ -29,11 +29,12 @@ _context.set_forkserver_preload(PRELOAD)
 
 def run_script(
     arguments: list[str], environment: dict[str, str], num_processes: int = 1
-) -> subprocess.CompletedProcess:
-    """As `subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)`.
+) -> list[subprocess.CompletedProcess]:
+    """Run a script and return the result of each process.
 
-    Libraries that read the environment when they are imported see that of the first call. Several processes get the
-    environment variables of torchrun and srun. Their output is combined, and the first failure sets the exit code.
+    It does what `subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)` does,
+    except that libraries that read the environment when they are imported see that of the first call. Several
+    processes get the environment variables of torchrun and srun.
     """
     environments = [environment]
     if num_processes > 1:
@@ -53,9 +54,10 @@ def run_script(
             process.start()
         for process in processes:
             process.join()
-        stdout, stderr = ("".join(file.read_text() for file in files) for files in zip(*outputs, strict=True))
-    failures = [process.exitcode for process in processes if process.exitcode]
-    return subprocess.CompletedProcess(arguments, failures[0] if failures else 0, stdout, stderr)
+        return [
+            subprocess.CompletedProcess(arguments, process.exitcode, stdout.read_text(), stderr.read_text())
+            for process, (stdout, stderr) in zip(processes, outputs, strict=True)
+        ]
 
 
 def _run(arguments: list[str], environment: dict[str, str], outputs: tuple[Path, Path]) -> None:

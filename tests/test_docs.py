@@ -196,7 +196,6 @@ def published(client, workplace) -> None:
     assert client.run(code, OWNER_TOKEN, model=str(workplace / "my-model")).error is None
 
 
-@pytest.mark.xdist_group("hub")
 @pytest.mark.parametrize("is_real", [pytest.param(True, marks=pytest.mark.slow), False], ids=["faces64", "stand-in"])
 @pytest.mark.parametrize("path", WITH_CODE, ids=name_of)
 def test_code_blocks_run(path, is_real, workplace, published, client, tmp_path):
@@ -230,7 +229,6 @@ SMALLER = {
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("hub")
 def test_tutorial(server, tmp_path):
     """Runs every command of the tutorial, from installation to a published model on the local Hub."""
     text = (ROOT / "docs/tutorial.md").read_text()
@@ -265,17 +263,15 @@ def test_tutorial(server, tmp_path):
         assert (work / name).is_file()
 
 
-def test_notebook(tmp_path):
+def test_notebook(client, tmp_path):
     """The code cells run from top to bottom, with the small settings of QUICK."""
     notebook = json.loads((ROOT / "examples/article.ipynb").read_text())
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
-    environment = {**os.environ, "QUICK": "1", "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT / "src")}
-    script = tmp_path / "notebook.py"
     # Plots are saved to a file instead of shown.
-    lines = ["".join(cell["source"]).replace("plt.show()", 'plt.savefig("last.png")') for cell in code]
-    script.write_text("\n".join(lines))
-    result = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "21.9% of the amplitude is left" in result.stdout  # as on the article page
+    text = "\n".join("".join(cell["source"]) for cell in code).replace("plt.show()", 'plt.savefig("last.png")')
+    settings = 'os.environ["QUICK"] = "1"\nimport matplotlib\nmatplotlib.use("agg")\n'
+    outcome = client.run(settings + PAGE, text=text, folder=str(tmp_path))
+    assert outcome.error is None, outcome.output
+    assert "21.9% of the amplitude is left" in outcome.output  # as on the article page
     assert (tmp_path / "last.png").stat().st_size > 10_000

@@ -1,14 +1,14 @@
 """Metrics are compared with values computed by hand; provenance and bad input are checked."""
 
+import functools
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import run_script
 from PIL import Image
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet, DrawnFaces
@@ -48,6 +48,7 @@ class Plain(MetricNetworks):
         self.detector = BrightPictures()
 
 
+@functools.cache
 def drawn(num_images: int, resolution: int = 16) -> torch.Tensor:
     faces = DrawnFaces(num_images, resolution=resolution)
     return torch.stack([torch.from_numpy(np.array(face["image"])).permute(2, 0, 1) for face in faces])
@@ -193,12 +194,10 @@ if PartialState().is_main_process:
 def test_processes_share_the_work(folder, tmp_path, request):
     tests = str(request.path.parent)
     (tmp_path / "script.py").write_text(SCRIPT.format(tests=tests, folder=str(folder)))
-    config = request.path.parents[1] / "training" / "accelerate" / "cpu2.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    command = [*launch, tmp_path / "script.py"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    shared = json.loads(output.splitlines()[-1])
+    first, second = run_script([str(tmp_path / "script.py")], environment, num_processes=2)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    shared = json.loads(first.stdout.splitlines()[-1])
     alone = evaluate(
         tiny(), str(folder), num_images=25, num_inference_steps=3, networks=Plain(), num_likelihood_images=5
     )

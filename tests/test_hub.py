@@ -28,7 +28,6 @@ from ddpm_faces.solvers import fast_solver
 
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("hub")  # they share a server and its repositories
 
 
 @pytest.fixture(scope="session")
@@ -70,9 +69,8 @@ def exported(folder, tmp_path_factory) -> Path:
 def published(server, client, folder):
     """`owner/faces`, published as a user does it, the private `owner/secret`, and `owner/gated`."""
     settings = {"license": "cc-by-nc-sa-4.0", "dataset_license": "cc-by-4.0"}
-    outcome = client.run(
-        "result = hub.push(folder, 'owner/faces', **settings)", OWNER_TOKEN, folder=str(folder), settings=settings
-    )
+    code = "result = hub.push(folder, 'owner/faces', **settings)"
+    outcome = client.run(code, OWNER_TOKEN, is_checked=True, folder=str(folder), settings=settings)
     assert outcome.error is None, outcome.output
     repo = server.repos["models", "owner/faces"]
     repo.tags["v1"] = repo.branches["main"]
@@ -255,7 +253,8 @@ def test_guide_is_published(server, client, bare_client, published, folder, tmp_
     metrics = json.loads((home / "metrics.json").read_text())
     metrics["metrics"].append({**metrics["metrics"][0], "steps": 19, "guidance_scale": 1.5})
     (home / "metrics.json").write_text(json.dumps(metrics))
-    outcome = client.run("result = hub.push(folder, 'owner/guided')", OWNER_TOKEN, folder=str(home))
+    code = "result = hub.push(folder, 'owner/guided')"
+    outcome = client.run(code, OWNER_TOKEN, is_checked=True, folder=str(home))
     assert outcome.error is None, outcome.output
     files = server.repos["models", "owner/guided"].files
     weights = [f"guide/diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".bf16", ".fp16")]
@@ -951,7 +950,7 @@ for parameter in pipeline.unet.parameters():
     parameter.data *= 1e20
 hub.push(pipeline, "owner/broken", variants=())
 """
-    outcome = client.run(code, OWNER_TOKEN, folder=str(folder))
+    outcome = client.run(code, OWNER_TOKEN, is_checked=True, folder=str(folder))
     assert outcome.kind == "ValueError", outcome.output
     assert outcome.error.endswith("the image is not finite")
     assert ("models", "owner/broken") not in server.repos

@@ -12,8 +12,6 @@ from hub_server import OWNER_TOKEN, STRANGER_TOKEN
 from PIL import Image
 
 
-pytestmark = pytest.mark.xdist_group("hub")
-
 PREPARE = """
 from ddpm_faces.data.preparation import prepare
 result = prepare(source, push=repo_id, resolution=16, **settings)

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 import tarfile
 import threading
 from pathlib import Path
@@ -109,19 +107,19 @@ def test_image_depends_only_on_its_generator(pipeline):
     assert not torch.allclose(together[0], together[1], atol=0.01)
 
 
-def test_same_pixels_from_a_saved_model_in_a_fresh_process(pipeline, tmp_path):
-    expected = pipeline(2, generator=generators(0, 1), output_type="np").images
-    pipeline.save_pretrained(tmp_path / "model")
-    script = (
-        "import sys, numpy, torch\n"
-        "from ddpm_faces import DDPMFacesPipeline\n"
-        "torch.set_num_threads(1)\n"  # as in this process: sums over more threads differ in the last bit
-        "pipeline = DDPMFacesPipeline.from_pretrained(sys.argv[1])\n"
-        "generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]\n"
-        "numpy.save(sys.argv[2], pipeline(2, generator=generators, output_type='np').images)\n"
-    )
-    subprocess.run([sys.executable, "-c", script, tmp_path / "model", tmp_path / "images.npy"], check=True)
-    np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), expected)
+IMAGES = """
+generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+result = pipeline(2, generator=generators, output_type="pt").images.tolist()
+"""
+WITH_THE_PACKAGE = "pipeline = DDPMFacesPipeline.from_pretrained(folder)\n" + IMAGES
+WITHOUT = "pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)\n" + IMAGES
+
+
+def test_same_pixels_from_a_saved_model_in_a_fresh_process(client, pipeline, tmp_path):
+    expected = pipeline(2, generator=generators(0, 1), output_type="pt").images
+    pipeline.save_pretrained(tmp_path)
+    outcome = client.run(WITH_THE_PACKAGE, folder=str(tmp_path))
+    assert outcome.value == expected.tolist(), outcome.output
     assert not list(tmp_path.rglob("*.bin"))
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
@@ -397,7 +395,7 @@ def test_classes_of_a_guide():
         pipeline.set_guide(a_guide(num_class_embeds=3), 1.5)
 
 
-def test_guide_is_saved_with_the_pipeline(pipeline, tmp_path):
+def test_guide_is_saved_with_the_pipeline(bare_client, pipeline, tmp_path):
     before = pipeline.to_json_string()
     pipeline.set_guide(a_guide(), guidance_scale=1.25)
     expected = pipeline(2, generator=generators(0, 1), output_type="pt").images
@@ -407,17 +405,8 @@ def test_guide_is_saved_with_the_pipeline(pipeline, tmp_path):
     loaded = quiet(DDPMFacesPipeline.from_pretrained(tmp_path))
     assert loaded.config.guidance_scale == 1.25
     assert torch.equal(loaded(2, generator=generators(0, 1), output_type="pt").images, expected)
-    script = (
-        "import sys, numpy, torch\n"
-        "sys.modules['ddpm_faces'] = None\n"  # with diffusers alone
-        "from diffusers import DiffusionPipeline\n"
-        "torch.set_num_threads(1)\n"
-        "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]\n"
-        "numpy.save(sys.argv[2], pipeline(2, generator=generators, output_type='pt').images.numpy())\n"
-    )
-    subprocess.run([sys.executable, "-c", script, tmp_path, tmp_path / "images.npy"], check=True)
-    np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), expected.numpy())
+    outcome = bare_client.run(WITHOUT, folder=str(tmp_path))
+    assert outcome.value == expected.tolist(), outcome.output
 
     loaded.set_guide(None)
     assert loaded.config.guidance_scale == 1
@@ -426,25 +415,15 @@ def test_guide_is_saved_with_the_pipeline(pipeline, tmp_path):
     assert without == json.loads(before)  # the format that earlier versions load
 
 
-def test_publishing_without_the_package_says_what_to_install(pipeline, tmp_path):
+@pytest.mark.parametrize(
+    "publish", ["pipeline.push_to_hub('user/name')", "pipeline.save_pretrained(other, push_to_hub=True)"]
+)
+def test_publishing_without_the_package_says_what_to_install(bare_client, pipeline, tmp_path, publish):
     pipeline.save_pretrained(tmp_path / "model")
-    script = (
-        "import sys\n"
-        "sys.modules['ddpm_faces'] = None\n"
-        "from diffusers import DiffusionPipeline\n"
-        "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "for publish in (\n"
-        "    lambda: pipeline.push_to_hub('user/name'),\n"
-        "    lambda: pipeline.save_pretrained(sys.argv[2], push_to_hub=True),\n"
-        "):\n"
-        "    try:\n"
-        "        publish()\n"
-        "    except ImportError as error:\n"
-        "        print(error)\n"
-    )
-    arguments = [sys.executable, "-c", script, tmp_path / "model", tmp_path / "other"]
-    told = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
-    assert told.count("Publishing needs the ddpm-faces package, which is not installed: run `pip install .`") == 2
+    paths = {"folder": str(tmp_path / "model"), "other": str(tmp_path / "other")}
+    outcome = bare_client.run(WITHOUT + publish, **paths)
+    assert outcome.kind == "ImportError", outcome.output
+    assert "Publishing needs the ddpm-faces package, which is not installed: run `pip install .`" in outcome.error
     assert not (tmp_path / "other").exists()
 
 
@@ -637,21 +616,12 @@ def test_an_earlier_folder_loads_with_the_package(saved_by_287d241, name, weight
 
 
 @pytest.mark.parametrize("name", ["alone", "guided"])
-def test_an_earlier_folder_loads_without_the_package(saved_by_287d241, tmp_path, name):
+def test_an_earlier_folder_loads_without_the_package(bare_client, saved_by_287d241, name):
     """diffusers alone runs the code in the folder."""
-    script = (
-        "import sys, torch\n"
-        "sys.modules['ddpm_faces'] = None\n"
-        "from diffusers import DiffusionPipeline\n"
-        "from safetensors.torch import save_file\n"
-        "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]\n"
-        "save_file({'images': pipeline(2, generator=generators, output_type='pt').images}, sys.argv[2])\n"
-    )
-    images = tmp_path / "images.safetensors"
-    subprocess.run([sys.executable, "-c", script, saved_by_287d241 / name, images], check=True)
-    expected = load_file(saved_by_287d241 / f"{name}.safetensors")
-    torch.testing.assert_close(load_file(images), expected, atol=1e-5, rtol=0)
+    outcome = bare_client.run(WITHOUT, folder=str(saved_by_287d241 / name))
+    assert outcome.error is None, outcome.output
+    expected = load_file(saved_by_287d241 / f"{name}.safetensors")["images"]
+    torch.testing.assert_close(torch.tensor(outcome.value), expected, atol=1e-5, rtol=0)
 
 
 # Saving twice to the same folder

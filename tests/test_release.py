@@ -98,7 +98,6 @@ def installed(built, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("release")
 def test_wheels_from_source_distribution_and_repository_are_equal(built, tmp_path):
     build(ROOT, tmp_path, "--wheel")
     (from_repository,), (from_source_distribution,) = tmp_path.glob("*.whl"), built.glob("*.whl")
@@ -106,7 +105,6 @@ def test_wheels_from_source_distribution_and_repository_are_equal(built, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("release")
 def test_source_distribution_contains_its_tests_and_their_data(built, tmp_path):
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
@@ -123,7 +121,6 @@ def test_source_distribution_contains_its_tests_and_their_data(built, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("release")
 def test_installed_wheel_runs(installed, tmp_path):
     python = installed / "bin" / "python"
     home = Path(run(python, "-c", "import ddpm_faces; print(ddpm_faces.__file__)", cwd=tmp_path).strip()).parent
@@ -140,7 +137,6 @@ def test_installed_wheel_runs(installed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("release")
 def test_type_checkers_see_the_types_of_the_installed_package(installed, tmp_path):
     (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-accelerate.*,diffusers.*,torch.*]\nfollow_imports = skip\n")
     (tmp_path / "code.py").write_text(

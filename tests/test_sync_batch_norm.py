@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import tiny_unet
+from forked import PRELOAD
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -110,7 +111,8 @@ def run_process(rank: int, num_processes: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results_of(tmp_path_factory):
     """Return the results of all processes. Each number of processes runs once."""
-    mp.get_context("forkserver").set_forkserver_preload(["ddpm_faces.unet_ddpm_faces"])  # one import for all processes
+    # There is one fork server for all tests. Started with other imports, it would slow down each training run.
+    mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
     results = {}
 
     def run(num_processes: int) -> list[dict]:

@@ -11,7 +11,6 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ALL_CORES
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from diffusers import DiffusionPipeline
 from forked import run_script
-from hub_server import OWNER_TOKEN, READER_TOKEN, HubServer
+from hub_server import OWNER_TOKEN, READER_TOKEN
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -76,9 +76,8 @@ def command(
     return [sys.executable, *launcher, str(SCRIPT), *flags]
 
 
-def environment(num_processes: int = 1, faults: dict | None = None) -> dict[str, str]:
-    # Tests run side by side, so waiting threads must not block others.
-    extra = {"OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true"}
+def environment(faults: dict | None = None) -> dict[str, str]:
+    extra = {"ACCELERATE_USE_CPU": "true"}
     if faults is not None:
         path = [str(ROOT / "tests" / "faults"), os.environ.get("PYTHONPATH", "")]
         extra |= {"FAULTS": json.dumps(faults), "PYTHONPATH": os.pathsep.join(filter(None, path))}
@@ -86,11 +85,14 @@ def environment(num_processes: int = 1, faults: dict | None = None) -> dict[str,
 
 
 def train(output_dir: Path, num_processes: int = 1, faults: dict | None = None, **overrides):
-    """Launch a run, wait for it, and return its result."""
-    arguments, environ = command(output_dir, num_processes, **overrides), environment(num_processes, faults)
-    if arguments[1] == str(SCRIPT) and "HF_ENDPOINT" not in environ:  # read when the Hub's client is imported
-        return run_script(arguments[1:], environ, num_processes)
-    return subprocess.run(arguments, env=environ, capture_output=True, text=True, start_new_session=True)
+    """Launch a run, wait for it, and return its result: of several processes, that of the first failure."""
+    arguments, environ = command(output_dir, num_processes, **overrides), environment(faults)
+    if arguments[1] != str(SCRIPT):
+        return subprocess.run(arguments, env=environ, capture_output=True, text=True, start_new_session=True)
+    results = run_script(arguments[1:], environ, num_processes)
+    failures = [result.returncode for result in results if result.returncode]
+    stdout, stderr = ("".join(getattr(result, name) for result in results) for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(arguments, failures[0] if failures else 0, stdout, stderr)
 
 
 def succeed(output_dir: Path, *args, **overrides) -> str:
@@ -468,7 +470,8 @@ thread = threading.Thread(target=script["main"], args=(other,))
 thread.start()
 thread.join()
 """
-    result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    (tmp_path / "notebook.py").write_text(code)
+    (result,) = run_script([str(tmp_path / "notebook.py")], environment())
     assert result.returncode == 0, result.stderr
     assert_equal_weights(weights(tmp_path / "run"), weights(tmp_path / "other"))
 
@@ -513,20 +516,9 @@ def test_exit_codes_without_launcher(tmp_path):
 
     One of the two receives the signal, and both end. The tasks due after their last step are done on resuming.
     """
-    arguments = command(tmp_path / "run")
-    arguments = [sys.executable, *arguments[arguments.index(str(SCRIPT)) :]]
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-        names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        faults = {"in_step": {"at": 24, "rank": 1, "signal": "SIGUSR1"}}
-        environ = environment(2, faults) | {name: str(value) for name, value in names.items()}
-        processes.append(subprocess.Popen(arguments, env=environ, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [EXIT_PREEMPTED] * 2, errors
+    faults = {"in_step": {"at": 24, "rank": 1, "signal": "SIGUSR1"}}
+    results = run_script(command(tmp_path / "run")[1:], environment(faults), num_processes=2)
+    assert [result.returncode for result in results] == [EXIT_PREEMPTED] * 2, results
     assert checkpoint_names(tmp_path / "run") == [32]
     succeed(tmp_path / "run", 2)
     assert [entry["images_seen"] for entry in read_log(tmp_path / "run", "held_out_loss")] == [32, 64, 96]
@@ -602,7 +594,7 @@ def test_low_discrepancy_covers_each_tenth_of_the_timesteps(finished, reference)
 )
 def test_layout_changes_only_rounding(tmp_path, reference, num_processes, device_batch_size):
     run = tmp_path / "run"
-    succeed(run, num_processes, device_batch_size=device_batch_size, launch=num_processes > 1, **INVARIANT)
+    succeed(run, num_processes, device_batch_size=device_batch_size, launch=num_processes == 4, **INVARIANT)
     assert_close_weights(weights(run), weights(reference))
     rates = [[entry["learning_rate"] for entry in read_log(folder)] for folder in (run, reference)]
     assert rates[0] == rates[1]
@@ -738,7 +730,7 @@ def test_dead_worker_is_replaced(finished, tmp_path):
 # Data
 
 
-def test_article_network_in_bf16_from_a_folder_of_images(pictures, tmp_path, monkeypatch):
+def test_article_network_in_bf16_from_a_folder_of_images(pictures, tmp_path, monkeypatch, all_cores):
     """The precision comes from `accelerate launch`, and everything that the configuration switches off is off."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as `accelerate launch` sets it without --cpu
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
@@ -752,8 +744,8 @@ def test_article_network_in_bf16_from_a_folder_of_images(pictures, tmp_path, mon
     if platform.machine() in ("x86_64", "AMD64"):
         assert "this CPU (AVX2) has no bf16 instructions" in output
     assert "BatchNorm sees the 4 images of a micro-batch" in output
-    if hasattr(os, "sched_getaffinity"):
-        assert f"({len(os.sched_getaffinity(0))} CPU threads each)" in output
+    if ALL_CORES:
+        assert f"({len(ALL_CORES)} CPU threads each)" in output
     pipeline = DDPMFacesPipeline.from_pretrained(tmp_path / "run")
     assert pipeline.unet.config.out_block_type == "conv"
     assert pipeline.unet.dtype == torch.float32
@@ -974,30 +966,42 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path):
 
 # The Hub
 
+ON_THE_HUB = """
+import os, runpy, sys
+os.environ["ACCELERATE_USE_CPU"] = "true"
+sys.argv = arguments
+runpy.run_path(arguments[0], run_name="__main__")
+sys.exit(0)
+"""
+
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A local Hub to which the runs of a test may write."""
-    with HubServer() as server:
-        for name, value in server.environment(tmp_path / "home", OWNER_TOKEN).items():
-            if name.startswith("HF_"):
-                monkeypatch.setenv(name, value)
-        yield server
-        assert server.violations == []
+def train_on_the_hub(client):
+    """Returns a function that trains with access to the local Hub and returns the exit code and the output."""
+
+    def train_on_the_hub(output_dir: Path, token: str = OWNER_TOKEN, **overrides) -> tuple[int, str]:
+        outcome = client.run(ON_THE_HUB, token, arguments=command(output_dir, **overrides)[1:])
+        assert outcome.kind == "SystemExit", outcome.output
+        return int(outcome.error), outcome.output
+
+    return train_on_the_hub
 
 
-def test_finished_run_is_published(hub, tmp_path):
+def test_finished_run_is_published(server, train_on_the_hub, tmp_path):
     """If publishing fails, the model is complete, and the same command publishes it."""
-    run = tmp_path / "my-faces"
+    run = tmp_path / "trained"
     settings = {"push_to_hub": "true", "hub_private_repo": "true", "hub_license": "apache-2.0"}
-    hub.fail("POST /api/models/owner/my-faces/commit/", status=403)
-    output = fail(run, **settings)
-    assert "owner/my-faces: the token has no permission for this" in output
-    assert f"To publish it later: ddpm-faces push {run} owner/my-faces --private --license apache-2.0\n" in output
+    server.fail("POST /api/models/owner/trained/commit/", status=403)
+    code, output = train_on_the_hub(run, **settings)
+    assert code != 0
+    assert "owner/trained: the token has no permission for this" in output
+    assert f"To publish it later: ddpm-faces push {run} owner/trained --private --license apache-2.0\n" in output
     assert checkpoint_names(run)[-1] == 96
-    hub.heal()
-    assert f"Published: {hub.endpoint}/owner/my-faces/commit/" in succeed(run, **settings)
-    repo = hub.repos["models", "owner/my-faces"]
+    server.heal()
+    code, output = train_on_the_hub(run, **settings)
+    assert code == 0, output
+    assert f"Published: {server.endpoint}/owner/trained/commit/" in output
+    repo = server.repos["models", "owner/trained"]
     assert repo.private
     card = repo.files["README.md"].decode()
     for text in ("license: apache-2.0", "| images seen | 96 |", "40 drawn faces (4 more held out)", "1 x CPU", "fp32"):
@@ -1009,21 +1013,24 @@ def test_finished_run_is_published(hub, tmp_path):
     assert not any("checkpoint" in name or "optimizer" in name for name in repo.files)
 
     # Another run is fine-tuned from it.
-    base = {"pretrained_model_name_or_path": "owner/my-faces", "block_out_channels": None}
-    succeed(tmp_path / "next", push_to_hub="true", **base, **STILL)
+    base = {"pretrained_model_name_or_path": "owner/trained", "block_out_channels": None}
+    code, output = train_on_the_hub(tmp_path / "next", push_to_hub="true", **base, **STILL)
+    assert code == 0, output
     assert_equal_weights(weights(tmp_path / "next"), weights(run))
-    assert "base_model: owner/my-faces\n" in hub.repos["models", "owner/next"].files["README.md"].decode()
+    assert "base_model: owner/trained\n" in server.repos["models", "owner/next"].files["README.md"].decode()
 
 
 @slow
-def test_dry_run_checks_permission_on_the_hub(hub, tmp_path, monkeypatch):
-    output = succeed(tmp_path / "run", dry_run="true", push_to_hub="true")
-    assert re.search(r"Hub +owner/run, at the end; this token has write access", output)
-    assert hub.repos == {}
-    monkeypatch.setenv("HF_TOKEN", READER_TOKEN)
-    output = fail(tmp_path / "run", dry_run="true", push_to_hub="true", hub_model_id="owner/other")
+def test_dry_run_checks_permission_on_the_hub(server, train_on_the_hub, tmp_path):
+    run = tmp_path / "rehearsed"
+    code, output = train_on_the_hub(run, dry_run="true", push_to_hub="true")
+    assert code == 0, output
+    assert re.search(r"Hub +owner/rehearsed, at the end; this token has write access", output)
+    assert ("models", "owner/rehearsed") not in server.repos
+    code, output = train_on_the_hub(run, READER_TOKEN, dry_run="true", push_to_hub="true", hub_model_id="owner/other")
+    assert code != 0
     assert "owner/other: the token of owner is read-only: use one with write access." in output
-    assert not (tmp_path / "run").exists()
+    assert not run.exists()
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
