@@ -247,9 +247,13 @@ def test_evaluate(command, model, faces, tmp_path):
     code, text = command("evaluate", faces, faces, "--guidance-scale", 1.5)
     assert (code, "error: `guidance_scale` needs a pipeline, but" in text) == (2, True)
     code, text = command("evaluate", model, faces, "--seed", 10**20)
-    assert (code, f"`seed` must be from 0 to {2**62}, got {10**20}" in text) == (2, True)
+    assert (code, f"`seed` must be an integer from 0 to {2**62}, got {10**20}" in text) == (2, True)
+    for option, name in (("--num-images", "num_images"), ("--steps", "num_inference_steps"),
+                         ("--batch-size", "batch_size")):  # fmt: skip
+        code, text = command("evaluate", model, faces, option, 10**20)
+        assert (code, f"`{name}` must be an integer from" in text, len(text.splitlines())) == (2, True, 1), text
     code, text = command("evaluate", model, faces, "--num-images", 19)
-    assert (code, text) == (2, "error: `num_images` must be an integer of at least 20, got 19.\n")
+    assert (code, text) == (2, "error: `num_images` must be an integer from 20 to 2147483647, got 19.\n")
 
 
 def test_audit(command, model, tmp_path):
@@ -379,14 +383,18 @@ def test_invalid_generation_is_refused(command, model, tmp_path):
         (("~no-such-user/model",), "`model` '~no-such-user/model' must be an existing folder"),
         ((model, "--output", photo / "grid.png"), "cannot be a folder because"),
         (("nowhere",), "`model` 'nowhere' must be an existing folder, or USER/NAME on the Hub"),
-        ((model, "--num-images", 0), "`num_images` must be at least 1, got 0"),
-        ((model, "--steps", 0), "`steps` must be at least 1, got 0"),
+        ((model, "--num-images", 0), "`num_images` must be an integer from 1 to 2147483647, got 0"),
+        ((model, "--steps", 0), "`steps` must be an integer from 1 to 2147483647, got 0"),
+        ((model, "--num-images", 10**20), f"`num_images` must be an integer from 1 to {2**31 - 1}, got {10**20}"),
+        ((model, "--seed", 2**62 + 1), f"`seed` must be an integer from 0 to {2**62}, got {2**62 + 1}"),
+        ((model, "--steps", 10**20), f"`steps` must be an integer from 1 to {2**31 - 1}, got {10**20}"),
+        ((model, "--batch-size", 10**20), f"`batch_size` must be an integer from 1 to {2**31 - 1}, got {10**20}"),
         ((model, "--steps", 21), "`steps` must be at most 20, as in training, got 21"),
-        ((model, "--seed", -1), "`seed` must be from 0"),
+        ((model, "--seed", -1), "`seed` must be an integer from 0"),
         ((model, "--sampler", "euler"), "`sampler` must be one of dpm-solver++, ddpm, got 'euler'"),
         ((model, "--sampler", "ddpm", "--sigma-min", 0.1), "`sigma_min` works with the sampler dpm-solver++ only"),
         ((model, "--sigma-min", 2), "`sigma_min` must lie in (0, 1), got 2.0"),
-        ((model, "--batch-size", 0), "`batch_size` must be at least 1, got 0"),
+        ((model, "--batch-size", 0), "`batch_size` must be an integer from 1 to 2147483647, got 0"),
         ((model, "--guide", model), "`guidance_scale` must be given with `guide`"),
         ((model, "--guidance-scale", 2), "`guidance_scale` must be 1 for a model without a guide"),
         ((model, "--class-label", 1), "this model has no classes"),

@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from . import __version__
+from .checks import check_integer, check_seed
 from .files import check_writable, replacing
 from .pipeline_ddpm_faces import DDPMFacesPipeline
 from .plots import image_grid
@@ -20,7 +21,6 @@ from .solvers import fast_solver
 
 SAMPLERS = ("dpm-solver++", "ddpm")
 DEFAULT_STEPS = 20  # of dpm-solver++
-MAX_SEED = 2**62  # PyTorch takes seeds below 2^63
 
 
 @dataclass
@@ -53,10 +53,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ValueError(f"`sampler` must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}.")
-        if self.num_images < 1:
-            raise ValueError(f"`num_images` must be at least 1, got {self.num_images}.")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
+        check_integer("num_images", self.num_images, 1)
+        if self.steps is not None:
+            check_integer("steps", self.steps, 1)
         check_seed(self.seed)
         for name in ("sigma_min", "epsilon_scaling"):
             if getattr(self, name) is not None and self.sampler == "ddpm":
@@ -96,8 +95,7 @@ def generate(pipeline: DDPMFacesPipeline, recipe: Recipe, batch_size: int = 64) 
     Raises:
         ValueError: The recipe does not suit the model, such as too many steps or a class that it does not have.
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    check_integer("batch_size", batch_size, 1)
     recipe = recipe.resolve(pipeline)
     if recipe.sampler == "dpm-solver++":
         solver = fast_solver(pipeline.scheduler, recipe.sigma_min, recipe.epsilon_scaling)
@@ -128,12 +126,6 @@ def generate(pipeline: DDPMFacesPipeline, recipe: Recipe, batch_size: int = 64) 
                 return_dict=False,
             )
             yield from output[0]
-
-
-def check_seed(seed: int) -> None:
-    """Raise a `ValueError` unless the seeds of any number of images can start at `seed`."""
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"`seed` must be from 0 to {MAX_SEED}, got {seed}.")
 
 
 def check_output(output: str | os.PathLike, overwrite: bool = False) -> None:

@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from ..checks import check_integer
 from ..data.drawn_faces import DrawnFaces
 from ..data.folders import is_picture_folder
 from ..data.images import picture_to_tensor
@@ -109,10 +110,9 @@ def evaluate(
             argument is out of range.
         ImportError: A package that holds weights is not installed.
     """
-    if num_images is not None and (type(num_images) is not int or num_images < MIN_IMAGES):
-        raise ValueError(f"`num_images` must be an integer of at least {MIN_IMAGES}, got {num_images!r}.")
-    if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+    if num_images is not None:
+        check_integer("num_images", num_images, MIN_IMAGES)
+    check_integer("batch_size", batch_size, 1)
     state = process_state()
 
     # 1. Generated faces

@@ -9,9 +9,10 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
+from ..checks import MAX_INTEGER, check_integer, check_seed
 from ..data.folders import image_suffixes
 from ..data.images import picture_to_tensor
-from ..generation import SAMPLERS, check_seed
+from ..generation import SAMPLERS
 from ..models import load_pipeline
 from ..pipeline_ddpm_faces import DDPMFacesPipeline
 from ..solvers import fast_solver
@@ -53,12 +54,9 @@ def open_samples(
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"`sampler` must be one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}.")
-    bounds = [("seed", seed, 0)]
-    bounds += [("num_inference_steps", num_inference_steps, 1)] if num_inference_steps is not None else []
-    for name, value, minimum in bounds:
-        if type(value) is not int or value < minimum:
-            raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
     check_seed(seed)
+    if num_inference_steps is not None:
+        check_integer("num_inference_steps", num_inference_steps, 1)
     for name, option in {"sigma_min": sigma_min, "epsilon_scaling": epsilon_scaling}.items():
         if option is not None and sampler == "ddpm":
             raise ValueError(f"`{name}` needs the sampler 'dpm-solver++', but the sampler is 'ddpm'.")
@@ -122,7 +120,7 @@ class Generated:
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
 
     def __len__(self) -> int:
-        return 2**31
+        return MAX_INTEGER
 
     def batches(self, indices: Sequence[int]) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(self.seed + index) for index in indices]
