@@ -190,7 +190,10 @@ def test_mistakes_are_reported_in_one_line(server, command, model, tmp_path):
         (("prepare", tmp_path / "none"), "`output` or `push`"),
         (("prepare", tmp_path / "none", "--output", tmp_path / "set"), "none"),
         (("prepare", tmp_path / "empty", "--output", tmp_path / "set"), "empty"),
-        (("prepare", "owner/none", "--output", tmp_path / "set"), "owner/none"),
+        (("prepare", "owner/none", "--output", tmp_path / "set"), "on the Hub, got 'owner/none', which is neither"),
+        (("prepare", "nofolder", "--output", tmp_path / "set"), "on the Hub, got 'nofolder', which is neither"),
+        (("audit", model, "nofolder"), "on the Hub, got 'nofolder', which is neither"),
+        (("evaluate", model, "nofolder"), "on the Hub, got 'nofolder', which is neither"),
         (("convert", tmp_path / "text.pt", tmp_path / "out"), "must be a file written by torch.save"),
         (("convert", tmp_path / "text.pt", model), "must be a file written by torch.save"),
     ]

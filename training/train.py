@@ -31,6 +31,7 @@ from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguratio
 
 from ddpm_faces import DDPMFacesObjective, DDPMFacesScheduler, DDPMFacesUNet
 from ddpm_faces.data import NonLeakingAugmentation, to_samples
+from ddpm_faces.errors import HubError
 from ddpm_faces.training.arguments import parse_training_config
 from ddpm_faces.training.assessment import Assessment, validate
 from ddpm_faces.training.batch import Batch, batches
@@ -266,6 +267,9 @@ def exit_code() -> int:
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except HubError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return say_interrupted()
     except BaseException:
