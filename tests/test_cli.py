@@ -159,14 +159,19 @@ def test_guide(command, model, tmp_path):
         ((model, tmp_path / "weaker"), "`guidance_scale` must be given with a guide; 1.2 is a good start."),
         ((model, tmp_path / "weaker", "--guidance-scale", -1), "`guidance_scale` must be a number of at least 0"),
         ((model, tmp_path / "none", "--guidance-scale", 1.5), "none"),
-        ((model, "--guidance-scale", 1.5), "`guidance_scale` must be 1 for a model without a guide, got 1.5."),
+        ((model,), "`guide` must be given, or `--remove` to remove the model's guide."),
+        ((model, "--guidance-scale", 1.5), "`guide` must be given, or `--remove` to remove the model's guide."),
+        ((model, tmp_path / "weaker", "--remove"), "`remove` takes neither a guide nor `guidance_scale`"),
+        ((model, "--guidance-scale", 1.5, "--remove"), "`remove` takes neither a guide nor `guidance_scale`"),
+        ((tmp_path / "weaker", "--remove"), "`remove`: " + str(tmp_path / "weaker") + " has no guide."),
         ((tmp_path, model, "--guidance-scale", 1.5), "holds no model (no model_index.json)"),
     ):
         code, text = command("guide", *arguments)
         assert (code, says in text, len(text.splitlines())) == (2, True, 1), text
     assert DDPMFacesPipeline.from_pretrained(model).config.guidance_scale == 1.25
-    code, text = command("guide", model)
+    code, text = command("guide", model, "--remove")
     assert code == 0, text
+    assert text.startswith(f"The guide of {model} is removed. Evaluate it again")
     assert (model / "model_index.json").read_text() == index
     assert not (model / "guide").exists()
     assert not [path for folder in (model, model.parent) for path in folder.glob(".unfinished*")]
