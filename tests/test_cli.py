@@ -407,6 +407,8 @@ def test_invalid_generation_is_refused(command, model, tmp_path):
         ((model, "--guidance-scale", 2), "`guidance_scale` must be 1 for a model without a guide"),
         ((model, "--class-label", 1), "this model has no classes"),
         ((model, "--output", tmp_path / "faces.jpg"), "`output` must end in .png for a grid, or name a folder"),
+        ((model, "--output", "-"), "`output` must name a file or a folder, got '-'"),
+        ((model, "--output", "/dev/null"), "`output` '/dev/null' is a file; choose another name"),
         ((model, "--output", tmp_path), "exists; choose another name, or add --overwrite"),
         ((model, "--num-imges", 3), "No such option: --num-imges. Did you mean --num-images?"),
         ((), "Missing argument 'MODEL'. Run `ddpm-faces generate --help`"),
@@ -448,6 +450,23 @@ def test_out_of_memory_is_reported_in_one_line(client, model, tmp_path, error):
         says = "error: There is not enough memory. Use a smaller --batch-size, or close other programs.\n"
         assert outcome.output == says
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("28, 'No space left on device'", "No space left on device"),
+        ("13, 'Permission denied', 'a/b c.png'", "Permission denied: 'a/b c.png'"),
+        ("'The Hub is down.'", "The Hub is down."),
+    ],
+)
+def test_errors_of_the_system_are_reported_in_words(client, model, tmp_path, arguments, says):
+    code = (
+        f"def broken(*args, **kwargs):\n    raise OSError({arguments})\nDDPMFacesPipeline.__call__ = broken\n"
+        + COMMAND
+    )
+    outcome = client.run(code, None, arguments=["generate", str(model), "--output", str(tmp_path / "x.png")])
+    assert (outcome.kind, outcome.error, outcome.output) == ("SystemExit", "1", f"error: {says}\n")
 
 
 def test_interruption_is_reported(client, model, tmp_path):

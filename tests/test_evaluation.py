@@ -337,6 +337,8 @@ def test_metrics_file(tmp_path):
         write_metrics(path, {"metrics": [FIGURE]})
     with pytest.raises(ValueError, match="the folder .* does not exist"):
         check_metrics_file(tmp_path / "none" / "metrics.json")
+    with pytest.raises(ValueError, match="is a folder; name a file, such as .*metrics.json"):
+        check_metrics_file(tmp_path)
 
 
 # Bad input

@@ -78,10 +78,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_new(path: str | os.PathLike) -> None:
-    """Raise a `ValueError` if `path` exists and is not an empty folder."""
+    """Raise a `ValueError` if `path` exists and is not an empty folder, or if no folder can be made there."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{str(path)!r} must be a new or empty folder.")
+    check_writable(path)
 
 
 def check_writable(path: str | os.PathLike) -> None:

@@ -81,7 +81,10 @@ def main() -> None:
     except (ValueError, OSError, ImportError) as error:  # an ImportError: a package of an extra is missing
         if is_debugging:
             raise
-        fail(str(error), 2 if isinstance(error, ValueError) else 1)
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror:  # of the system, which Python shows with a number
+            message = error.strerror + (f": {error.filename!r}" if error.filename else "")
+        fail(message, 2 if isinstance(error, ValueError) else 1)
     except (RuntimeError, MemoryError) as error:
         is_memory = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))
         if is_debugging or not is_memory:

@@ -39,8 +39,8 @@ def train(
 def launcher(num_processes: int | None) -> list[str]:
     """Return the arguments with which Python launches the script.
 
-    Without `accelerate config`, one process runs without the launcher. The settings of `accelerate config` apply, except
-    for the number of processes if it is given.
+    Without `accelerate config`, one process runs without the launcher. The settings of `accelerate config` apply,
+    except for the number of processes if it is given.
     """
     from accelerate.commands.config.config_args import default_config_file
 

@@ -294,11 +294,13 @@ def check_metrics_file(path: str | os.PathLike) -> dict[str, Any]:
     """Check in advance that [`write_metrics`] can write a file. Return its current content.
 
     Raises:
-        ValueError: The file is not a JSON object and would be lost, or its folder does not exist.
+        ValueError: The file is not a JSON object and would be lost, it is a folder, or its folder does not exist.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{str(path)!r} cannot be written: the folder {str(path.parent)!r} does not exist.")
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; name a file, such as {str(path / METRICS_NAME)!r}.")
     if not path.exists():
         return {}
     try:
