@@ -158,14 +158,19 @@ def test_guide(command, model, tmp_path):
         ((model, tmp_path / "weaker"), "`guidance_scale` must be given with a guide; 1.2 is a good start."),
         ((model, tmp_path / "weaker", "--guidance-scale", -1), "`guidance_scale` must be a number of at least 0"),
         ((model, tmp_path / "none", "--guidance-scale", 1.5), "none"),
-        ((model, "--guidance-scale", 1.5), "`guidance_scale` must be 1 for a model without a guide, got 1.5."),
+        ((model,), "`guide` must be given, or `--remove` to remove the model's guide."),
+        ((model, "--guidance-scale", 1.5), "`guide` must be given, or `--remove` to remove the model's guide."),
+        ((model, tmp_path / "weaker", "--remove"), "`remove` takes neither a guide nor `guidance_scale`"),
+        ((model, "--guidance-scale", 1.5, "--remove"), "`remove` takes neither a guide nor `guidance_scale`"),
+        ((tmp_path / "weaker", "--remove"), "`remove`: " + str(tmp_path / "weaker") + " has no guide."),
         ((tmp_path, model, "--guidance-scale", 1.5), "holds no model (no model_index.json)"),
     ):
         code, text = command("guide", *arguments)
         assert (code, says in text, len(text.splitlines())) == (2, True, 1), text
     assert DDPMFacesPipeline.from_pretrained(model).config.guidance_scale == 1.25
-    code, text = command("guide", model)
+    code, text = command("guide", model, "--remove")
     assert code == 0, text
+    assert text.startswith(f"The guide of {model} is removed. Evaluate it again")
     assert (model / "model_index.json").read_text() == index
     assert not (model / "guide").exists()
     assert not [path for folder in (model, model.parent) for path in folder.glob(".unfinished*")]
@@ -189,7 +194,10 @@ def test_mistakes_are_reported_in_one_line(server, command, model, tmp_path):
         (("prepare", tmp_path / "none"), "`output` or `push`"),
         (("prepare", tmp_path / "none", "--output", tmp_path / "set"), "none"),
         (("prepare", tmp_path / "empty", "--output", tmp_path / "set"), "empty"),
-        (("prepare", "owner/none", "--output", tmp_path / "set"), "owner/none"),
+        (("prepare", "owner/none", "--output", tmp_path / "set"), "on the Hub, got 'owner/none', which is neither"),
+        (("prepare", "nofolder", "--output", tmp_path / "set"), "on the Hub, got 'nofolder', which is neither"),
+        (("audit", model, "nofolder"), "on the Hub, got 'nofolder', which is neither"),
+        (("evaluate", model, "nofolder"), "on the Hub, got 'nofolder', which is neither"),
         (("convert", tmp_path / "text.pt", tmp_path / "out"), "must be a file written by torch.save"),
         (("convert", tmp_path / "text.pt", model), "must be a file written by torch.save"),
     ]
@@ -246,9 +254,13 @@ def test_evaluate(command, model, faces, tmp_path):
     code, text = command("evaluate", faces, faces, "--guidance-scale", 1.5)
     assert (code, "error: `guidance_scale` needs a pipeline, but" in text) == (2, True)
     code, text = command("evaluate", model, faces, "--seed", 10**20)
-    assert (code, f"`seed` must be from 0 to {2**62}, got {10**20}" in text) == (2, True)
+    assert (code, f"`seed` must be an integer from 0 to {2**62}, got {10**20}" in text) == (2, True)
+    for option, name in (("--num-images", "num_images"), ("--steps", "num_inference_steps"),
+                         ("--batch-size", "batch_size")):  # fmt: skip
+        code, text = command("evaluate", model, faces, option, 10**20)
+        assert (code, f"`{name}` must be an integer from" in text, len(text.splitlines())) == (2, True, 1), text
     code, text = command("evaluate", model, faces, "--num-images", 19)
-    assert (code, text) == (2, "error: `num_images` must be an integer of at least 20, got 19.\n")
+    assert (code, text) == (2, "error: `num_images` must be an integer from 20 to 2147483647, got 19.\n")
 
 
 def test_audit(command, model, tmp_path):
@@ -378,18 +390,24 @@ def test_invalid_generation_is_refused(command, model, tmp_path):
         (("~no-such-user/model",), "`model` '~no-such-user/model' must be an existing folder"),
         ((model, "--output", photo / "grid.png"), "cannot be a folder because"),
         (("nowhere",), "`model` 'nowhere' must be an existing folder, or USER/NAME on the Hub"),
-        ((model, "--num-images", 0), "`num_images` must be at least 1, got 0"),
-        ((model, "--steps", 0), "`steps` must be at least 1, got 0"),
+        ((model, "--num-images", 0), "`num_images` must be an integer from 1 to 2147483647, got 0"),
+        ((model, "--steps", 0), "`steps` must be an integer from 1 to 2147483647, got 0"),
+        ((model, "--num-images", 10**20), f"`num_images` must be an integer from 1 to {2**31 - 1}, got {10**20}"),
+        ((model, "--seed", 2**62 + 1), f"`seed` must be an integer from 0 to {2**62}, got {2**62 + 1}"),
+        ((model, "--steps", 10**20), f"`steps` must be an integer from 1 to {2**31 - 1}, got {10**20}"),
+        ((model, "--batch-size", 10**20), f"`batch_size` must be an integer from 1 to {2**31 - 1}, got {10**20}"),
         ((model, "--steps", 21), "`steps` must be at most 20, as in training, got 21"),
-        ((model, "--seed", -1), "`seed` must be from 0"),
+        ((model, "--seed", -1), "`seed` must be an integer from 0"),
         ((model, "--sampler", "euler"), "`sampler` must be one of dpm-solver++, ddpm, got 'euler'"),
         ((model, "--sampler", "ddpm", "--sigma-min", 0.1), "`sigma_min` works with the sampler dpm-solver++ only"),
         ((model, "--sigma-min", 2), "`sigma_min` must lie in (0, 1), got 2.0"),
-        ((model, "--batch-size", 0), "`batch_size` must be at least 1, got 0"),
+        ((model, "--batch-size", 0), "`batch_size` must be an integer from 1 to 2147483647, got 0"),
         ((model, "--guide", model), "`guidance_scale` must be given with `guide`"),
         ((model, "--guidance-scale", 2), "`guidance_scale` must be 1 for a model without a guide"),
         ((model, "--class-label", 1), "this model has no classes"),
         ((model, "--output", tmp_path / "faces.jpg"), "`output` must end in .png for a grid, or name a folder"),
+        ((model, "--output", "-"), "`output` must name a file or a folder, got '-'"),
+        ((model, "--output", "/dev/null"), "`output` '/dev/null' is a file; choose another name"),
         ((model, "--output", tmp_path), "exists; choose another name, or add --overwrite"),
         ((model, "--num-imges", 3), "No such option: --num-imges. Did you mean --num-images?"),
         ((), "Missing argument 'MODEL'. Run `ddpm-faces generate --help`"),
@@ -431,6 +449,23 @@ def test_out_of_memory_is_reported_in_one_line(client, model, tmp_path, error):
         says = "error: There is not enough memory. Use a smaller --batch-size, or close other programs.\n"
         assert outcome.output == says
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("28, 'No space left on device'", "No space left on device"),
+        ("13, 'Permission denied', 'a/b c.png'", "Permission denied: 'a/b c.png'"),
+        ("'The Hub is down.'", "The Hub is down."),
+    ],
+)
+def test_errors_of_the_system_are_reported_in_words(client, model, tmp_path, arguments, says):
+    code = (
+        f"def broken(*args, **kwargs):\n    raise OSError({arguments})\nDDPMFacesPipeline.__call__ = broken\n"
+        + COMMAND
+    )
+    outcome = client.run(code, None, arguments=["generate", str(model), "--output", str(tmp_path / "x.png")])
+    assert (outcome.kind, outcome.error, outcome.output) == ("SystemExit", "1", f"error: {says}\n")
 
 
 def test_interruption_is_reported(client, model, tmp_path):

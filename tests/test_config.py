@@ -258,7 +258,11 @@ def test_half_life_of_the_ema(batch_size):
         ("block_types: []", "`block_types` must be a value or a list of values"),
         ("optimizer: {lr: 1}", "unknown field optimizer"),
         ("- a\n- b", "must contain `field: value` lines"),
-        ("a: [", "is not valid YAML"),
+        ("seed: 1\na: [", r"config.yaml, line 2, is not valid YAML: expected the node content"),
+        ("a: b: c", "config.yaml, line 1, is not valid YAML: mapping values are not allowed here"),
+        ("seed: 1\n\0", "config.yaml, line 2, is not valid YAML: it has a character that is not text"),
+        ("seed: 2026-99-99", "config.yaml is not valid YAML: month must be in 1..12"),
+        ("[" * 10_000, "config.yaml is not valid YAML: maximum recursion depth exceeded"),
         ("train_batch_size: 0", "`train_batch_size` must be at least 1, got 0"),
         ("sample_inference_steps: 400", "must not exceed `num_train_timesteps`"),
         ("sample_sigma_min: 1", r"`sample_sigma_min` must lie in \(0, 1\), got 1.0"),
@@ -303,7 +307,7 @@ def test_half_life_of_the_ema(batch_size):
         ("block_types: [conv, null]", "`block_types` must be a value or a list of values"),
         ("resolution: [-1, 5]", r"`resolution` must be at least 1, got \[-1, 5\]"),
         ('cache_dir: ""', "`cache_dir` must not be blank, got ''"),
-        ("seed: 2147483648", "`seed` must be below 2"),
+        ("seed: 2147483648", "`seed` must be at most 2147483647, got 2147483648"),
         ("image_column: face", "`image_column` 'face' needs a `dataset_name`"),
         ("dataset_name: a\nvalidation_split: train", "`validation_split` 'train' must differ from the training split"),
         ("dropout: 1", r"`dropout` must lie in \[0, 1\), got 1.0"),
@@ -322,7 +326,32 @@ def test_bad_file(tmp_path, capsys, text, message):
     with pytest.raises(SystemExit) as exit_info:
         parse_training_config(["--config", str(path)])
     assert exit_info.value.code == 2
-    assert re.search(message, capsys.readouterr().err)
+    told = capsys.readouterr().err
+    assert re.search(message, told)
+    assert len(told.splitlines()) == 1
+
+
+def test_file_in_another_encoding(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("output_dir: café", "latin-1")
+    with pytest.raises(SystemExit) as exit_info:
+        parse_training_config(["--config", str(tmp_path / "config.yaml")])
+    assert exit_info.value.code == 2
+    says = f"error: {tmp_path / 'config.yaml'} must be saved as UTF-8: it has an unexpected end of data at byte 15.\n"
+    assert capsys.readouterr().err == says
+
+
+INTEGERS = [name for name, hint in get_type_hints(TrainingConfig).items() if int in (hint, *get_args(hint))]
+INTEGERS += ["resolution", "block_out_channels"]
+
+
+@pytest.mark.parametrize("value", [10**20, 2**53 + 1])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_that_overflow(capsys, name, value):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_training_config([f"--{name}", str(value)])
+    assert exit_info.value.code == 2
+    told = capsys.readouterr().err
+    assert re.fullmatch(rf"error: `{name}` must be at most \d+, got \[?{value}\]?\.\n", told)
 
 
 @pytest.mark.parametrize(
@@ -335,12 +364,18 @@ def test_bad_file(tmp_path, capsys, text, message):
             "`loss_type` 'l1' cannot be combined with Min-SNR weights: set `snr_gamma` to 0",
         ),
         (["--compile=false"], "unknown argument --compile"),
+        (["--config"], "argument --config: expected one argument"),
+        (["--resolution", "wide"], "argument --resolution: invalid int value: 'wide'"),
+        (["--pretrained_model_name_or_path"], "argument --pretrained-model-name-or-path: expected one argument"),
     ],
 )
 def test_bad_command_line(capsys, argv, message):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as exit_info:
         parse_training_config(argv)
-    assert re.search(message, capsys.readouterr().err)
+    assert exit_info.value.code == 2
+    told = capsys.readouterr().err
+    assert re.search(message, told)
+    assert len(told.splitlines()) == 1
 
 
 HINTS = get_type_hints(TrainingConfig)

@@ -245,7 +245,20 @@ def test_column_without_images(tmp_path):
     ("arguments", "message"),
     [
         ({"train_data_dir": "no/such/folder"}, "existing folder, got 'no/such/folder'"),
-        ({"dataset_name": "./no_such_folder"}, "must be an existing folder or a dataset on the Hub"),
+        *(
+            ({"dataset_name": name}, "`dataset_name` must be an existing folder or a dataset on the Hub, got")
+            for name in (
+                "./no_such_folder",
+                "/no/folder",
+                "~/none",
+                "a/b/c",
+                "no folder",
+                r"C:\faces",
+                "Fotos/Ärger",
+                "",
+            )
+        ),
+        ({"train_data_dir": ""}, "`train_data_dir` must be an existing folder, got ''"),
         ({"dataset_name": "a", "train_data_dir": "b"}, "not both"),
         ({"channels": 2}, "one of 1, 3, 4, got 2"),
         ({"resolution": (8, 8, 8)}, "`resolution`"),

@@ -1,12 +1,14 @@
 """The demo: its page, the limits for visitors, and its publication as a Space."""
 
 import base64
+import errno
 import io
 import re
 import socket
 import textwrap
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -331,6 +333,38 @@ def test_a_port_in_use(command):
         f"error: `port` {port} cannot be used on 127.0.0.1 (Address already in use): stop the program that uses it, "
         f"or choose another one, such as --port {port + 1}.\n"
     )
+
+
+@pytest.mark.parametrize("host", ["8.8.8.8", "a..b", "no such host", ""])
+def test_host_that_is_not_this_machine(host):
+    with pytest.raises(
+        ValueError, match=f"`host` must be an address of this machine, such as 127.0.0.1, got '{host}'"
+    ):
+        cli.check_port(host, free_port())
+
+
+@pytest.mark.parametrize(("system", "expected"), [("posix", 1), ("nt", 0)])
+def test_a_port_is_shared_with_nobody(monkeypatch, system, expected):
+    """On Windows, SO_REUSEADDR would let two programs listen on one port."""
+    calls = []
+
+    class Socket(socket.socket):
+        def setsockopt(self, *arguments):
+            calls.append(arguments)
+
+    monkeypatch.setattr(cli.socket, "socket", Socket)
+    monkeypatch.setattr(cli, "os", SimpleNamespace(name=system))
+    cli.check_port("127.0.0.1", 0)
+    assert len(calls) == expected
+
+
+def test_a_port_of_the_administrator(monkeypatch):
+    def bind(self, address):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(cli.socket, "socket", type("Socket", (socket.socket,), {"bind": bind}))
+    with pytest.raises(ValueError, match="`port` 80 needs the rights of an administrator: choose one above 1023"):
+        cli.check_port("127.0.0.1", 80)
 
 
 def test_missing_gradio_is_reported(command):

@@ -336,6 +336,8 @@ def test_metrics_file(tmp_path):
         write_metrics(path, {"metrics": [FIGURE]})
     with pytest.raises(ValueError, match="the folder .* does not exist"):
         check_metrics_file(tmp_path / "none" / "metrics.json")
+    with pytest.raises(ValueError, match="is a folder; name a file, such as .*metrics.json"):
+        check_metrics_file(tmp_path)
 
 
 # Bad input
@@ -349,10 +351,10 @@ class Never(MetricNetworks):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_images": 19}, "`num_images` must be an integer of at least 20, got 19"),
-        ({"num_images": True}, "`num_images` must be an integer of at least 20, got True"),
+        ({"num_images": 19}, "`num_images` must be an integer from 20 to .*, got 19"),
+        ({"num_images": True}, "`num_images` must be an integer from 20 to .*, got True"),
         ({"sampler": "euler"}, "`sampler` must be one of 'dpm-solver\\+\\+', 'ddpm', got 'euler'"),
-        ({"num_inference_steps": 0}, "`num_inference_steps` must be an integer of at least 1, got 0"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be an integer from 1 to .*, got 0"),
         ({"num_inference_steps": 11}, "`num_inference_steps` must be from 1 to 10, .*, got 11"),
         ({"sigma_min": 0.1}, "`sigma_min` needs the sampler 'dpm-solver\\+\\+', but the sampler is 'ddpm'"),
         (
@@ -364,8 +366,8 @@ class Never(MetricNetworks):
         ({"guidance_scale": -1}, "`guidance_scale` must be a number of at least 0, got -1"),
         ({"guide": tiny()}, "`guide` needs a `guidance_scale`"),
         ({"guide": tiny(channels=1), "guidance_scale": 1.5}, "`guide` must be of images of the shape"),
-        ({"seed": -1}, "`seed` must be an integer of at least 0, got -1"),
-        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
+        ({"seed": -1}, "`seed` must be an integer from 0 to .*, got -1"),
+        ({"batch_size": 0}, "`batch_size` must be an integer from 1 to .*, got 0"),
         ({"num_likelihood_images": 1}, "`num_likelihood_images` must be 0 or an integer of at least 2, got 1"),
         ({"num_likelihood_images": True}, "`num_likelihood_images` must be 0 or an integer of at least 2, got Tr"),
         ({"num_likelihood_images": 41}, "`num_likelihood_images` must be at most the number .* read, 40, got 41"),

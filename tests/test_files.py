@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from ddpm_faces.files import commit, delete_unfinished, replacing, unfinished_path
+from ddpm_faces.files import check_new, commit, delete_unfinished, replacing, unfinished_path
 
 
 def test_folder_replaces_another(tmp_path):
@@ -66,3 +66,11 @@ def test_files_are_synced_where_folders_cannot_be_opened(tmp_path, monkeypatch):
     with replacing(tmp_path / "file") as path:
         path.write_text("whole")
     assert (tmp_path / "file").read_text() == "whole"
+
+
+def test_no_folder_is_begun_below_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="must be a new or empty folder"):
+        check_new(tmp_path / "file")
+    with pytest.raises(ValueError, match="cannot be a folder because .*file' is a file"):
+        check_new(tmp_path / "file" / "below" / "it")

@@ -13,6 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 
 from ddpm_faces.data import FaceStream, load_faces, open_stream
+from ddpm_faces.errors import HubError
 
 
 def png(number: int) -> bytes:
@@ -247,3 +248,33 @@ def test_subfolders_are_classes_in_both_readers(folder, tmp_path):
 def test_bad_arguments_of_a_stream(folder, arguments, message):
     with pytest.raises(ValueError, match=message):
         open_stream(train_data_dir=str(folder), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"),
+            ValueError,
+            "`dataset_name` must be an existing folder or a dataset on the Hub, got 'a/b', which is neither",
+        ),
+        (
+            datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub. Visit"),
+            HubError,
+            "Dataset 'a/b' is a gated dataset on the Hub. Visit",
+        ),
+        (
+            ConnectionError("Couldn't reach 'a/b' on the Hub (LocalEntryNotFoundError)"),
+            HubError,
+            "There is no folder 'a/b', and the Hub could not be reached for a dataset of that name: check the network",
+        ),
+    ],
+)
+def test_neither_a_folder_nor_on_the_hub(monkeypatch, error, kind, message):
+    def load_dataset(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for load in (load_faces, open_stream):
+        with pytest.raises(kind, match=message):
+            load("a/b")

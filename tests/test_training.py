@@ -920,6 +920,25 @@ def test_label_outside_the_classes_of_a_stream_is_named(parquet, tmp_path):
     assert "exit status 2" in output
 
 
+def test_no_network_is_told_in_one_line(tmp_path):
+    path = tmp_path / "offline.py"
+    path.write_text(f"""
+import runpy, datasets
+def load_dataset(*args, **kwargs):
+    raise ConnectionError("Couldn't reach it")
+datasets.load_dataset = load_dataset
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+""")
+    arguments = [str(path), "--output_dir", str(tmp_path / "run"), "--dataset_name", "nofolder"]
+    result = run_script(arguments, environment())
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        "error: There is no folder 'nofolder', and the Hub could not be reached for a dataset of that name: check the "
+        "network, or run this again later.\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_bad_input_leaves_nothing(tmp_path):
     output = fail(tmp_path / "run", train_data_dir="no/such/folder")
     assert "error: `train_data_dir` must be an existing folder, got 'no/such/folder'" in output

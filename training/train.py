@@ -8,6 +8,12 @@ Each field of `ddpm_faces.training.config.TrainingConfig` is a flag (see `--help
 `--config` takes. docs/guides/resume.md describes how interrupted runs resume.
 """
 
+from ddpm_faces.interruption import handle_interrupts, say_interrupted
+
+
+if __name__ == "__main__":
+    handle_interrupts()  # before the imports below, which take seconds
+
 import importlib.util
 import io
 import math
@@ -25,6 +31,7 @@ from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguratio
 
 from ddpm_faces import DDPMFacesObjective, DDPMFacesScheduler, DDPMFacesUNet
 from ddpm_faces.data import NonLeakingAugmentation, to_samples
+from ddpm_faces.errors import HubError
 from ddpm_faces.training.arguments import parse_training_config
 from ddpm_faces.training.assessment import Assessment, validate
 from ddpm_faces.training.batch import Batch, batches
@@ -251,15 +258,20 @@ def describe(run: Run) -> None:
         )
 
 
-def exit_code_of(config: TrainingConfig) -> int:
-    """Run `main`, and return the exit code of the process."""
+def exit_code() -> int:
+    """Read the configuration, run `main`, and return the exit code of the process."""
     try:
-        main(config)
+        main(parse_training_config())
     except SystemExit as leaving:  # with an exit code of docs/guides/resume.md
         return int(leaving.code or 0)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except HubError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return say_interrupted()
     except BaseException:
         traceback.print_exc()
         return 1
@@ -270,7 +282,7 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):  # a file name that the terminal cannot show must not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    code = exit_code_of(parse_training_config())
+    code = exit_code()
     sys.stdout.flush()
     sys.stderr.flush()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -1,14 +1,21 @@
 """Errors of the Hub, explained to the user, and retries of requests when the Hub is busy."""
 
 import contextlib
+import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from huggingface_hub import get_session
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 
+logger = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 60  # time for the Hub to answer, after which a request has failed
+NOTICE_SECONDS = 2  # a longer wait is announced
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _ATTEMPTS = 5
 REASONS = {
@@ -25,20 +32,44 @@ class HubError(OSError):
     """The Hub could not be reached, or it refused a request. The message says what to do."""
 
 
-def retry(call: Callable[[], Any]) -> Any:
+def retry(call: Callable[[], Any], doing: str = "Waiting for the Hub") -> Any:
     """Call a function up to five times while the Hub is busy or down. The client itself retries only some requests.
 
-    The wait is the `Retry-After` of the answer (five minutes at most), or else 1, 2, 4 and 8 seconds.
+    The pause is the `Retry-After` of the answer (five minutes at most), or else 1, 2, 4 and 8 seconds. The log tells
+    each pause, and that the call takes long.
+
+    Args:
+        call (`Callable`): Function that sends requests to the Hub.
+        doing (`str`): What the call does, for the log.
     """
     for attempt in range(_ATTEMPTS):
         try:
-            return call()
-        except Exception as error:
+            with _noticing(doing):
+                return call()
+        except Exception as error:  # of any kind: `is_transient` tells those of the network
             if attempt == _ATTEMPTS - 1 or not is_transient(error):
                 raise
             response = getattr(error, "response", None)
             asked = response.headers.get("Retry-After", "") if response is not None else ""
-            time.sleep(min(float(asked), 300) if asked.isdigit() else 2**attempt)
+            pause = min(int(asked), 300) if asked.isdigit() else 2**attempt
+            answer = "does not answer" if response is None else f"is busy [HTTP {response.status_code}]"
+            logger.warning("The Hub %s. Trying again in %d s.", answer, pause)
+            time.sleep(pause)
+
+
+@contextlib.contextmanager
+def _noticing(doing: str) -> Iterator[None]:
+    """Announce a call that takes long, and limit the time in which the Hub has to answer."""
+    session = get_session()
+    if session.timeout.read is None:  # the default of huggingface_hub, which waits forever
+        session.timeout = ANSWER_SECONDS
+    notice = threading.Timer(NOTICE_SECONDS, logger.warning, [f"{doing} ..."])
+    notice.daemon = True
+    notice.start()
+    try:
+        yield
+    finally:
+        notice.cancel()
 
 
 def http_status(error: BaseException) -> int | None:
@@ -66,7 +97,7 @@ def explaining(repo_id: str, outcome: str) -> Iterator[None]:
         yield
     except (ValueError, HubError):
         raise
-    except Exception as error:
+    except Exception as error:  # of the Hub's client, of its HTTP library or of its threads; others pass
         explanation = explanation_of(repo_id, error, outcome)
         if explanation is None:
             raise

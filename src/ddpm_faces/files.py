@@ -78,10 +78,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_new(path: str | os.PathLike) -> None:
-    """Raise a `ValueError` if `path` exists and is not an empty folder."""
+    """Raise a `ValueError` if `path` exists and is not an empty folder, or if no folder can be made there."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{str(path)!r} must be a new or empty folder.")
+    check_writable(path)
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -141,3 +142,27 @@ def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must contain a JSON object, got {type(content).__name__}.")
     return content
+
+
+def read_yaml(path: str | os.PathLike) -> Any:
+    """Read a YAML file, which a person may have written.
+
+    Raises:
+        ValueError: The file is not UTF-8 or not YAML. The message names the file and the line.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be saved as UTF-8: it has an {error.reason} at byte {error.start}.") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line, problem = error.problem_mark.line + 1 if error.problem_mark else None, error.problem
+        raise ValueError(f"{path}, line {line}, is not valid YAML: {problem}.") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(f"{path}, line {line}, is not valid YAML: it has a character that is not text.") from error
+    except (ValueError, RecursionError) as error:  # a date such as 2026-99-99, or thousands of brackets
+        raise ValueError(f"{path} is not valid YAML: {error}.") from error

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from . import __version__
+from .checks import check_integer, check_seed
 from .files import check_writable, replacing
 from .pipeline_ddpm_faces import DDPMFacesPipeline
 from .plots import image_grid
@@ -20,7 +22,6 @@ from .solvers import fast_solver
 
 SAMPLERS = ("dpm-solver++", "ddpm")
 DEFAULT_STEPS = 20  # of dpm-solver++
-MAX_SEED = 2**62  # PyTorch takes seeds below 2^63
 
 
 @dataclass
@@ -53,10 +54,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ValueError(f"`sampler` must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}.")
-        if self.num_images < 1:
-            raise ValueError(f"`num_images` must be at least 1, got {self.num_images}.")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
+        check_integer("num_images", self.num_images, 1)
+        if self.steps is not None:
+            check_integer("steps", self.steps, 1)
         check_seed(self.seed)
         for name in ("sigma_min", "epsilon_scaling"):
             if getattr(self, name) is not None and self.sampler == "ddpm":
@@ -96,16 +96,9 @@ def generate(pipeline: DDPMFacesPipeline, recipe: Recipe, batch_size: int = 64) 
     Raises:
         ValueError: The recipe does not suit the model, such as too many steps or a class that it does not have.
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    check_integer("batch_size", batch_size, 1)
     recipe = recipe.resolve(pipeline)
-    if recipe.sampler == "dpm-solver++":
-        solver = fast_solver(pipeline.scheduler, recipe.sigma_min, recipe.epsilon_scaling)
-    else:
-        solver = pipeline.scheduler
-    pipeline = pipeline.with_scheduler(solver)  # a copy, so that the caller's pipeline keeps its progress bar
-    pipeline.set_progress_bar_config(disable=True)  # one bar for all batches instead
-    labels = recipe.class_labels
+    pipeline = with_sampler(pipeline, recipe)
 
     # `disable=None` means: only in a terminal.
     with tqdm(total=recipe.num_images, desc="Generating", unit="image", disable=None, leave=False) as bar:
@@ -118,22 +111,39 @@ def generate(pipeline: DDPMFacesPipeline, recipe: Recipe, batch_size: int = 64) 
                 bar.refresh()
                 return {}
 
-            output = pipeline(
-                batch_size=len(indices),
-                num_inference_steps=recipe.steps,
-                generator=[torch.Generator().manual_seed(recipe.seed + i) for i in indices],
-                class_labels=labels and [labels[i % len(labels)] for i in indices],
-                guidance_scale=recipe.guidance_scale,
-                callback_on_step_end=advance,
-                return_dict=False,
-            )
-            yield from output[0]
+            yield from sample(pipeline, recipe, indices, callback_on_step_end=advance).images
 
 
-def check_seed(seed: int) -> None:
-    """Raise a `ValueError` unless the seeds of any number of images can start at `seed`."""
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"`seed` must be from 0 to {MAX_SEED}, got {seed}.")
+def with_sampler(pipeline: DDPMFacesPipeline, recipe: Recipe) -> DDPMFacesPipeline:
+    """Return a copy of a pipeline with the sampler of a recipe and without a progress bar."""
+    solver = pipeline.scheduler
+    if recipe.sampler == "dpm-solver++":
+        solver = fast_solver(solver, recipe.sigma_min, recipe.epsilon_scaling)
+    pipeline = pipeline.with_scheduler(solver)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(
+    pipeline: DDPMFacesPipeline, recipe: Recipe, indices: Sequence[int], **settings: Any
+) -> ImagePipelineOutput:
+    """Generate some images of a recipe in one batch. Each has its own seed, so it does not depend on the others.
+
+    Args:
+        pipeline ([`DDPMFacesPipeline`]): The model, by [`with_sampler`].
+        recipe ([`Recipe`]): By [`Recipe.resolve`].
+        indices (`Sequence[int]`): Numbers of the images; image i has the seed `recipe.seed + i`.
+        settings: Other arguments of the pipeline.
+    """
+    labels = recipe.class_labels
+    return pipeline(
+        batch_size=len(indices),
+        num_inference_steps=recipe.steps,
+        generator=[torch.Generator().manual_seed(recipe.seed + i) for i in indices],
+        class_labels=labels and [labels[i % len(labels)] for i in indices],
+        guidance_scale=recipe.guidance_scale,
+        **settings,
+    )
 
 
 def check_output(output: str | os.PathLike, overwrite: bool = False) -> None:
@@ -142,7 +152,9 @@ def check_output(output: str | os.PathLike, overwrite: bool = False) -> None:
     is_file = output.suffix.lower() == ".png"
     if output.suffix.lower() in Image.registered_extensions() and not is_file:
         raise ValueError(f"`output` must end in .png for a grid, or name a folder, got {str(output)!r}.")
-    if output.is_dir() if is_file else output.is_file():
+    if str(output) == "-":
+        raise ValueError("`output` must name a file or a folder, got '-': images are not written to standard output.")
+    if output.exists() and output.is_dir() == is_file:
         raise ValueError(f"`output` {str(output)!r} is a {'folder' if is_file else 'file'}; choose another name.")
     if not overwrite and output.exists() and (is_file or any(output.iterdir())):
         raise ValueError(f"`output` {str(output)!r} exists; choose another name, or add --overwrite.")

@@ -1,6 +1,10 @@
 """The command `ddpm-faces`."""
 
-from .app import main
+from ..interruption import handle_interrupts
 
 
-__all__ = ["main"]
+def main() -> None:
+    handle_interrupts()  # before the imports, which take a moment
+    from .app import main as run
+
+    run()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from ..interruption import INTERRUPTED, say_interrupted
 from .demo import demo, push_space
 from .info import info
 from .make import convert, generate, guide, prepare
@@ -27,7 +28,6 @@ EXIT_CODES = (
     "Exit codes: 0 success; 1 failure, such as no network or a full disk; 2 invalid input; 3 the audit found copies; "
     "130 interrupted."
 )
-INTERRUPTED = 130  # the exit code of shells for Ctrl-C
 UsageError = typer.BadParameter.__base__  # of click, or of the copy of it that comes with typer
 
 app = typer.Typer(
@@ -81,14 +81,17 @@ def main() -> None:
     except (ValueError, OSError, ImportError) as error:  # an ImportError: a package of an extra is missing
         if is_debugging:
             raise
-        fail(str(error), 2 if isinstance(error, ValueError) else 1)
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror:  # of the system, which Python shows with a number
+            message = error.strerror + (f": {error.filename!r}" if error.filename else "")
+        fail(message, 2 if isinstance(error, ValueError) else 1)
     except (RuntimeError, MemoryError) as error:
         is_memory = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))
         if is_debugging or not is_memory:
             raise
         fail("There is not enough memory. Use a smaller --batch-size, or close other programs.", 1)
     if code == INTERRUPTED:
-        typer.echo("Interrupted.", err=True)
+        say_interrupted()
     sys.exit(code)
 
 

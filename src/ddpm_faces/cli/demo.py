@@ -1,5 +1,7 @@
 """Commands for the demo: run it on this machine, or publish it as a Space."""
 
+import errno
+import os
 import socket
 from pathlib import Path
 from typing import Annotated
@@ -53,15 +55,21 @@ def demo(
 
 def check_port(host: str, port: int) -> None:
     """Raise a `ValueError` if no server can listen on this address."""
+    wrong_host = f"`host` must be an address of this machine, such as 127.0.0.1, got {host!r}."
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as server:
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if os.name == "posix":  # elsewhere it would allow two programs on one port
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(address)
             server.listen()
-    except socket.gaierror as error:
-        raise ValueError(f"`host` must be an address of this machine, such as 127.0.0.1, got {host!r}.") from error
+    except (socket.gaierror, UnicodeError) as error:
+        raise ValueError(wrong_host) from error
     except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
+            raise ValueError(wrong_host) from error
+        if error.errno == errno.EACCES:
+            raise ValueError(f"`port` {port} needs the rights of an administrator: choose one above 1023.") from error
         raise ValueError(
             f"`port` {port} cannot be used on {host} ({error.strerror}): stop the program that uses it, or choose "
             f"another one, such as --port {port % 65535 + 1}."

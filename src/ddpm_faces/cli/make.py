@@ -107,11 +107,13 @@ def guide(
     folder: Annotated[Path, typer.Argument(help="Folder of a model.")],
     weaker: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[GUIDE]", help="Weaker model, a folder or USER/NAME (default: none, which removes the guide)."
-        ),
+        typer.Argument(metavar="[GUIDE]", help="Weaker model, a folder or USER/NAME (required unless --remove)."),
     ] = None,
-    guidance_scale: GuidanceScale = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Scale of the autoguidance, usually 1.2 to 1.5; 1 is off (required unless --remove)."),
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the model's guide.")] = False,
     as_json: Json = False,
 ) -> None:
     """Add a weaker model as the guide of a model (autoguidance), or remove it.
@@ -122,12 +124,18 @@ def guide(
     from ..models import check_model
 
     check_model(folder)
-    if weaker is not None:
-        check_model(weaker)
     if not folder.is_dir():
         raise ValueError(f"`folder` {str(folder)!r} must be an existing folder.")
-    if weaker is not None and guidance_scale is None:
-        raise ValueError("`guidance_scale` must be given with a guide; 1.2 is a good start.")
+    if remove and (weaker is not None or guidance_scale is not None):
+        raise ValueError("`remove` takes neither a guide nor `guidance_scale`; a new guide replaces the old one.")
+    if remove and not (folder / "guide").is_dir():
+        raise ValueError(f"`remove`: {folder} has no guide.")
+    if not remove:
+        if weaker is None:
+            raise ValueError("`guide` must be given, or `--remove` to remove the model's guide.")
+        check_model(weaker)
+        if guidance_scale is None:
+            raise ValueError("`guidance_scale` must be given with a guide; 1.2 is a good start.")
     save_guide(folder, weaker, 1.0 if guidance_scale is None else guidance_scale)
     done = f"{folder} is now guided by {weaker}." if weaker else f"The guide of {folder} is removed."
     text = f"{done} Evaluate it again: its metrics were measured before this change."

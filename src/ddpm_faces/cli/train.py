@@ -1,9 +1,10 @@
 """The command that trains: it starts `training/train.py` through Accelerate."""
 
 import os
+import signal
 import subprocess
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,33 +29,44 @@ def train(
     command = [sys.executable, *launcher(num_processes), str(training_folder() / "train.py"), *arguments]
     if os.name == "posix":  # the run replaces this process and therefore receives its signals
         sys.stdout.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until it has a handler
         os.execv(sys.executable, command)
+    # Ctrl-C reaches the run as well. Without a handler here, `subprocess.run` would kill it before it has saved.
+    signal.signal(signal.SIGINT, lambda number, frame: None)
     raise typer.Exit(subprocess.run(command).returncode)
 
 
 def launcher(num_processes: int | None) -> list[str]:
     """Return the arguments with which Python launches the script.
 
-    Without `accelerate config`, one process runs without the launcher, which would turn each exit code into 1. The
-    settings of `accelerate config` apply, except for the number of processes if it is given.
+    Without `accelerate config`, one process runs without the launcher. The settings of `accelerate config` apply,
+    except for the number of processes if it is given.
     """
     from accelerate.commands.config.config_args import default_config_file
 
-    launch = ["-m", "accelerate.commands.launch"]
-    if os.path.isfile(default_config_file):
-        return launch if num_processes is None else [*launch, "--num_processes", str(num_processes)]
+    from ..files import read_yaml
+
+    launch = ["-m", "ddpm_faces.training.launch"]
+    settings: dict[str, Any] = {}
+    if has_settings := os.path.isfile(default_config_file):
+        settings = read_yaml(default_config_file) or {}
+        # With other kinds of processes, Accelerate starts as many as it is told to, and here it always starts one.
+        if num_processes in (None, 1) or str(settings.get("distributed_type", "NO")) not in ("NO", "MULTI_CPU"):
+            return launch if num_processes is None else [*launch, "--num_processes", str(num_processes)]
     import torch
 
-    num_gpus = torch.cuda.device_count()
+    num_gpus = 0 if settings.get("use_cpu") else torch.cuda.device_count()
     if num_processes is None:
         num_processes = max(1, num_gpus)
     if num_processes == 1:
         return []
-    if 0 < num_gpus < num_processes:
-        raise ValueError(f"`num_processes` must be at most the number of GPUs, {num_gpus}, got {num_processes}.")
+    most, of = (num_gpus, "GPUs") if num_gpus else (os.cpu_count() or 1, "CPU cores")
+    if num_processes > most:
+        raise ValueError(f"`num_processes` must be at most the number of {of}, {most}, got {num_processes}.")
     if not num_gpus:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     # `--multi_gpu` starts several processes on CPUs too, whereas `--cpu` always starts one. Accelerate warns about
     # each option that it has to guess.
-    rest = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    rest = ["--num_machines", "1", "--main_process_port", "0"]
+    rest += [] if has_settings else ["--mixed_precision", "no", "--dynamo_backend", "no"]
     return [*launch, "--multi_gpu", "--num_processes", str(num_processes), *rest]

@@ -36,6 +36,8 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 # Images of a training run whose `output_dir` is the folder itself.
 _RUN_FOLDERS, _RUN_IMAGES = frozenset(("audits", "samples")), frozenset(("loss_curve.png", "samples.png"))
 
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # anything else is a mistyped path
+
 
 def _register_heif() -> bool:
     """Let PIL read HEIC photos (iPhones) if pillow-heif is installed."""
@@ -207,17 +209,16 @@ def resolve_source(dataset_name: str | None, train_data_dir: str | None) -> tupl
     Raises:
         ValueError: Both arguments are given, or the folder does not exist.
     """
-    name = train_data_dir or dataset_name
+    name = dataset_name if train_data_dir is None else train_data_dir
     if name is None or (dataset_name is not None and train_data_dir is not None):
         raise ValueError("Give either `dataset_name` or `train_data_dir`, not both.")
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         path = path.resolve()  # `datasets` would read "." as a name
         return str(path), path
     if train_data_dir is not None:
         raise ValueError(f"`train_data_dir` must be an existing folder, got {train_data_dir!r}.")
-    # A Hub name is "name" or "user/name". Anything else is a mistyped path.
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    if not _HUB_NAME.fullmatch(name) or path.exists():
         raise ValueError(f"`dataset_name` must be an existing folder or a dataset on the Hub, got {name!r}.")
     return name, None
 

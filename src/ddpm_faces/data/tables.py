@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
+from ..errors import HubError
 from .folders import shorten
 
 
@@ -32,8 +33,9 @@ def open_table(
         streaming (`bool`, defaults to `False`): Whether to read the dataset lazily, during iteration.
 
     Raises:
-        ValueError: `datasets` does not understand `split`, a file of a local folder is damaged (the message names
-            it), or `cache_dir` cannot be written.
+        ValueError: `datasets` does not understand `split`, there is no such dataset, a file of a local folder is
+            damaged (the message names it), or `cache_dir` cannot be written.
+        HubError: The Hub cannot be reached.
     """
     instruction = _read_split(split)
     if os.path.isdir(name):
@@ -43,6 +45,18 @@ def open_table(
             return saved.to_iterable_dataset(min(num_shards, len(saved)) or 1) if streaming else saved
     try:
         return datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir, streaming=streaming)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        if "gated" in str(error):  # it is there, and the message says how to get access
+            raise HubError(str(error)) from error
+        raise ValueError(
+            f"`dataset_name` must be an existing folder or a dataset on the Hub, got {name!r}, which is neither (or a "
+            "private dataset: log in with `hf auth login`)."
+        ) from error
+    except ConnectionError as error:
+        raise HubError(
+            f"There is no folder {name!r}, and the Hub could not be reached for a dataset of that name: check the "
+            "network, or run this again later."
+        ) from error
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.ENOSPC, errno.ENOTDIR, errno.EROFS):
             raise  # not an error of writing the cache

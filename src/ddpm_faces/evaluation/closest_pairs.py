@@ -5,9 +5,9 @@ import math
 import torch
 from PIL import Image, ImageDraw
 
+from ..checks import check_integer
 from ..plots import image_grid
 from .audit_report import AuditReport, Pair
-from .neighbours import check_integer
 
 
 NUM_PAIRS = 32  # the closest pairs that a report keeps

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..checks import check_integer
 from ..data.dataset import FaceDataset
 from ..data.folders import is_picture_folder
 from ..data.loading import load_faces
@@ -26,7 +27,7 @@ from .closest_pairs import NUM_PAIRS, check_images, closest_pairs_picture
 from .extractors import Extractor
 from .held_out import held_out_losses
 from .metrics import extract_features
-from .neighbours import Nearest, check_integer, nearest
+from .neighbours import Nearest, nearest
 from .samples import Generated, open_samples
 from .uncertainty import exceedance_p_value, wilson_interval
 
@@ -150,9 +151,9 @@ def audit_model(
     Raises:
         ValueError: See [`audit`] and [`open_samples`].
     """
-    check_integer("num_images", num_images, MIN_IMAGES, 2**31)
-    check_integer("batch_size", batch_size, 1, 2**31)
-    check_integer("num_loss_images", num_loss_images, 0, 2**31)
+    check_integer("num_images", num_images, MIN_IMAGES)
+    check_integer("batch_size", batch_size, 1)
+    check_integer("num_loss_images", num_loss_images, 0)
     if held_out_split == split:
         raise ValueError(f"`held_out_split` {held_out_split!r} must differ from `split`, the training split.")
     folder = Path(data).expanduser()

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from ..checks import check_integer
+
 
 _ROWS, _NUMBERS = 1024, 2**24  # limits on rows at a time, and on their float64 numbers (128 MiB)
 
@@ -104,9 +106,3 @@ def _points(rows: torch.Tensor) -> torch.Tensor:
 def _directions(rows: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
     """Return unit vectors from the mean. From another origin, dull images would be near to every average face."""
     return F.normalize(_points(rows) - centre, dim=1)
-
-
-def check_integer(name: str, value: int, least: int, most: int) -> None:
-    """Raise a `ValueError` that names the argument unless `value` is an `int` from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"`{name}` must be an integer from {least} to {most}, got {value!r}.")

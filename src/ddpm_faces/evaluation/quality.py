@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from ..checks import check_integer
 from ..data.drawn_faces import DrawnFaces
 from ..data.folders import is_picture_folder
 from ..data.images import picture_to_tensor
@@ -109,10 +110,9 @@ def evaluate(
             argument is out of range.
         ImportError: A package that holds weights is not installed.
     """
-    if num_images is not None and (type(num_images) is not int or num_images < MIN_IMAGES):
-        raise ValueError(f"`num_images` must be an integer of at least {MIN_IMAGES}, got {num_images!r}.")
-    if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+    if num_images is not None:
+        check_integer("num_images", num_images, MIN_IMAGES)
+    check_integer("batch_size", batch_size, 1)
     state = process_state()
 
     # 1. Generated faces
@@ -294,11 +294,13 @@ def check_metrics_file(path: str | os.PathLike) -> dict[str, Any]:
     """Check in advance that [`write_metrics`] can write a file. Return its current content.
 
     Raises:
-        ValueError: The file is not a JSON object and would be lost, or its folder does not exist.
+        ValueError: The file is not a JSON object and would be lost, it is a folder, or its folder does not exist.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{str(path)!r} cannot be written: the folder {str(path.parent)!r} does not exist.")
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; name a file, such as {str(path / METRICS_NAME)!r}.")
     if not path.exists():
         return {}
     try:

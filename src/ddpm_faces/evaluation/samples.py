@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
+from ..checks import MAX_INTEGER, check_integer, check_seed
 from ..data.folders import image_suffixes
 from ..data.images import picture_to_tensor
-from ..generation import SAMPLERS, check_seed
+from ..generation import SAMPLERS, Recipe, sample, with_sampler
 from ..models import load_pipeline
 from ..pipeline_ddpm_faces import DDPMFacesPipeline
-from ..solvers import fast_solver
 
 
 def open_samples(
@@ -53,12 +52,9 @@ def open_samples(
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"`sampler` must be one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}.")
-    bounds = [("seed", seed, 0)]
-    bounds += [("num_inference_steps", num_inference_steps, 1)] if num_inference_steps is not None else []
-    for name, value, minimum in bounds:
-        if type(value) is not int or value < minimum:
-            raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
     check_seed(seed)
+    if num_inference_steps is not None:
+        check_integer("num_inference_steps", num_inference_steps, 1)
     for name, option in {"sigma_min": sigma_min, "epsilon_scaling": epsilon_scaling}.items():
         if option is not None and sampler == "ddpm":
             raise ValueError(f"`{name}` needs the sampler 'dpm-solver++', but the sampler is 'ddpm'.")
@@ -104,42 +100,31 @@ class Generated:
         if unet.in_channels not in (1, 3):  # `out_channels` may include a variance
             raise ValueError(f"`source` generates images of {unet.in_channels} channels; 1 or 3 can be measured.")
         self.scheduler = pipeline.scheduler  # the scheduler of training
-        self.steps = num_inference_steps or self.scheduler.config.num_train_timesteps
-        if self.steps > self.scheduler.config.num_train_timesteps:
+        steps = num_inference_steps or self.scheduler.config.num_train_timesteps
+        if steps > self.scheduler.config.num_train_timesteps:
             raise ValueError(
                 f"`num_inference_steps` must be from 1 to {self.scheduler.config.num_train_timesteps}, the number "
-                f"of timesteps in training, got {self.steps}."
+                f"of timesteps in training, got {steps}."
             )
-        if sampler == "dpm-solver++":
-            pipeline = pipeline.with_scheduler(fast_solver(pipeline.scheduler, sigma_min, epsilon_scaling))
-        if guidance_scale is None:
-            guidance_scale = pipeline.config.guidance_scale
-        pipeline.check_guide(pipeline.guide, guidance_scale)
-        self.guidance_scale, self.guide_name = guidance_scale, guide_name
-        pipeline.set_progress_bar_config(disable=True)
+        self.guidance_scale = pipeline.config.guidance_scale if guidance_scale is None else guidance_scale
+        pipeline.check_guide(pipeline.guide, self.guidance_scale)
+        recipe = Recipe(1, seed, sampler, steps, sigma_min, epsilon_scaling, self.guidance_scale).resolve(pipeline)
+        self.pipeline, self.recipe, self.guide_name = with_sampler(pipeline, recipe), recipe, guide_name
         size = unet.sample_size
-        self.pipeline, self.sampler, self.seed = pipeline, sampler, seed
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
 
     def __len__(self) -> int:
-        return 2**31
+        return MAX_INTEGER
 
     def batches(self, indices: Sequence[int]) -> torch.Tensor:
-        generators = [torch.Generator().manual_seed(self.seed + index) for index in indices]
-        classes = self.pipeline.unet.config.get("num_class_embeds")
-        labels = None if classes is None else [index % classes for index in indices]
-        output: ImagePipelineOutput = self.pipeline(
-            *(len(indices), self.steps, generators),
-            output_type="pt",
-            class_labels=labels,
-            guidance_scale=self.guidance_scale,
-        )  # images in [0, 1]
-        return (output.images.float() * 255).round().to("cpu", torch.uint8).expand(-1, 3, -1, -1)
+        images = sample(self.pipeline, self.recipe, indices, output_type="pt").images  # in [0, 1]
+        return (images.float() * 255).round().to("cpu", torch.uint8).expand(-1, 3, -1, -1)
 
     def provenance(self, num_images: int) -> dict[str, Any]:
-        seeds = f"{self.seed} to {self.seed + num_images - 1}"
-        provenance = {"sampler": self.sampler, "steps": self.steps, "seeds": seeds}
-        if self.sampler == "dpm-solver++":
+        recipe = self.recipe
+        seeds = f"{recipe.seed} to {recipe.seed + num_images - 1}"
+        provenance: dict[str, Any] = {"sampler": recipe.sampler, "steps": recipe.steps, "seeds": seeds}
+        if recipe.sampler == "dpm-solver++":
             solver = self.pipeline.scheduler
             provenance["sigma_min"] = solver.sigma_min
             # Left out at 1, so that older metrics stay comparable.

@@ -117,10 +117,12 @@ def merge_cards(old: str, new: str) -> str:
     Raises:
         ValueError: The metadata of the old card cannot be read.
     """
+    import yaml
+
     old_sections, new_sections = (dict(_sections(card)) for card in (old, new))
     try:
         old_card, new_card = ModelCard(old, ignore_metadata_errors=True), ModelCard(new)
-    except Exception as error:  # YAML raises many kinds of errors
+    except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"The metadata of the current README.md cannot be read. Correct it: {reason}.") from error
     text = old_card.text
@@ -155,8 +157,6 @@ def merge_cards(old: str, new: str) -> str:
     if "datasets" in new_data:
         data["datasets"] = list(dict.fromkeys(new_data["datasets"] + _list(old_data.get("datasets"))))
     # Not written by ModelCardData, which would rearrange a model-index that a person wrote.
-    import yaml
-
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True).strip()
     return f"---\n{head}\n---\n{text if text.startswith(chr(10)) else chr(10) + text}"
 

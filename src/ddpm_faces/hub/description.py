@@ -107,10 +107,12 @@ def _download_records(repo_id: str, revision: str | None) -> tuple[Path, dict[st
     """Download everything but weights and images; return the folder, and the size of each published file."""
     from huggingface_hub import HfApi, snapshot_download
 
-    from ..errors import explaining, retry
+    from ..errors import ANSWER_SECONDS, explaining, retry
 
     with explaining(repo_id, ""):
-        info = retry(lambda: HfApi().repo_info(repo_id, revision=revision, files_metadata=True))
+        info = retry(
+            lambda: HfApi().repo_info(repo_id, revision=revision, files_metadata=True, timeout=ANSWER_SECONDS)
+        )
         folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=list(_TEXTS)))
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{repo_id} holds no model of ddpm-faces: it has no model_index.json.")

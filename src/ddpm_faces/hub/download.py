@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 
-from ..errors import HubError, explaining, retry
+from ..errors import ANSWER_SECONDS, HubError, explaining, retry
 from ..files import check_new, commit, unfinished_path
 from ..pipeline_ddpm_faces import DDPMFacesPipeline
 from .model_folder import MODEL_FILES, VARIANTS
@@ -42,7 +42,7 @@ def pull(
         check_new(output)
     api = HfApi()
     with explaining(repo_id, "Run the same command again to resume the download."):
-        info = retry(lambda: api.repo_info(repo_id, revision=revision))
+        info = retry(lambda: api.repo_info(repo_id, revision=revision, timeout=ANSWER_SECONDS))
         files = [sibling.rfilename for sibling in info.siblings or ()]
         if "model_index.json" not in files:
             raise ValueError(f"{repo_id} holds no model of ddpm-faces: it has no model_index.json.")

@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import CommitInfo, ModelInfo
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from ..errors import explaining, retry
+from ..errors import ANSWER_SECONDS, explaining, retry
 from .transport import _api, check_repo_id, publish
 
 
@@ -106,7 +106,7 @@ def _model_info(model: str, token: str | bool | None) -> ModelInfo:
         raise ValueError(f"`model` must be USER/NAME of a model on the Hub, got {model!r}.") from error
     with explaining(model, "Nothing was published."):
         try:
-            info = retry(lambda: _api(token).model_info(model))
+            info = retry(lambda: _api(token).model_info(model, timeout=ANSWER_SECONDS))
         except RepositoryNotFoundError as error:
             raise ValueError(
                 f"`model` {model} does not exist on the Hub, or you cannot access it. Publish it first with "

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import REASONS, TOKEN, HubError, explaining, http_status, is_transient, reason_of, retry
+from ..errors import ANSWER_SECONDS, REASONS, TOKEN, HubError, explaining, http_status, is_transient, reason_of, retry
 
 
 def publish(
@@ -124,9 +124,10 @@ def _send(
         """Whether the commit arrived although the answer was lost, or `None` if this is unknown."""
         try:
             result = retry(
-                lambda: api.verify_repo_checksums(repo_id, repo_type=repo_type, revision=revision, local_dir=folder)
+                lambda: api.verify_repo_checksums(repo_id, repo_type=repo_type, revision=revision, local_dir=folder),
+                "Comparing checksums",
             )
-        except Exception:
+        except Exception:  # whatever it is, the first error is the one to tell
             return None
         return not result.mismatches and not result.extra_paths
 
@@ -140,7 +141,7 @@ def _send(
         try:
             # The Hub refuses a second commit on `head`, but not a second pull request.
             return commit() if create_pr else retry(commit)
-        except Exception as error:
+        except Exception as error:  # of the Hub's client, of its HTTP library or of its threads; raised again
             if create_pr and is_transient(error):
                 outcome = f"Check at {url}/discussions whether the pull request exists."
                 with explaining(repo_id, outcome):
@@ -155,7 +156,7 @@ def _send(
             if not there:
                 raise
     with explaining(repo_id, f"The commit was published: {url}."):
-        oid = retry(lambda: api.repo_info(repo_id, repo_type=repo_type, revision=revision)).sha
+        oid = retry(lambda: api.repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=ANSWER_SECONDS)).sha
     return CommitInfo(commit_url=f"{url}/commit/{oid}", commit_message=commit_message, commit_description="", oid=oid)
 
 
@@ -223,7 +224,10 @@ def verify(
 
     def differing() -> list[str]:
         try:
-            result = retry(lambda: api.verify_repo_checksums(repo_id, repo_type=repo_type, revision=revision, **place))
+            result = retry(
+                lambda: api.verify_repo_checksums(repo_id, repo_type=repo_type, revision=revision, **place),
+                "Comparing checksums",
+            )
         except ValueError as error:
             raise ValueError(f"{repo_id} cannot be verified: {error}") from error
         return [mismatch["path"] for mismatch in result.mismatches]
@@ -283,7 +287,7 @@ def _check_writable(api: HfApi, repo_id: str, repo_type: str, head: str | None, 
 def _head(api: HfApi, repo_id: str, repo_type: str, revision: str | None, private: bool | None) -> str | None:
     """Return the newest commit, or `None` if there is no repository."""
     try:
-        info = retry(lambda: api.repo_info(repo_id, repo_type=repo_type, revision=revision))
+        info = retry(lambda: api.repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=ANSWER_SECONDS))
     except RevisionNotFoundError as error:
         raise ValueError(f"`revision` {revision!r} must be a branch of {repo_id}.") from error
     except RepositoryNotFoundError:

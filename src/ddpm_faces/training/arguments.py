@@ -10,9 +10,20 @@ from dataclasses import MISSING, Field, fields
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from ..files import read_yaml
 from .config import GROUPS, TrainingConfig, is_a
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}\n")
 
 
 def parse_training_config(
@@ -30,7 +41,7 @@ def parse_training_config(
         SystemExit: With code 2 and a message, for an unknown flag or key or a value that is not allowed.
     """
     parser = _make_parser(command)
-    file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    file_parser = _Parser(add_help=False)
     file_parser.add_argument("--config")
     file_args, flags = file_parser.parse_known_args(argv)
     flags = [_hyphenated(flag) for flag in flags]
@@ -45,7 +56,7 @@ def parse_training_config(
         del values.config
         return TrainingConfig(**vars(values))
     except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.error(str(error))
 
 
 def training_folder() -> Path:
@@ -75,18 +86,17 @@ def _hyphenated(flag: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") else flag
 
 
-def _make_parser(command: str) -> argparse.ArgumentParser:
+def _make_parser(command: str) -> _Parser:
     class Formatter(argparse.HelpFormatter):
         def _split_lines(self, text: str, width: int) -> list[str]:
             # Never break a line at a hyphen, or between "(default:" and its value.
             lines = textwrap.wrap(text.replace("(default: ", "(default:\xa0"), width, break_on_hyphens=False)
             return [line.replace("\xa0", " ") for line in lines]
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description="Train DDPM on images of faces. Without arguments, it trains on small drawn faces.",
         usage=f"{command} [--config CONFIG] [--FIELD VALUE ...]",
         formatter_class=partial(Formatter, max_help_position=34),
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config",
@@ -137,12 +147,7 @@ def _as_typed(value) -> str:
 
 
 def _flags_of_yaml(path: Path) -> list[str]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text("utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must contain `field: value` lines, got a {type(values).__name__}.")
     types = get_type_hints(TrainingConfig)
@@ -174,7 +179,7 @@ def _flag(name: str, items: list) -> list[str]:
 
 def _flags_of_pretrained(flags: list[str]) -> list[str]:
     """Return size, network and schedule of the pretrained pipeline, or of the run itself if it resumes."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek = _Parser(add_help=False)
     peek.add_argument("--pretrained-model-name-or-path", default="")
     peek.add_argument("--output-dir", default=TrainingConfig.output_dir)
     given, _ = peek.parse_known_args(flags)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
+from ..checks import MAX_INTEGER
 from ..hub.card import check_license
 
 
@@ -304,8 +305,6 @@ class TrainingConfig:
         # Neither a shell nor YAML expands the tilde in `--output_dir=~/model`.
         self.output_dir = os.path.expanduser(self.output_dir)
         self.cache_dir = None if self.cache_dir is None else os.path.expanduser(self.cache_dir)
-        if self.seed >= 2**31:  # NumPy seeds have at most 32 bits
-            raise ValueError(f"`seed` must be below 2**31, got {self.seed}.")
         for name in ("learning_rate", "ema_rampup_ratio", "time_limit_minutes", "adam_epsilon"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -499,6 +498,9 @@ _MAY_BE_ZERO = (
 )
 
 
+_MAX_LENGTH = 2**53  # of a run in images; a float counts to this number
+
+
 def _check_value(name: str, value, hint) -> None:
     if not is_a(value, hint):
         raise ValueError(f"`{name}` must be {_in_words(hint)}, got {value!r}.")
@@ -506,8 +508,12 @@ def _check_value(name: str, value, hint) -> None:
         raise ValueError(f"`{name}` must not be blank, got {value!r}.")
     if value is not None and int in (hint, *get_args(hint)):
         minimum = 0 if name in _MAY_BE_ZERO else 1
-        if any(item < minimum for item in (value if isinstance(value, list) else [value])):
+        maximum = _MAX_LENGTH if name.endswith(("_images", "_pixels")) and not name.startswith("num_") else MAX_INTEGER
+        items = value if isinstance(value, list) else [value]
+        if any(item < minimum for item in items):
             raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+        if any(item > maximum for item in items):
+            raise ValueError(f"`{name}` must be at most {maximum}, got {value}.")
 
 
 def is_a(value, hint) -> bool:
