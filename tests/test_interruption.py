@@ -47,7 +47,8 @@ def test_interruption_of_an_import(tmp_path, arguments, module):
 def run(path: Path, code: str, *arguments: str) -> subprocess.CompletedProcess:
     path.write_text(code)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HOME": str(path.parent)}
-    return run_script([str(path), *arguments], environment)
+    (result,) = run_script([str(path), *arguments], environment)
+    return result
 
 
 def test_interruption_of_the_preparations(tmp_path):

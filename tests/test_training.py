@@ -930,7 +930,7 @@ datasets.load_dataset = load_dataset
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """)
     arguments = [str(path), "--output_dir", str(tmp_path / "run"), "--dataset_name", "nofolder"]
-    result = run_script(arguments, environment())
+    (result,) = run_script(arguments, environment())
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == (
         "error: There is no folder 'nofolder', and the Hub could not be reached for a dataset of that name: check the "
