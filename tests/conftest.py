@@ -1,6 +1,8 @@
 import os
 import shutil
+import signal
 import tempfile
+import threading
 
 
 # The networks here are so small that a second thread only makes them slower, and threads that spin while they wait
@@ -13,6 +15,10 @@ if ALL_CORES and "PYTEST_XDIST_WORKER" in os.environ:
     number, count = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     share = sorted(ALL_CORES)[number::count]
     os.sched_setaffinity(0, share or ALL_CORES)
+
+# A background job of a shell ignores Ctrl-C, and so would the processes that the tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
