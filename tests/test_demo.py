@@ -296,7 +296,7 @@ def test_push_space(server, command, published, bare_client, tmp_path):
     assert "title: My faces\n" in repo.files["README.md"].decode()
 
 
-def test_a_space_of_a_private_model_needs_a_token(server, command, published):
+def test_space_of_a_private_model_needs_a_token(server, command, published):
     server.put("models", "owner/hidden", server.repos["models", published].files, private=True)
     code, output = command("push-space", "owner/hidden", "owner/hidden-demo")
     assert code == 0, output
@@ -322,7 +322,7 @@ def test_no_space_is_created_without_a_model(server, command, published, model, 
     assert ("spaces", "owner/never") not in server.repos
 
 
-def test_a_port_in_use(command):
+def test_port_in_use_is_refused(command):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -336,7 +336,7 @@ def test_a_port_in_use(command):
 
 
 @pytest.mark.parametrize("host", ["8.8.8.8", "a..b", "no such host", ""])
-def test_host_that_is_not_this_machine(host):
+def test_host_of_another_machine_is_refused(host):
     with pytest.raises(
         ValueError, match=f"`host` must be an address of this machine, such as 127.0.0.1, got '{host}'"
     ):
@@ -344,7 +344,7 @@ def test_host_that_is_not_this_machine(host):
 
 
 @pytest.mark.parametrize(("system", "expected"), [("posix", 1), ("nt", 0)])
-def test_a_port_is_shared_with_nobody(monkeypatch, system, expected):
+def test_port_is_not_shared_with_another_program(monkeypatch, system, expected):
     """On Windows, SO_REUSEADDR would let two programs listen on one port."""
     calls = []
 
@@ -358,12 +358,12 @@ def test_a_port_is_shared_with_nobody(monkeypatch, system, expected):
     assert len(calls) == expected
 
 
-def test_a_port_of_the_administrator(monkeypatch):
+def test_privileged_port_is_refused(monkeypatch):
     def bind(self, address):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(cli.socket, "socket", type("Socket", (socket.socket,), {"bind": bind}))
-    with pytest.raises(ValueError, match="`port` 80 needs the rights of an administrator: choose one above 1023"):
+    with pytest.raises(ValueError, match="`port` 80 needs administrator rights: choose a port above 1023"):
         cli.check_port("127.0.0.1", 80)
 
 

@@ -35,7 +35,7 @@ except BaseException as error:
         (["-m", "ddpm_faces.training.launch", "train.py"], "accelerate"),
     ],
 )
-def test_interruption_of_an_import(tmp_path, arguments, module):
+def test_interrupted_import_exits_with_130(tmp_path, arguments, module):
     (tmp_path / module).mkdir()
     (tmp_path / module / "__init__.py").write_text(SLOW)
     source = str(Path(ddpm_faces.__file__).parents[1])
@@ -51,8 +51,8 @@ def run(path: Path, code: str, *arguments: str) -> subprocess.CompletedProcess:
     return result
 
 
-def test_interruption_of_the_preparations(tmp_path):
-    """Which clean up."""
+def test_interrupted_setup_exits_with_130(tmp_path):
+    """The run cleans up its folder."""
     code = f"""
 import os, runpy, signal
 import ddpm_faces.training.data as data
@@ -78,7 +78,7 @@ TWO.remove("--cpu")
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 137, "was killed by SIGKILL.\n"),
     ],
 )
-def test_launcher_ends_as_the_script_does(tmp_path, options, code, exit_code, says):
+def test_launcher_returns_the_exit_code_of_the_script(tmp_path, options, code, exit_code, says):
     (tmp_path / "script.py").write_text(code)
     result = run(tmp_path / "launch.py", LAUNCH, *options, str(tmp_path / "script.py"))
     assert (result.returncode, result.stdout) == (exit_code, ""), result.stderr
@@ -110,13 +110,13 @@ signal.pause()
     assert (tmp_path / "saved").exists()
 
 
-def test_mistake_of_the_launcher(tmp_path):
+def test_launcher_reports_its_own_errors_in_one_line(tmp_path):
     result = run(tmp_path / "launch.py", LAUNCH, "--multi_gpu", "--cpu", "script.py")
     assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (2, "", 1), result.stderr
     assert result.stderr.startswith("error: `accelerate launch`: You can only use one of")
 
 
-def test_launcher_elsewhere_waits_for_an_interrupted_run(tmp_path, monkeypatch):
+def test_launcher_on_windows_waits_for_an_interrupted_run(tmp_path, monkeypatch):
     """Where a process cannot take over another one, as on Windows."""
     code = "import os, signal, sys; os.kill(os.getppid(), signal.SIGINT); sys.exit(75)"
     (tmp_path / "train.py").write_text(code)
@@ -147,7 +147,7 @@ def test_launcher_elsewhere_waits_for_an_interrupted_run(tmp_path, monkeypatch):
         (None, 1, None),
     ],
 )
-def test_as_many_processes_as_asked_for(tmp_path, monkeypatch, settings, num_processes, expected):
+def test_launcher_starts_the_requested_number_of_processes(tmp_path, monkeypatch, settings, num_processes, expected):
     path = tmp_path / "default_config.yaml"
     if settings is not None:
         path.write_text(settings)
@@ -165,7 +165,7 @@ def test_as_many_processes_as_asked_for(tmp_path, monkeypatch, settings, num_pro
 
 
 @pytest.mark.parametrize(("num_gpus", "says"), [(0, "CPU cores, 3"), (2, "GPUs, 2")])
-def test_more_processes_than_the_machine_has(tmp_path, monkeypatch, num_gpus, says):
+def test_too_many_processes_are_refused(tmp_path, monkeypatch, num_gpus, says):
     monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "none"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
@@ -173,7 +173,7 @@ def test_more_processes_than_the_machine_has(tmp_path, monkeypatch, num_gpus, sa
         cli.launcher(4)
 
 
-def test_settings_that_cannot_be_read(tmp_path, monkeypatch):
+def test_unreadable_accelerate_settings_are_reported(tmp_path, monkeypatch):
     path = tmp_path / "default_config.yaml"
     path.write_text("a: 1\nb: [")
     monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(path))

@@ -14,7 +14,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 logger = logging.getLogger(__name__)
 
-ANSWER_SECONDS = 60  # time for the Hub to answer, after which a request has failed
+ANSWER_SECONDS = 60  # timeout of a request
 NOTICE_SECONDS = 2  # a longer wait is announced
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _ATTEMPTS = 5
@@ -46,7 +46,7 @@ def retry(call: Callable[[], Any], doing: str = "Waiting for the Hub") -> Any:
         try:
             with _noticing(doing):
                 return call()
-        except Exception as error:  # of any kind: `is_transient` tells those of the network
+        except Exception as error:  # `is_transient` recognizes network errors by their attributes
             if attempt == _ATTEMPTS - 1 or not is_transient(error):
                 raise
             response = getattr(error, "response", None)
@@ -61,7 +61,7 @@ def retry(call: Callable[[], Any], doing: str = "Waiting for the Hub") -> Any:
 def _noticing(doing: str) -> Iterator[None]:
     """Announce a call that takes long, and limit the time in which the Hub has to answer."""
     session = get_session()
-    if session.timeout.read is None:  # the default of huggingface_hub, which waits forever
+    if session.timeout.read is None:  # by default, huggingface_hub waits forever
         session.timeout = ANSWER_SECONDS
     notice = threading.Timer(NOTICE_SECONDS, logger.warning, [f"{doing} ..."])
     notice.daemon = True
@@ -97,7 +97,7 @@ def explaining(repo_id: str, outcome: str) -> Iterator[None]:
         yield
     except (ValueError, HubError):
         raise
-    except Exception as error:  # of the Hub's client, of its HTTP library or of its threads; others pass
+    except Exception as error:  # of the Hub client, its HTTP library or its threads; all others are raised again
         explanation = explanation_of(repo_id, error, outcome)
         if explanation is None:
             raise

@@ -164,5 +164,5 @@ def read_yaml(path: str | os.PathLike) -> Any:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ValueError(f"{path}, line {line}, is not valid YAML: it has a character that is not text.") from error
-    except (ValueError, RecursionError) as error:  # a date such as 2026-99-99, or thousands of brackets
+    except (ValueError, RecursionError) as error:  # for example, the date 2026-99-99, or thousands of brackets
         raise ValueError(f"{path} is not valid YAML: {error}.") from error

@@ -1,4 +1,4 @@
-"""Ctrl-C: one line and the exit code that shells use, also during the imports, which take seconds."""
+"""Handling of Ctrl-C: print one line and exit with 130, even during imports, which take seconds."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ def handle_interrupts() -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores Ctrl-C
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # background jobs of a shell ignore Ctrl-C
         signal.signal(signal.SIGINT, _interrupt)
     if hasattr(signal, "pthread_sigmask"):  # `ddpm-faces train` blocks it while it starts this process
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -25,7 +25,7 @@ def handle_interrupts() -> None:
 
 def say_interrupted() -> int:
     """Print that the process was interrupted, unless its launcher does that, and return the exit code."""
-    if "RANK" not in os.environ:  # set for one of several processes
+    if "RANK" not in os.environ:  # RANK is set in each of several processes
         with suppress(OSError):  # a signal handler must not use `print`, which it may have interrupted
             os.write(2, b"Interrupted.\n")
     return INTERRUPTED

@@ -204,7 +204,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             )
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except Exception as error:  # of the HTTP library, whose name depends on the version; others pass
+        except Exception as error:  # errors of the HTTP library, which depends on the version of the Hub client
             if not type(error).__module__.startswith(("httpx", "requests")):
                 raise
             # For some requests, huggingface_hub does not wrap the exceptions of the HTTP library.

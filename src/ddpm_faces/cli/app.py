@@ -82,7 +82,7 @@ def main() -> None:
         if is_debugging:
             raise
         message = str(error)
-        if isinstance(error, OSError) and error.strerror:  # of the system, which Python shows with a number
+        if isinstance(error, OSError) and error.strerror:  # Python shows system errors with a number
             message = error.strerror + (f": {error.filename!r}" if error.filename else "")
         fail(message, 2 if isinstance(error, ValueError) else 1)
     except (RuntimeError, MemoryError) as error:

@@ -59,7 +59,7 @@ def check_port(host: str, port: int) -> None:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as server:
-            if os.name == "posix":  # elsewhere it would allow two programs on one port
+            if os.name == "posix":  # on Windows, it would allow two programs on one port
                 server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(address)
             server.listen()
@@ -69,7 +69,7 @@ def check_port(host: str, port: int) -> None:
         if error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
             raise ValueError(wrong_host) from error
         if error.errno == errno.EACCES:
-            raise ValueError(f"`port` {port} needs the rights of an administrator: choose one above 1023.") from error
+            raise ValueError(f"`port` {port} needs administrator rights: choose a port above 1023.") from error
         raise ValueError(
             f"`port` {port} cannot be used on {host} ({error.strerror}): stop the program that uses it, or choose "
             f"another one, such as --port {port % 65535 + 1}."

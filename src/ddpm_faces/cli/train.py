@@ -29,7 +29,7 @@ def train(
     command = [sys.executable, *launcher(num_processes), str(training_folder() / "train.py"), *arguments]
     if os.name == "posix":  # the run replaces this process and therefore receives its signals
         sys.stdout.flush()
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until it has a handler
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until the run has installed a handler
         os.execv(sys.executable, command)
     # Ctrl-C reaches the run as well. Without a handler here, `subprocess.run` would kill it before it has saved.
     signal.signal(signal.SIGINT, lambda number, frame: None)
@@ -50,7 +50,7 @@ def launcher(num_processes: int | None) -> list[str]:
     settings: dict[str, Any] = {}
     if has_settings := os.path.isfile(default_config_file):
         settings = read_yaml(default_config_file) or {}
-        # With other kinds of processes, Accelerate starts as many as it is told to, and here it always starts one.
+        # For these two types, Accelerate always starts one process, whatever the number.
         if num_processes in (None, 1) or str(settings.get("distributed_type", "NO")) not in ("NO", "MULTI_CPU"):
             return launch if num_processes is None else [*launch, "--num_processes", str(num_processes)]
     import torch

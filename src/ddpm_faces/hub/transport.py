@@ -127,7 +127,7 @@ def _send(
                 lambda: api.verify_repo_checksums(repo_id, repo_type=repo_type, revision=revision, local_dir=folder),
                 "Comparing checksums",
             )
-        except Exception:  # whatever it is, the first error is the one to tell
+        except Exception:  # report the first error, whatever this one is
             return None
         return not result.mismatches and not result.extra_paths
 
@@ -141,7 +141,7 @@ def _send(
         try:
             # The Hub refuses a second commit on `head`, but not a second pull request.
             return commit() if create_pr else retry(commit)
-        except Exception as error:  # of the Hub's client, of its HTTP library or of its threads; raised again
+        except Exception as error:  # of the Hub client, its HTTP library or its threads; raised again below
             if create_pr and is_transient(error):
                 outcome = f"Check at {url}/discussions whether the pull request exists."
                 with explaining(repo_id, outcome):

@@ -498,7 +498,7 @@ _MAY_BE_ZERO = (
 )
 
 
-_MAX_LENGTH = 2**53  # of a run in images; a float counts to this number
+_MAX_LENGTH = 2**53  # length of a run in images; floats are exact up to here
 
 
 def _check_value(name: str, value, hint) -> None:

@@ -83,7 +83,7 @@ def _only_warning(message: str) -> Iterator[None]:
     """Turn any exception into a warning, because the model is saved already."""
     try:
         yield
-    except Exception as error:  # of any kind: drawing and plotting must not fail a finished run
+    except Exception as error:  # no error of drawing or plotting may fail a finished run
         logger.warning("%s: %s: %s", message, type(error).__name__, error)
 
 

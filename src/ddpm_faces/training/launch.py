@@ -1,4 +1,4 @@
-"""`accelerate launch`, as `ddpm-faces train` uses it: it ends with the exit code of the script, without a traceback.
+"""`accelerate launch` for `ddpm-faces train`: returns the exit code of the script, without a traceback.
 
 $ python -m ddpm_faces.training.launch --num_processes 2 training/train.py
 """
@@ -20,12 +20,12 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if not psutil.Process().children():  # a script that runs receives Ctrl-C as well, and saves
+        if not psutil.Process().children():  # a running script also receives Ctrl-C, and saves
             raise KeyboardInterrupt
 
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, interrupt)  # torchrun replaces it as it starts several processes
-    logging.disable(logging.ERROR)  # torchrun says in many lines what is said below in one
+        signal.signal(signal.SIGINT, interrupt)  # torchrun replaces this handler when it starts several processes
+    logging.disable(logging.ERROR)  # torchrun prints many lines; the messages below are one line each
     try:
         launch()
     except KeyboardInterrupt:
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def _shell_code(code: int, name: str) -> int:
-    """Return an exit code as shells have it. The script has said why it failed, unless a signal killed it."""
+    """Return an exit code as shells do. The script has printed why it failed, unless a signal killed it."""
     if code >= 0:
         return code
     print(f"error: {name} was killed by {signal.Signals(-code).name}.", file=sys.stderr)
