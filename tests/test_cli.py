@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_installed_command():
         assert name in result.stdout
     result = subprocess.run([executable, "convert", "a.pt", "out", "--size", "8"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: No such option: --size.")
+    assert re.match(r"error: No such option:? '?--size'?\.", result.stderr)  # quoted by some versions of typer
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -409,7 +410,7 @@ def test_invalid_generation_is_refused(command, model, tmp_path):
         ((model, "--output", "-"), "`output` must name a file or a folder, got '-'"),
         ((model, "--output", "/dev/null"), "`output` '/dev/null' is a file; choose another name"),
         ((model, "--output", tmp_path), "exists; choose another name, or add --overwrite"),
-        ((model, "--num-imges", 3), "No such option: --num-imges. Did you mean --num-images?"),
+        ((model, "--num-imges", 3), ". Did you mean --num-images?"),
         ((), "Missing argument 'MODEL'. Run `ddpm-faces generate --help`"),
     ):
         extra = [] if "--output" in arguments else ["--output", out]
