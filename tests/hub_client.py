@@ -29,7 +29,7 @@ from huggingface_hub.utils import logging as hub_logging
 assert (importlib.util.find_spec("ddpm_faces.hub") is not None if package else True) is True
 if package:
     from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet, hub
-    # What commands and trainings import. Not `datasets`, which reads on import where its cache is.
+    # Import what commands and trainings need, except `datasets`, which reads the location of its cache on import.
     import accelerate.tracking, matplotlib.pyplot, torch.utils.tensorboard
     import ddpm_faces.cli.app, ddpm_faces.hub.model_folder, ddpm_faces.training.finish
     assert "datasets" not in sys.modules

@@ -138,7 +138,7 @@ def test_card(server, published):
         "| training images | user/people: 40 pictures |", "| base model | user/base |",
         "| images seen | 96,000 |", "| training time | 1.5 h on 2 x NVIDIA H100 |",
         "| license of the training images | cc-by-4.0 |",
-        "| Frechet distance | 12.5 ± 0.4 |", "number of samples 512; seed 0; extractor efficientnet-lite0",
+        "| Frechet distance | 12.5 ± 0.4 |  |  |", "All metrics were measured with: number of samples 512; seed 0;",
         "EMA weights", "No copies were found among 512 faces.", "seeds 5, 6, 7 and so on, in all 20 steps",
         "loss_curve.png", 'DDPMFacesPipeline.from_pretrained("owner/faces")', "## Limits and misuse",
     ):  # fmt: skip

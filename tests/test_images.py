@@ -231,7 +231,7 @@ def test_a_cache_of_a_dataset_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_a_lock_that_cannot_be_created_is_named(tmp_path, monkeypatch):
-    """As in a read-only folder. The tests may run as root, who can write everywhere."""
+    """Act like a read-only folder. Root, as which the tests may run, can write everywhere."""
     folder = save(tmp_path / "faces" / "face.png")
 
     def refuse(*args, **kwargs):

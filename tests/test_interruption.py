@@ -117,7 +117,7 @@ def test_launcher_reports_its_own_errors_in_one_line(tmp_path):
 
 
 def test_launcher_on_windows_waits_for_an_interrupted_run(tmp_path, monkeypatch):
-    """Where a process cannot take over another one, as on Windows."""
+    """On Windows, a process cannot replace another one."""
     code = "import os, signal, sys; os.kill(os.getppid(), signal.SIGINT); sys.exit(75)"
     (tmp_path / "train.py").write_text(code)
     monkeypatch.setattr(cli, "os", SimpleNamespace(name="nt"))

@@ -77,7 +77,7 @@ def test_min_snr_weights_errors_in_x_0_equally_for_every_prediction_type(predict
 
     snr = (alpha_bar / (1 - alpha_bar)).flatten()
     assert snr.min() < 5 < snr.max()
-    # Where almost no signal is left, eps hardly differs, and errors of 1e-7 in float32 tables become visible.
+    # At the last timesteps, almost no signal is left, so errors of 1e-7 in the float32 tables become visible.
     torch.testing.assert_close(losses.double(), snr.clamp(max=snr_gamma) * error**2, rtol=1e-3, atol=1e-6)
     if snr_gamma == float("inf"):
         noise_error = ((noise_hat - noise) ** 2).mean(dim=(1, 2, 3))

@@ -65,7 +65,7 @@ def push_space(
     info = _model_info(model, token)
 
     def write(folder: Path, old_card: str | None) -> None:
-        for name, text in space_files(model, info.sha, title).items():
+        for name, text in space_files(model, info.sha or "main", title).items():
             (folder / name).write_text(text, "utf-8")
 
     message = f"Publish the demo of {model}"
@@ -73,7 +73,7 @@ def push_space(
     return Space(commit, f"{_api(token).endpoint}/spaces/{repo_id}", bool(info.private or info.gated))
 
 
-def space_files(model: str, revision: str | None, title: str) -> dict[str, str]:
+def space_files(model: str, revision: str, title: str) -> dict[str, str]:
     """Return the content of the three files of a Space by their names."""
     app = _APP.read_text("utf-8")
     if app.count(_MODEL_LINE) != 1:
