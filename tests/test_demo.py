@@ -19,7 +19,7 @@ from lowest_versions import lowest_versions
 from PIL import Image
 
 import ddpm_faces
-from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, fast_solver
+from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
 from ddpm_faces.cli import demo as cli
 
 
@@ -65,7 +65,7 @@ def test_grid_shows_the_denoising_and_ends_with_the_faces_of_the_seeds(maker, pi
     html, path = next(event for event in events if event[1])
     generators = [torch.Generator().manual_seed(7 + i) for i in range(3)]
     # The same images as with the package, so that a seed always gives the same face.
-    faces = pipeline.with_scheduler(fast_solver(pipeline.scheduler))(3, 4, generators).images
+    faces = pipeline(3, 4, generators).images
     assert Image.open(path).convert("RGB").tobytes() == app.grid(faces).tobytes()
     assert [image.size for image in pictures(html)] == [(16, 16)] * 3
     assert re.findall(r"<figcaption>(\d+)</figcaption>", html) == ["7", "8", "9"]
@@ -90,7 +90,6 @@ def test_png_metadata_records_how_the_images_were_made(maker, maker_of_classes):
     assert text == {
         "Software": f"ddpm-faces {ddpm_faces.__version__}",
         "model": "user/tiny",
-        "sampler": "dpm-solver++",
         "seed": "41 to 42",
         "steps": "3",
     }
@@ -98,22 +97,19 @@ def test_png_metadata_records_how_the_images_were_made(maker, maker_of_classes):
     assert Image.open(last(maker_of_classes.faces(41, 2, 3, label=2))[1]).text["class_labels"] == "[2, 2]"
 
 
-def test_solver_takes_the_steps_of_the_fast_solver():
-    for scheduler in (
-        DDPMFacesScheduler(),
-        DDPMFacesScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"),
-        DDPMFacesScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
-        DDPMFacesScheduler(beta_schedule="squaredcos_cap_v2"),
-        DDPMFacesScheduler(20),  # where several of the wanted noise levels are nearest to the same timestep
-    ):
-        ours, theirs = (
-            cls.from_config(scheduler.config, trained_betas=scheduler.betas.tolist())
-            for cls in (app.Solver, ddpm_faces.FastSolver)
-        )
-        for steps in {1, 2, 6, 15, 20, min(50, scheduler.config.num_train_timesteps)}:
-            ours.set_timesteps(steps)
-            theirs.set_timesteps(steps)
-            assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+def test_steps_are_those_of_the_default_preset(pipeline):
+    pipeline.set_presets({"fast": {"num_inference_steps": 4}}, "fast")
+    assert app.FaceMaker(pipeline, "user/tiny").default_steps == 4
+    pipeline.set_presets(None)
+    assert app.FaceMaker(pipeline, "user/tiny").default_steps == 15
+
+
+def test_code_without_presets_is_refused(pipeline):
+    class Old:
+        unet, scheduler = pipeline.unet, pipeline.scheduler
+
+    with pytest.raises(ValueError, match="`model` user/old has code of an earlier version"):
+        app.FaceMaker(Old(), "user/old")
 
 
 # Walk

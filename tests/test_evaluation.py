@@ -77,18 +77,21 @@ def value(results: dict, kind: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "sigma_min", "epsilon_scaling"),
-    [("ddpm", None, None), ("dpm-solver++", None, None), ("dpm-solver++", 0.3, 1.05), ("dpm-solver++", 0.3, 1)],
+    ("preset", "sigma_min", "epsilon_scaling"),
+    [("exact", None, None), (None, None, None), (None, 0.3, 1.05), (None, 0.3, 1)],
 )
-def test_metrics_of_a_pipeline(folder, sampler, sigma_min, epsilon_scaling):
+def test_metrics_of_a_pipeline(folder, preset, sigma_min, epsilon_scaling):
     pipeline = tiny()
-    results = evaluate(pipeline, str(folder), num_images=24, sampler=sampler, num_inference_steps=5, seed=7,
+    results = evaluate(pipeline, str(folder), num_images=24, preset=preset, num_inference_steps=5, seed=7,
                        batch_size=10, networks=Plain(), sigma_min=sigma_min,
                        epsilon_scaling=epsilon_scaling)  # fmt: skip
 
-    if sampler != "ddpm":
+    if sigma_min is not None:
         pipeline = DDPMFacesPipeline(pipeline.unet, fast_solver(pipeline.scheduler, sigma_min, epsilon_scaling))
-    faces = [pipeline(1, 5, torch.Generator().manual_seed(7 + i), output_type="np").images[0] for i in range(24)]
+    faces = [
+        pipeline(1, 5, torch.Generator().manual_seed(7 + i), output_type="np", preset=preset).images[0]
+        for i in range(24)
+    ]
     images = torch.from_numpy((np.stack(faces) * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
     reference = drawn(24)
     x, y = pixel_features(images), pixel_features(reference)
@@ -103,8 +106,13 @@ def test_metrics_of_a_pipeline(folder, sampler, sigma_min, epsilon_scaling):
     assert json.loads(json.dumps(results)) == results
     for metric in results["metrics"]:
         assert (metric["n"], metric["n_reference"], metric["image_size"]) == (24, 24, "16x16")
-        assert (metric["sampler"], metric["steps"], metric["seeds"]) == (sampler, 5, "7 to 30")
-        assert metric.get("sigma_min") == (None if sampler == "ddpm" else sigma_min or 0.02)
+        assert (metric["sampler"], metric["steps"], metric["seeds"]) == (
+            "ddpm" if preset else "dpmsolver++",
+            5,
+            "7 to 30",
+        )
+        assert metric.get("preset") == preset
+        assert metric.get("sigma_min") == (None if preset else sigma_min or 0.02)
         assert metric.get("epsilon_scaling") == (None if epsilon_scaling == 1 else epsilon_scaling)
         assert metric["reference"].startswith("faces (")
         assert metric["error"] >= 0
@@ -131,8 +139,8 @@ def test_guidance(folder, tmp_path):
     assert own["metrics"][0]["guidance_scale"] == 1.5
     without = evaluate(pipeline, str(folder), **arguments, guidance_scale=1)
     assert without["metrics"] == alone["metrics"]
-    fast = {**arguments, "sampler": "dpm-solver++"}
-    assert evaluate(pipeline, str(folder), **fast)["channels"] != evaluate(tiny(), str(folder), **fast)["channels"]
+    exact = {**arguments, "preset": "exact"}
+    assert evaluate(pipeline, str(folder), **exact)["channels"] != evaluate(tiny(), str(folder), **exact)["channels"]
 
 
 def test_distance_is_zero_only_between_equal_images(folder):
@@ -222,12 +230,12 @@ def test_bits_per_dimension(folder):
     )["metrics"][-1]["reference"]  # fmt: skip
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "dpm-solver++"])
-def test_network_that_predicts_the_variance_too(folder, sampler):
+@pytest.mark.parametrize("preset", ["exact", None])
+def test_network_that_predicts_the_variance_too(folder, preset):
     torch.manual_seed(0)
     network = DDPMFacesUNet(16, 3, 6, block_out_channels=(8, 8), block_types=("resnet",), norm_num_groups=4).eval()
     pipeline = DDPMFacesPipeline(network, DDPMFacesScheduler(10, variance_type="learned_range"))
-    results = evaluate(pipeline, str(folder), num_images=20, num_inference_steps=3, sampler=sampler, networks=Plain(),
+    results = evaluate(pipeline, str(folder), num_images=20, num_inference_steps=3, preset=preset, networks=Plain(),
                        num_likelihood_images=2)  # fmt: skip
     *figures, bits = results["metrics"]
     expected = bits_per_dimension(network, pipeline.scheduler, drawn(2)).mean().item()
@@ -280,7 +288,7 @@ def test_metrics_with_different_settings_are_not_compared(change, message):
 
 
 def test_samplers_and_models_are_compared():
-    check_comparable([FIGURE], [{**FIGURE, "sampler": "dpm-solver++", "steps": 10, "seeds": "1 to 400", "value": 1}])
+    check_comparable([FIGURE], [{**FIGURE, "sampler": "dpmsolver++", "steps": 10, "seeds": "1 to 400", "value": 1}])
     lines = table([FIGURE], [{**FIGURE, "value": 20.0}]).splitlines()
     assert lines[0] == "| | value | other real faces | before |".replace("| |", "|  |")
     assert lines[2] == "| Fréchet distance, A | 12.35 ± 0.5 | 10 | 20 ± 0.5 |"
@@ -353,15 +361,12 @@ class Never(MetricNetworks):
     [
         ({"num_images": 19}, "`num_images` must be an integer from 20 to .*, got 19"),
         ({"num_images": True}, "`num_images` must be an integer from 20 to .*, got True"),
-        ({"sampler": "euler"}, "`sampler` must be one of 'dpm-solver\\+\\+', 'ddpm', got 'euler'"),
+        ({"preset": "fast"}, "`preset` must be one of exact, got 'fast'"),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be an integer from 1 to .*, got 0"),
         ({"num_inference_steps": 11}, "`num_inference_steps` must be from 1 to 10, .*, got 11"),
-        ({"sigma_min": 0.1}, "`sigma_min` needs the sampler 'dpm-solver\\+\\+', but the sampler is 'ddpm'"),
-        (
-            {"epsilon_scaling": 1.01},
-            "`epsilon_scaling` needs the sampler 'dpm-solver\\+\\+', but the sampler is 'ddpm'",
-        ),
-        ({"sigma_min": 1, "sampler": "dpm-solver++"}, "`sigma_min` must lie in \\(0, 1\\), got 1"),
+        ({"sigma_min": 0.1}, "`sigma_min` needs DPM-Solver\\+\\+, but the preset 'exact' means another sampler"),
+        ({"epsilon_scaling": 1.01}, "`epsilon_scaling` needs DPM-Solver\\+\\+, but the preset 'exact'"),
+        ({"sigma_min": 1, "num_inference_steps": 3}, "`sigma_min` must lie in \\(0, 1\\), got 1"),
         ({"guidance_scale": 1.5}, "`guidance_scale` must be 1 for a model without a guide, got 1.5"),
         ({"guidance_scale": -1}, "`guidance_scale` must be a number of at least 0, got -1"),
         ({"guide": tiny()}, "`guide` needs a `guidance_scale`"),

@@ -1063,7 +1063,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         ("unet/config.json", {"block_out_channels": [8000, 16000]}, "shape"),
         ("unet/config.json", {"new_trick": 1}, "does not know: new_trick. It belongs to another network"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "`num_train_timesteps` must be at most"),
-        ("model_index.json", {"_format_version": 3}, "saved in format 3, by a later version of ddpm-faces"),
+        ("model_index.json", {"_format_version": 4}, "saved in format 4, by a later version of ddpm-faces"),
         ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, "of another kind of pipeline: it has vae"),
         ("model_index.json", b'{"_class_name": "DDPMPipeline"}', "of another kind of pipeline: it has no unet"),
         ("model_index.json", {"unet": ["../../evil", "DDPMFacesUNet"]}, "`unet` must name a library and a class"),

@@ -95,6 +95,150 @@ def test_default_number_of_steps_is_that_of_the_scheduler(pipeline):
     assert seen == [(i, 19 - i) for i in range(20)]
 
 
+# Presets
+
+
+PRESETS = {
+    "fast": {"algorithm": "dpmsolver++", "timestep_spacing": "logsnr", "num_inference_steps": 6, "sigma_min": 0.1},
+    "draft": {"algorithm": "ddim", "num_inference_steps": 3},
+}
+
+
+def pixels(pipeline, *arguments, **settings):
+    return pipeline(2, *arguments, generator=generators(0, 1), output_type="pt", **settings).images
+
+
+def test_presets_choose_scheduler_and_steps(pipeline):
+    schedule = pipeline.scheduler.config
+    exact = pixels(pipeline)
+    fast = DDPMFacesScheduler.from_config(schedule, algorithm="dpmsolver++", timestep_spacing="logsnr", sigma_min=0.1)
+    draft = DDPMFacesScheduler.from_config(schedule, algorithm="ddim")
+    pipeline.set_presets(PRESETS)
+    assert list(pipeline.presets) == ["exact", "fast", "draft"]
+    assert torch.equal(pixels(pipeline), exact)  # no default
+    pipeline.set_presets(PRESETS, "fast")
+    expected = {
+        "fast": pixels(quiet(DDPMFacesPipeline(pipeline.unet, fast)), 6),
+        "draft": pixels(quiet(DDPMFacesPipeline(pipeline.unet, draft)), 3),
+        "exact": exact,
+        None: pixels(quiet(DDPMFacesPipeline(pipeline.unet, fast)), 6),
+    }
+    for preset, images in expected.items():
+        assert torch.equal(pixels(pipeline, preset=preset), images)
+    # A number of steps: of the preset, or else of the fast solver, unless all are asked for.
+    assert torch.equal(pixels(pipeline, 4, preset="draft"), pixels(quiet(DDPMFacesPipeline(pipeline.unet, draft)), 4))
+    assert torch.equal(pixels(pipeline, 4), pixels(quiet(DDPMFacesPipeline(pipeline.unet, fast)), 4))
+    assert torch.equal(pixels(pipeline, 20), exact)
+
+
+def test_fewer_steps_are_those_of_the_solver_without_any_preset(pipeline):
+    solver = quiet(DDPMFacesPipeline(pipeline.unet, fast_solver(pipeline.scheduler)))
+    assert torch.equal(pixels(pipeline, 5), pixels(solver, 5))
+    ancestral = DDPMScheduler.from_config(pipeline.scheduler.config)
+    other = quiet(DDPMFacesPipeline(pipeline.unet, ancestral))
+    torch.testing.assert_close(pixels(pipeline, 5, preset="exact"), pixels(other, 5), atol=1e-5, rtol=0)
+
+
+def test_presets_leave_another_scheduler_alone(pipeline):
+    pipeline.set_presets(PRESETS, "fast")
+    for scheduler in (
+        DDIMScheduler.from_config(pipeline.scheduler.config),
+        DDPMFacesScheduler.from_config(pipeline.scheduler.config, algorithm="ddim"),
+    ):
+        other = pipeline.with_scheduler(scheduler)
+        other.set_progress_bar_config(disable=True)
+        alone = quiet(DDPMFacesPipeline(pipeline.unet, scheduler))
+        assert torch.equal(pixels(other), pixels(alone))
+        assert torch.equal(pixels(other, 4), pixels(alone, 4))
+        name = type(scheduler).__name__
+        with pytest.raises(ValueError, match=f"`preset` 'fast' needs the scheduler .*, got {name}.*: give `num_inf"):
+            other(preset="fast")
+
+
+def test_preset_may_turn_guidance_off():
+    torch.manual_seed(0)
+    pipeline = quiet(DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=20)))
+    pipeline.set_guide(a_guide(), 1.5)
+    pipeline.set_presets(
+        {"draft": {"num_inference_steps": 3, "guidance_scale": 1.0}, "fast": {"num_inference_steps": 3}}
+    )
+    plain = quiet(DDPMFacesPipeline(pipeline.unet, pipeline.scheduler))
+    plain.set_presets({"fast": {"num_inference_steps": 3}})
+    assert torch.equal(pixels(pipeline, preset="draft"), pixels(plain, preset="fast"))
+    assert torch.equal(pixels(pipeline, preset="draft", guidance_scale=1.5), pixels(pipeline, preset="fast"))
+    assert not torch.equal(pixels(pipeline, preset="draft"), pixels(pipeline, preset="fast"))
+    pipeline.set_presets({"fast": {"num_inference_steps": 3, "guidance_scale": 1.2}}, "fast")
+    alone = quiet(DDPMFacesPipeline(pipeline.unet, pipeline.scheduler, presets=pipeline.config.presets))
+    with pytest.raises(ValueError, match="`guidance_scale` must be 1 for a model without a guide, got 1.2"):
+        alone(preset="fast")
+
+
+def test_callback_reads_the_steps_of_the_preset(pipeline):
+    pipeline.set_presets(PRESETS, "fast")
+    assert pipeline.num_timesteps == 6
+    seen = set()
+    pipeline(preset="draft", callback_on_step_end=lambda pipe, i, t, tensors: seen.add(pipe.num_timesteps))
+    assert seen == {3}
+
+
+def test_presets_travel(client, pipeline, tmp_path):
+    """The same pixels with the package, without it, and after a copy; earlier versions cannot read the folder."""
+    tuned = {"timesteps": [19, 11.5, 4], "weights": [[], [-0.3], [-0.2]]}
+    pipeline.scheduler = DDPMFacesScheduler.from_config(pipeline.scheduler.config, tuned_steps={"3": tuned})
+    pipeline.set_presets({**PRESETS, "tuned": {"algorithm": "dpmsolver++", "num_inference_steps": 3}}, "tuned")
+    expected = pixels(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["_format_version"] == 3
+    for script in (WITH_THE_PACKAGE, WITHOUT):
+        outcome = client.run(script, folder=str(tmp_path))
+        assert outcome.value == expected.tolist(), outcome.output
+    loaded = quiet(DDPMFacesPipeline.from_pretrained(tmp_path))
+    assert (loaded.config.default_preset, loaded.presets) == ("tuned", pipeline.presets)
+    for copy in (DDPMFacesPipeline.from_pipe(loaded), loaded.with_scheduler(loaded.scheduler)):
+        assert torch.equal(pixels(quiet(copy), preset="fast"), pixels(pipeline, preset="fast"))
+
+
+def test_folder_without_presets_is_as_before(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_format_version"] == 1
+    assert not {"presets", "default_preset"} & set(index)
+
+
+@pytest.mark.parametrize(
+    ("presets", "default", "message"),
+    [
+        ([], None, "`presets` must be a dictionary or None, got"),
+        ({"exact": {"num_inference_steps": 3}}, None, "words other than 'exact' as names, got 'exact'"),
+        ({"my fast": {"num_inference_steps": 3}}, None, "words other than 'exact' as names, got 'my fast'"),
+        ({"fast": {}}, None, r"`presets\['fast'\]` must be a dictionary with `num_inference_steps`, got {}"),
+        (
+            {"fast": {"num_inference_steps": 21}},
+            None,
+            r"\['fast'\]\['num_inference_steps'\]` must be from 1 to 20, .*21",
+        ),
+        ({"fast": {"num_inference_steps": 2.5}}, None, r"\['num_inference_steps'\]` must be an integer"),
+        ({"fast": {"num_inference_steps": 2, "order": 3}}, None, "may set num_inference_steps, .*, got 'order'"),
+        ({"fast": {"num_inference_steps": 2, "algorithm": "euler"}}, None, "`algorithm` must be one of .*got 'euler'"),
+        ({"fast": {"num_inference_steps": 2, "guidance_scale": -1}}, None, "`guidance_scale` must be a number"),
+        ({"fast": {"num_inference_steps": 2}}, "quick", "`default_preset` must be one of exact, fast, got 'quick'"),
+    ],
+)
+def test_bad_presets_are_named(pipeline, presets, default, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.set_presets(presets, default)
+    with pytest.raises(ValueError, match=message):
+        DDPMFacesPipeline(pipeline.unet, pipeline.scheduler, presets=presets, default_preset=default)
+
+
+def test_unknown_preset_is_refused_with_those_there_are(pipeline):
+    pipeline.set_presets(PRESETS)
+    with pytest.raises(ValueError, match="`preset` must be one of exact, fast, draft, got 'quick'"):
+        pipeline(preset="quick")
+    with pytest.raises(ValueError, match="`num_inference_steps` must be from 1 to 20, .* got 21"):
+        pipeline(preset="fast", num_inference_steps=21)
+
+
 # Reproducibility
 
 
@@ -653,7 +797,10 @@ def test_variants_can_share_a_folder(pipeline, tmp_path):
 
 
 def test_a_scheduler_that_cannot_be_loaded_again_is_refused_before_anything_is_written(pipeline, tmp_path):
-    pipeline.scheduler = fast_solver(pipeline.scheduler)
-    with pytest.raises(ValueError, match="`scheduler` FastSolver could not be loaded again"):
+    class OwnSolver(DPMSolverMultistepScheduler):
+        pass
+
+    pipeline.scheduler = OwnSolver.from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match="`scheduler` OwnSolver could not be loaded again"):
         pipeline.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()

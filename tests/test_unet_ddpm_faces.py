@@ -44,6 +44,12 @@ CONFIGS = {
         "mid_block_type": "resnet",
         **RESNET,
     },
+    "patches": {
+        "block_out_channels": (8, 16),
+        "block_types": ("resnet",),
+        "patch_size": 4,
+        **RESNET,
+    },
     "rgba_oblong": {
         "sample_size": (32, 48),
         "in_channels": 4,
@@ -90,6 +96,25 @@ def relative_error(actual, expected):
 @pytest.fixture(params=CONFIGS)
 def unet(request):
     return make_unet(**CONFIGS[request.param])
+
+
+# Patches
+
+
+def test_a_patch_is_one_position():
+    """The network on patches is the network on the pixels of each patch as channels."""
+    unet = make_unet(**{**CONFIGS["patches"], "patch_size": 2})
+    plain = make_unet(
+        **{**CONFIGS["patches"], "patch_size": 1, "sample_size": 8, "in_channels": 12, "out_channels": 12}
+    )
+    plain.load_state_dict(unet.state_dict())
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 40])
+    # channels in the order (color, row, column), as in PixelUnshuffle
+    patches = x.reshape(2, 3, 8, 2, 8, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 12, 8, 8)
+    expected = plain(patches, t).sample.reshape(2, 3, 2, 2, 8, 8).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 16, 16)
+    torch.testing.assert_close(unet(x, t).sample, expected)
+    with pytest.raises(ValueError, match=r"must be a side or \(height, width\), each a multiple of 4 \(`patch_size`"):
+        make_unet(**{**CONFIGS["patches"], "patch_size": 2, "sample_size": 18})
 
 
 # The article's network, implemented independently

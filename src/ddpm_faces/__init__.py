@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from .objective import DDPMFacesObjective as DDPMFacesObjective
     from .pipeline_ddpm_faces import DDPMFacesPipeline as DDPMFacesPipeline
     from .scheduling_ddpm_faces import DDPMFacesScheduler as DDPMFacesScheduler
-    from .solvers import FastSolver as FastSolver
     from .solvers import fast_solver as fast_solver
     from .unet_ddpm_faces import DDPMFacesUNet as DDPMFacesUNet
 
@@ -22,7 +21,6 @@ _MODULE_OF = {
     "DDPMFacesScheduler": "scheduling_ddpm_faces",
     "DDPMFacesUNet": "unet_ddpm_faces",
     "DrawnFaces": "data.drawn_faces",
-    "FastSolver": "solvers",
     "fast_solver": "solvers",
 }
 __all__ = ["__version__", *sorted(_MODULE_OF)]

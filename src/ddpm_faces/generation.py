@@ -17,11 +17,10 @@ from .checks import check_integer, check_seed
 from .files import check_writable, replacing
 from .pipeline_ddpm_faces import DDPMFacesPipeline
 from .plots import image_grid
-from .solvers import fast_solver
+from .scheduling_ddpm_faces import DDPMFacesScheduler
 
 
-SAMPLERS = ("dpm-solver++", "ddpm")
-DEFAULT_STEPS = 20  # of dpm-solver++
+DEFAULT_STEPS = 20  # of a model without a default preset
 
 
 @dataclass
@@ -31,20 +30,24 @@ class Recipe:
     Args:
         num_images (`int`, defaults to 16): Number of images.
         seed (`int`, defaults to 0): Seed of the first image; image i uses `seed + i`.
-        sampler (`str`, defaults to `"dpm-solver++"`): `"dpm-solver++"`, or `"ddpm"` for the scheduler of the pipeline.
-        steps (`int`, *optional*): Sampling steps, 1 to T. Defaults to 20 for dpm-solver++ and to all T for ddpm.
-        sigma_min (`float`, *optional*): For dpm-solver++, see [`fast_solver`].
-        epsilon_scaling (`float`, *optional*): For dpm-solver++, see [`fast_solver`].
+        preset (`str`, *optional*):
+            A preset of the model, such as `"exact"` or `"fast"`. Defaults to the model's own default if `steps` is
+            not given.
+        steps (`int`, *optional*):
+            Sampling steps, 1 to T. Defaults to those of the preset, or to 20. Without a preset, fewer than T steps are
+            those of DPM-Solver++.
+        sigma_min (`float`, *optional*): For DPM-Solver++, see [`DDPMFacesScheduler`].
+        epsilon_scaling (`float`, *optional*): For DPM-Solver++, see [`DDPMFacesScheduler`].
         guidance_scale (`float`, *optional*): Scale of the autoguidance. Defaults to that of the pipeline.
         class_labels (`list[int]`, *optional*): Classes, in turn. Defaults to all classes of the model, in turn.
 
     Raises:
-        ValueError: A value is out of range, or does not suit the sampler.
+        ValueError: A value is out of range.
     """
 
     num_images: int = 16
     seed: int = 0
-    sampler: str = "dpm-solver++"
+    preset: str | None = None
     steps: int | None = None
     sigma_min: float | None = None
     epsilon_scaling: float | None = None
@@ -52,37 +55,45 @@ class Recipe:
     class_labels: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"`sampler` must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}.")
         check_integer("num_images", self.num_images, 1)
         if self.steps is not None:
             check_integer("steps", self.steps, 1)
         check_seed(self.seed)
-        for name in ("sigma_min", "epsilon_scaling"):
-            if getattr(self, name) is not None and self.sampler == "ddpm":
-                raise ValueError(
-                    f"`{name}` works with the sampler dpm-solver++ only; remove it or change the sampler."
-                )
 
-    def resolve(self, pipeline: DDPMFacesPipeline) -> "Recipe":
+    def resolve(self, pipeline: DDPMFacesPipeline, default_preset: str | None = None) -> "Recipe":
         """Return the recipe, with the defaults of the model filled in.
 
+        Args:
+            pipeline ([`DDPMFacesPipeline`]): The model.
+            default_preset (`str`, *optional*):
+                Preset for a model without a default preset; without it, such a model takes 20 steps of DPM-Solver++.
+
         Raises:
-            ValueError: The recipe has a class that the model does not have.
+            ValueError: The model has no such preset or class, the number of steps is above T, or an option of
+                DPM-Solver++ is given for another sampler.
         """
-        num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
-        most = DEFAULT_STEPS if self.sampler == "dpm-solver++" else num_train_timesteps
-        steps = min(most, num_train_timesteps) if self.steps is None else self.steps
-        if steps > num_train_timesteps:
-            raise ValueError(f"`steps` must be at most {num_train_timesteps}, as in training, got {steps}.")
-        scale = pipeline.config.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        total = pipeline.scheduler.config.num_train_timesteps
+        pipeline = with_own_scheduler(pipeline)
+        preset, steps = self.preset, self.steps
+        if preset is None and steps is None:
+            preset = (pipeline.config.default_preset or default_preset) if pipeline.takes_presets else None
+            steps = min(DEFAULT_STEPS, total) if preset is None else None
+        if steps is not None and steps > total:
+            raise ValueError(f"`steps` must be at most {total}, as in training, got {steps}.")
+        scheduler, steps, scale = pipeline.resolve_preset(preset, steps, self.guidance_scale)
+        if scheduler.config.get("algorithm") != "dpmsolver++":
+            for name in ("sigma_min", "epsilon_scaling"):
+                if getattr(self, name) is not None:
+                    used = f"the preset {preset!r}" if preset else f"{steps} steps"
+                    raise ValueError(f"`{name}` needs DPM-Solver++, but {used} means another sampler.")
+        pipeline.check_guide(pipeline.guide, scale)
         num_classes = pipeline.unet.config.get("num_class_embeds")
         labels = self.class_labels or (None if num_classes is None else list(range(num_classes)))
         if labels and num_classes is None:
             raise ValueError(f"`class_labels` must be None because this model has no classes, got {list(labels)}.")
         if labels and not all(0 <= label < num_classes for label in labels):
             raise ValueError(f"`class_labels` must be from 0 to {num_classes - 1}, got {list(labels)}.")
-        return replace(self, steps=steps, guidance_scale=scale, class_labels=labels)
+        return replace(self, preset=preset, steps=steps, guidance_scale=scale, class_labels=labels)
 
 
 def generate(pipeline: DDPMFacesPipeline, recipe: Recipe, batch_size: int = 64) -> Iterator[Image.Image]:
@@ -114,12 +125,22 @@ def generate(pipeline: DDPMFacesPipeline, recipe: Recipe, batch_size: int = 64) 
             yield from sample(pipeline, recipe, indices, callback_on_step_end=advance).images
 
 
+def with_own_scheduler(pipeline: DDPMFacesPipeline) -> DDPMFacesPipeline:
+    """Return the pipeline with a [`DDPMFacesScheduler`], which takes presets, in place of a scheduler of diffusers."""
+    if isinstance(pipeline.scheduler, DDPMFacesScheduler):
+        return pipeline
+    return pipeline.with_scheduler(DDPMFacesScheduler.from_config(pipeline.scheduler.config))
+
+
 def with_sampler(pipeline: DDPMFacesPipeline, recipe: Recipe) -> DDPMFacesPipeline:
-    """Return a copy of a pipeline with the sampler of a recipe and without a progress bar."""
-    solver = pipeline.scheduler
-    if recipe.sampler == "dpm-solver++":
-        solver = fast_solver(solver, recipe.sigma_min, recipe.epsilon_scaling)
-    pipeline = pipeline.with_scheduler(solver)
+    """Return a copy of a pipeline with the scheduler of a resolved recipe and without a progress bar."""
+    pipeline = with_own_scheduler(pipeline)
+    scheduler, *_ = pipeline.resolve_preset(recipe.preset, recipe.steps, recipe.guidance_scale)
+    given = {"sigma_min": recipe.sigma_min, "epsilon_scaling": recipe.epsilon_scaling}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if changes:  # tuned steps bring their own
+        scheduler = type(scheduler).from_config(scheduler.config, **changes, tuned_steps=None)
+    pipeline = pipeline.with_scheduler(scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -139,6 +160,7 @@ def sample(
     return pipeline(
         batch_size=len(indices),
         num_inference_steps=recipe.steps,
+        preset=recipe.preset if pipeline.takes_presets else None,
         generator=[torch.Generator().manual_seed(recipe.seed + i) for i in indices],
         class_labels=labels and [labels[i % len(labels)] for i in indices],
         guidance_scale=recipe.guidance_scale,

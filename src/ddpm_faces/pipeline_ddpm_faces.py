@@ -47,13 +47,30 @@ CODE_FILES = {
     "DDPMFacesUNet": "unet_ddpm_faces",
     "DDPMFacesScheduler": "scheduling_ddpm_faces",
 }
+# The settings of a pipeline, which `model_index.json` holds beside the components.
+SETTINGS = ("weights", "guidance_scale", "presets", "default_preset")
 # Upper bounds for the configurations of diffusers' components, which diffusers does not check: an untrusted file must
 # not exhaust the memory. The components of this package check their own configurations.
 MAX_NUMBER = {"unet": 16_384, "guide": 16_384, "scheduler": 1_000_000}
-MAX_LAYERS_PER_BLOCK, MAX_BLOCKS = 64, 12
+MAX_LAYERS_PER_BLOCK, MAX_BLOCKS, MAX_PRESETS = 64, 12, 32
 MODEL_COMPONENTS = ("unet", "guide")
-# Format of a saved folder. Formats with a higher number are refused. Format 2 added the guide.
-FORMAT_VERSION = 2
+# Format of a saved folder. Formats with a higher number are refused. Format 2 added the guide, format 3 the presets.
+FORMAT_VERSION = 3
+
+# What a preset may set: arguments of the call, and arguments of `DDPMFacesScheduler` that replace the model's.
+PRESET_CALL_SETTINGS = ("num_inference_steps", "guidance_scale")
+PRESET_SCHEDULER_SETTINGS = (
+    "algorithm",
+    "timestep_spacing",
+    "solver_order",
+    "sigma_min",
+    "epsilon_scaling",
+    "tuned_steps",
+)
+# The preset that every model has: all T steps of DDPM, as in the article.
+EXACT = "exact"
+# Solver for a number of steps below T, where no preset of the model says otherwise.
+SOLVER = {"algorithm": "dpmsolver++", "timestep_spacing": "logsnr"}
 
 
 class _Call(NamedTuple):
@@ -82,10 +99,12 @@ class DDPMFacesPipeline(DiffusionPipeline):
             Weaker network for autoguidance (https://huggingface.co/papers/2406.02507), trained on images of the same
             shape with the same noise schedule; see [`set_guide`].
         guidance_scale (`float`, defaults to 1.0): Default `guidance_scale` of `__call__`.
+        presets (`dict[str, dict]`, *optional*): Ways to sample, by name; see [`set_presets`].
+        default_preset (`str`, *optional*): Preset of a call that names neither a preset nor a number of steps.
 
     Raises:
-        ValueError: The guide has another image shape or other classes; or `guidance_scale` is negative, or is not 1
-            although there is no guide.
+        ValueError: The guide has another image shape or other classes; `guidance_scale` is negative, or is not 1
+            although there is no guide; or a preset has a setting that is not allowed.
     """
 
     model_cpu_offload_seq = "guide->unet"
@@ -99,11 +118,14 @@ class DDPMFacesPipeline(DiffusionPipeline):
         weights: str | None = None,
         guide: ModelMixin | None = None,
         guidance_scale: float = 1.0,
+        presets: dict[str, dict[str, Any]] | None = None,
+        default_preset: str | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, guide=guide)
         self.register_to_config(weights=weights, guidance_scale=guidance_scale)
         self.check_guide(guide, guidance_scale)
+        self.set_presets(presets, default_preset)
 
     def set_guide(self, guide: "DDPMFacesPipeline | None", guidance_scale: float = 1.0) -> None:
         """Set the weaker model that guides this one (autoguidance), or remove it with `None`.
@@ -142,6 +164,106 @@ class DDPMFacesPipeline(DiffusionPipeline):
         self.register_modules(guide=network and network.to(self.unet.device))
         self.register_to_config(guidance_scale=guidance_scale)
 
+    @property
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """Ways to sample, by name: `"exact"`, which is all T steps of DDPM, and those of [`set_presets`]."""
+        exact = {"algorithm": "ddpm", "num_inference_steps": self.scheduler.config.num_train_timesteps}
+        return {EXACT: exact, **(self.config.presets or {})}
+
+    def set_presets(self, presets: dict[str, dict[str, Any]] | None, default_preset: str | None = None) -> None:
+        """Set the ways to sample from this model, which are saved and published with it.
+
+        A preset is a dictionary. It needs `num_inference_steps`, and may set `guidance_scale` and these arguments of
+        [`DDPMFacesScheduler`]: `algorithm`, `timestep_spacing`, `solver_order`, `sigma_min`, `epsilon_scaling` and
+        `tuned_steps`. Whatever it leaves out is as in the pipeline. `ddpm-faces tune` makes the usual ones, `"fast"`
+        (8 to 10 steps) and `"draft"` (4 or 5 steps), and makes `"fast"` the default.
+
+        Args:
+            presets (`dict[str, dict]`, *optional*): The presets by name, without `"exact"`, which always exists.
+            default_preset (`str`, *optional*): Preset of a call that names neither a preset nor a number of steps.
+
+        Raises:
+            ValueError: A preset has a setting that is not allowed, or the default is not among the presets.
+        """
+        presets = {} if presets is None else presets
+        if not isinstance(presets, dict):
+            raise ValueError(f"`presets` must be a dictionary or None, got {presets!r}.")
+        for name, settings in presets.items():
+            if not isinstance(name, str) or not name.isidentifier() or name == EXACT:
+                raise ValueError(f"`presets` must have words other than {EXACT!r} as names, got {name!r}.")
+            if not isinstance(settings, dict) or "num_inference_steps" not in settings:
+                raise ValueError(
+                    f"`presets[{name!r}]` must be a dictionary with `num_inference_steps`, got {settings!r}."
+                )
+            allowed = (*PRESET_CALL_SETTINGS, *PRESET_SCHEDULER_SETTINGS)
+            unknown = [key for key in settings if key not in allowed]
+            if unknown:
+                raise ValueError(f"`presets[{name!r}]` may set {', '.join(allowed)}, got {unknown[0]!r}.")
+            self._check_steps(settings["num_inference_steps"], f"`presets[{name!r}]['num_inference_steps']`")
+            _check_scale(settings.get("guidance_scale", 1.0))
+            if self.takes_presets:
+                self._scheduler_with(settings)  # raises if a value is not allowed
+        if default_preset is not None and default_preset not in (EXACT, *presets):
+            raise ValueError(
+                f"`default_preset` must be one of {', '.join((EXACT, *presets))}, got {default_preset!r}."
+            )
+        self.register_to_config(presets=presets, default_preset=default_preset)
+
+    @property
+    def takes_presets(self) -> bool:
+        """Whether presets apply: a scheduler of another class or algorithm is a choice of its own."""
+        return self._scheduler_is_of({"DDPMFacesScheduler"}) and self.scheduler.config.get("algorithm") == "ddpm"
+
+    def _scheduler_with(self, settings: dict[str, Any]) -> SchedulerMixin:
+        """Return a copy of the scheduler with the settings of a preset."""
+        changes = {name: settings[name] for name in PRESET_SCHEDULER_SETTINGS if name in settings}
+        return type(self.scheduler).from_config(self.scheduler.config, **changes)
+
+    def resolve_preset(
+        self,
+        preset: str | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> tuple[SchedulerMixin, int, float]:
+        """Return the scheduler, the number of steps and the guidance scale of a call with these arguments.
+
+        Args:
+            preset (`str`, *optional*): As in `__call__`.
+            num_inference_steps (`int`, *optional*): As in `__call__`.
+            guidance_scale (`float`, *optional*): As in `__call__`.
+
+        Returns:
+            `(SchedulerMixin, int, float)`: The scheduler is a copy: it stores the current step, and threads may share
+            a pipeline.
+
+        Raises:
+            ValueError: There is no such preset, or the scheduler does not take presets.
+        """
+        total = self.scheduler.config.num_train_timesteps
+        if preset is not None and not self.takes_presets:
+            name, algorithm = type(self.scheduler).__name__, self.scheduler.config.get("algorithm")
+            own = f" with `algorithm={algorithm!r}`" if algorithm else ""
+            raise ValueError(
+                f"`preset` {preset!r} needs the scheduler that the model was saved with, got {name}{own}: give "
+                "`num_inference_steps` instead."
+            )
+        if preset is not None and preset not in self.presets:
+            raise ValueError(f"`preset` must be one of {', '.join(self.presets)}, got {preset!r}.")
+        if preset is None and num_inference_steps is None and self.takes_presets:
+            preset = self.config.default_preset
+
+        settings: dict[str, Any] = {}
+        if preset is not None:
+            settings = self.presets[preset]
+        elif self.takes_presets and num_inference_steps not in (None, total):
+            settings = {**SOLVER, **(self.config.presets or {}).get("fast", {})}
+        if num_inference_steps is None:
+            num_inference_steps = settings.get("num_inference_steps", total)
+        if guidance_scale is None:
+            guidance_scale = settings.get("guidance_scale", self.config.guidance_scale)
+        scheduler = self._scheduler_with(settings) if settings else copy.deepcopy(self.scheduler)
+        return scheduler, num_inference_steps, guidance_scale
+
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DDPMFacesPipeline":
         """Create a pipeline that shares the networks and the scheduler of another one.
@@ -167,7 +289,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         A `callback_on_step_end` reads the value of its own call, even if another thread uses the same pipeline.
         """
         call = self._call
-        return self.scheduler.config.num_train_timesteps if call is None else call.num_timesteps
+        return self.resolve_preset()[1] if call is None else call.num_timesteps
 
     @property
     def guidance_scale(self) -> float:
@@ -182,7 +304,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
     def with_scheduler(self, scheduler: SchedulerMixin) -> "DDPMFacesPipeline":
         """Create a pipeline that shares the networks of this one and uses another scheduler."""
         components = {**self.components, "scheduler": scheduler}
-        return type(self)(**components, weights=self.config.weights, guidance_scale=self.config.guidance_scale)
+        settings = {name: self.config[name] for name in SETTINGS}
+        return type(self)(**components, **settings)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "DDPMFacesPipeline":
@@ -282,15 +405,19 @@ class DDPMFacesPipeline(DiffusionPipeline):
     def to_json_string(self) -> str:
         """Return the content of `model_index.json`."""
         index = json.loads(super().to_json_string())
-        if self.guide is None:  # earlier versions of the package can load this
+        # Without a guide or presets, earlier versions of the package can load the folder.
+        if self.guide is None:
             del index["guide"], index["guidance_scale"]
+        has_presets = bool(index["presets"]) or index["default_preset"] is not None
+        if not has_presets:
+            del index["presets"], index["default_preset"]
         for name, part in self.components.items():
             if type(part).__name__ in CODE_FILES:
                 index[name] = [CODE_FILES[type(part).__name__], type(part).__name__]
                 if name == "unet":
                     index["auto_map"] = {"AutoModel": ".".join(index[name])}  # where diffusers looks for it
         index["_class_name"] = [CODE_FILES["DDPMFacesPipeline"], "DDPMFacesPipeline"]
-        index["_format_version"] = 1 if self.guide is None else 2
+        index["_format_version"] = 3 if has_presets else 1 if self.guide is None else 2
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -345,16 +472,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
     ) -> None:
         """Raise a `ValueError` for invalid arguments of `__call__`, before any work starts."""
         scheduler_name = type(self.scheduler).__name__
-        num_train_timesteps = self.scheduler.config.num_train_timesteps
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
-        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
-            raise ValueError(f"`num_inference_steps` must be an integer or None, got {num_inference_steps!r}.")
-        if not 1 <= num_inference_steps <= num_train_timesteps:
-            raise ValueError(
-                f"`num_inference_steps` must be from 1 to {num_train_timesteps}, the number of timesteps in training, "
-                f"got {num_inference_steps}."
-            )
+        self._check_steps(num_inference_steps, "`num_inference_steps`")
         generators = generator if isinstance(generator, list) else [generator]
         # In a list, `None` would silently make that image irreproducible.
         if generator is not None and not all(isinstance(g, torch.Generator) for g in generators):
@@ -414,11 +534,18 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 "terminal SNR) make zero: use DDPMFacesScheduler, DDIMScheduler or UniPCMultistepScheduler."
             )
 
+    def _check_steps(self, num_inference_steps: int, name: str) -> None:
+        total = self.scheduler.config.num_train_timesteps
+        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
+            raise ValueError(f"{name} must be an integer or None, got {num_inference_steps!r}.")
+        if not 1 <= num_inference_steps <= total:
+            raise ValueError(
+                f"{name} must be from 1 to {total}, the number of timesteps in training, got {num_inference_steps}."
+            )
+
     def check_guide(self, guide: ModelMixin | None, guidance_scale: float) -> None:
         """Raise a `ValueError` if this network cannot guide this pipeline at this scale."""
-        is_number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
-        if not is_number or not 0 <= guidance_scale < math.inf:
-            raise ValueError(f"`guidance_scale` must be a number of at least 0, got {guidance_scale!r}.")
+        _check_scale(guidance_scale)
         if guide is None:
             if guidance_scale != 1:
                 raise ValueError(f"`guidance_scale` must be 1 for a model without a guide, got {guidance_scale}.")
@@ -469,12 +596,15 @@ class DDPMFacesPipeline(DiffusionPipeline):
         class_labels: Sequence[int] | torch.Tensor | None = None,
         eta: float = 0.0,
         guidance_scale: float | None = None,
+        preset: str | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate faces.
 
         Args:
             batch_size (`int`, defaults to 1): Number of images.
-            num_inference_steps (`int`, *optional*): Denoising steps, 1 to T. Defaults to T, as in training.
+            num_inference_steps (`int`, *optional*):
+                Denoising steps, 1 to T. Defaults to the number of the preset, or to T without one. Fewer than T steps
+                are those of a fast solver, DPM-Solver++, unless a preset or another scheduler says otherwise.
             generator (`torch.Generator` or a list of one per image, *optional*):
                 Makes the result reproducible. With a list, image i depends only on generator i, not on the batch.
             latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
@@ -493,7 +623,11 @@ class DDPMFacesPipeline(DiffusionPipeline):
             eta (`float`, defaults to 0.0): Noise of DDIM, from 0 to 1. Other schedulers ignore it.
             guidance_scale (`float`, *optional*):
                 Weight of autoguidance, at least 0: 0 is the guide alone, 1 turns guidance off, and larger values move
-                away from the guide. Defaults to the pipeline's `guidance_scale`.
+                away from the guide. Defaults to that of the preset, or to the pipeline's `guidance_scale`.
+            preset (`str`, *optional*):
+                A way to sample, one of `pipeline.presets`: `"exact"` is all T steps of DDPM; a model may have others,
+                such as `"fast"` and `"draft"`. Defaults to the model's own default, or to `"exact"`. With
+                `num_inference_steps`, the preset's algorithm takes that number of steps.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, in the form of `output_type`.
@@ -502,10 +636,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
             ValueError: An argument is invalid, or the network and the scheduler are incompatible.
         """
         # 0. Check
-        if num_inference_steps is None:
-            num_inference_steps = self.scheduler.config.num_train_timesteps
-        if guidance_scale is None:
-            guidance_scale = self.config.guidance_scale
+        scheduler, num_inference_steps, guidance_scale = self.resolve_preset(
+            preset, num_inference_steps, guidance_scale
+        )
         self.check_inputs(
             batch_size,
             num_inference_steps,
@@ -518,9 +651,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             guidance_scale,
         )
 
-        # 1. Timesteps. They come before the noise, because some schedulers need them to know their initial scale. A
-        # scheduler stores the current step, so each call uses a copy: threads may share a pipeline.
-        scheduler = copy.deepcopy(self.scheduler)
+        # 1. Timesteps. They come before the noise, because some schedulers need them to know their initial scale.
         scheduler.set_timesteps(num_inference_steps)
         step_kwargs = {"generator": generator, "eta": eta}
         step_parameters = inspect.signature(scheduler.step).parameters
@@ -623,6 +754,12 @@ def _evaluating(*networks: torch.nn.Module | None) -> Iterator[None]:
                     module.training = True
 
 
+def _check_scale(guidance_scale: float) -> None:
+    is_number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
+    if not is_number or not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"`guidance_scale` must be a number of at least 0, got {guidance_scale!r}.")
+
+
 def _image_shape(network: ModelMixin) -> tuple[int, int, int]:
     """(channels, height, width)"""
     size = network.config.sample_size
@@ -683,6 +820,11 @@ def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
             )
     if not isinstance(index.get("weights"), str | None):
         raise ValueError(f"{json_file}: `weights` must be 'ema', 'raw' or nothing, got {index['weights']!r}.")
+    presets, default_preset = index.get("presets"), index.get("default_preset")
+    if not isinstance(presets, dict | None) or len(presets or {}) > MAX_PRESETS:
+        raise ValueError(f"{json_file}: `presets` must be at most {MAX_PRESETS} dictionaries, got {presets!r:.200}.")
+    if not isinstance(default_preset, str | None):
+        raise ValueError(f"{json_file}: `default_preset` must be a name or nothing, got {default_preset!r:.200}.")
     if not isinstance(index.get("guidance_scale", 1.0), int | float):
         raise ValueError(f"{json_file}: `guidance_scale` must be a number, got {index['guidance_scale']!r}.")
 

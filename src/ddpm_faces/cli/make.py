@@ -12,8 +12,8 @@ from .options import (
     Guide,
     Json,
     Model,
+    Preset,
     Private,
-    Sampler,
     Seed,
     SigmaMin,
     report,
@@ -24,9 +24,9 @@ def generate(
     model: Model,
     num_images: Annotated[int, typer.Option("--num-images", "-n", help="Number of images.")] = 16,
     seed: Seed = 0,
-    sampler: Sampler = "dpm-solver++",
+    preset: Preset = None,
     steps: Annotated[
-        int | None, typer.Option(help="Sampling steps (default: 20, or all training timesteps with ddpm).")
+        int | None, typer.Option(help="Sampling steps (default: those of the preset, or 20 of DPM-Solver++).")
     ] = None,
     sigma_min: SigmaMin = None,
     epsilon_scaling: EpsilonScaling = None,
@@ -51,7 +51,7 @@ def generate(
     from ..generation import Recipe, check_output, generate_to
     from ..models import load_pipeline, model_name
 
-    recipe = Recipe(num_images, seed, sampler, steps, sigma_min, epsilon_scaling, guidance_scale, class_label or None)
+    recipe = Recipe(num_images, seed, preset, steps, sigma_min, epsilon_scaling, guidance_scale, class_label or None)
     check_output(output, overwrite)
     pipeline = load_pipeline(model, guide, guidance_scale)
     files = generate_to(pipeline, recipe, output, model_name(model), batch_size, overwrite)

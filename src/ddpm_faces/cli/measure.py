@@ -13,7 +13,7 @@ from .options import (
     GuidanceScale,
     Guide,
     Json,
-    Sampler,
+    Preset,
     Seed,
     SigmaMin,
     Source,
@@ -34,8 +34,8 @@ def evaluate(
         int | None,
         typer.Option(help="Number of generated and of real images (default: all, up to 1000)."),
     ] = None,
-    sampler: Sampler = "ddpm",
-    steps: Annotated[int | None, typer.Option(help="Sampling steps (default: all training timesteps).")] = None,
+    preset: Preset = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps (default: those of the preset, or all).")] = None,
     sigma_min: SigmaMin = None,
     epsilon_scaling: EpsilonScaling = None,
     guide: Guide = None,
@@ -70,7 +70,7 @@ def evaluate(
         check_metrics_file(output)
     networks = MetricNetworks.with_inception() if inception else None
     results = evaluate(
-        *(source, data, split, baseline_split or None, num_images, sampler, steps, seed, batch_size, networks),
+        *(source, data, split, baseline_split or None, num_images, preset, steps, seed, batch_size, networks),
         num_likelihood_images=likelihood_images,
         sigma_min=sigma_min,
         guide=guide,
@@ -94,8 +94,10 @@ def audit(
     ] = "train",
     held_out_split: Annotated[str, typer.Option(help="Held-out split to compare against.")] = "test",
     num_images: Annotated[int, typer.Option(help="Number of generated faces to check.")] = 400,
-    sampler: Sampler = "dpm-solver++",
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
+    preset: Preset = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps (default: those of the preset, or 20 of DPM-Solver++).")
+    ] = None,
     sigma_min: SigmaMin = None,
     epsilon_scaling: EpsilonScaling = None,
     guide: Guide = None,
@@ -131,7 +133,7 @@ def audit(
 
         extractor = MobileNetV2()
     audited, results, picture = audit_model(
-        *(source, data, split, held_out_split, num_images, sampler, steps, seed, batch_size, extractor, loss_images),
+        *(source, data, split, held_out_split, num_images, preset, steps, seed, batch_size, extractor, loss_images),
         sigma_min=sigma_min,
         guide=guide,
         guidance_scale=guidance_scale,
@@ -145,7 +147,7 @@ def audit(
     with replacing(output / "audit.png") as path:
         picture.save(path, "PNG")
     if is_folder:
-        keys = ("sampler", "steps", "seeds", "sigma_min", "epsilon_scaling", "guidance_scale", "guide")
+        keys = ("preset", "sampler", "steps", "seeds", "sigma_min", "epsilon_scaling", "guidance_scale", "guide")
         provenance = {key: results[key] for key in keys if key in results}
         write_metrics(Path(source, METRICS_NAME), {"memorisation": {"verdict": results["verdict"], **provenance}})
     text = f"{results['verdict']}\nThe closest pairs, which show training images: {output / 'audit.png'}"

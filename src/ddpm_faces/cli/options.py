@@ -16,11 +16,11 @@ Private = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit (default: the main branch).")]
 SigmaMin = Annotated[
     float | None,
-    typer.Option(help="Noise level of the last step of dpm-solver++ (default: 0.02; try 0.1 after a short training)."),
+    typer.Option(help="Noise level of the solver's last step (default: 0.02; try 0.1 after a short training)."),
 ]
 EpsilonScaling = Annotated[
     float | None,
-    typer.Option(help="Divisor of the predicted noise in dpm-solver++ (default: 1; models/faces64 uses 1.003)."),
+    typer.Option(help="Divisor of the noise that the solver's steps predict (default: 1)."),
 ]
 Guide = Annotated[
     str | None,
@@ -30,7 +30,10 @@ GuidanceScale = Annotated[
     float | None,
     typer.Option(help="Scale of the autoguidance, usually 1.2 to 1.5; 1 is off (default: that of the model)."),
 ]
-Sampler = Annotated[str, typer.Option(help="Sampler: ddpm or dpm-solver++.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Way to sample, such as fast, or exact for all steps of DDPM (default: that of the model)."),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the first image; image i uses seed + i.")]
 BatchSize = Annotated[int, typer.Option(help="Images per batch.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]

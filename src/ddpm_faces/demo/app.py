@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -41,26 +40,6 @@ with contextlib.suppress(ImportError):  # a Space does not install the package
     SOFTWARE += f" {__version__}"
 
 
-class Solver(DPMSolverMultistepScheduler):
-    """DPM-Solver++ (2M) with steps of equal length in the log-SNR.
-
-    The timesteps are those of `ddpm_faces.FastSolver`, so that a seed gives the same face as `ddpm-faces generate`.
-    """
-
-    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None) -> None:
-        if timesteps is None:
-            alphas_cumprod = self.alphas_cumprod.double().numpy()
-            log_sigmas = 0.5 * np.log((1 - alphas_cumprod) / alphas_cumprod)  # of each timestep, ascending
-            first, last = np.clip(np.log([120, 0.02]), log_sigmas[0], log_sigmas[-1])
-            wanted = np.linspace(first, last, num_inference_steps)[:, None]
-            nearest = np.abs(log_sigmas - wanted).argmin(axis=1).tolist()
-            timesteps = []
-            for i, timestep in enumerate(nearest):  # distinct, with room for those that follow
-                highest = timesteps[-1] - 1 if timesteps else len(log_sigmas) - 1
-                timesteps.append(min(max(timestep, num_inference_steps - 1 - i), highest))
-        super().set_timesteps(device=device, timesteps=timesteps)
-
-
 class Stopped(Exception):
     """The visitor has left."""
 
@@ -73,20 +52,25 @@ class FaceMaker:
         model (`str`): Its name, for the page and for the metadata of the images.
 
     Raises:
-        ValueError: The model generates images that a browser cannot show.
+        ValueError: The model generates images that a browser cannot show, or its code is of an earlier version.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, model: str) -> None:
         config, scheduler = pipeline.unet.config, pipeline.scheduler
         if config.in_channels not in (1, 3):
             raise ValueError(f"`model` must make grey or RGB images, got {config.in_channels} channels.")
-        solver = Solver.from_config(scheduler.config, trained_betas=scheduler.betas.tolist(), variance_type=None)
-        self.pipeline, self.model = pipeline.with_scheduler(solver), model
+        if not hasattr(pipeline, "presets"):
+            raise ValueError(
+                f"`model` {model} has code of an earlier version, without fast sampling: publish it again."
+            )
+        self.pipeline, self.model = pipeline.with_scheduler(scheduler), model  # a copy
         self.pipeline.set_progress_bar_config(disable=True)
         height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
         self.shape = (config.in_channels, height, width)
         self.num_classes = config.get("num_class_embeds") or 0
         self.max_steps = min(MAX_STEPS, scheduler.config.num_train_timesteps)
+        has_default = pipeline.config.default_preset not in (None, "exact")
+        self.default_steps = min(pipeline.num_timesteps if has_default else DEFAULT_STEPS, self.max_steps)
 
     def faces(self, seed: int, num_images: int, steps: int, label: int = IN_TURN) -> Iterator[Event]:
         """Generate a grid; image i has the seed `seed` + i."""
@@ -150,7 +134,7 @@ class FaceMaker:
 
     def _metadata(self, **values: Any) -> PngInfo:
         info = PngInfo()
-        values = {"Software": SOFTWARE, "model": self.model, "sampler": "dpm-solver++", **values}
+        values = {"Software": SOFTWARE, "model": self.model, **values}
         scale = self.pipeline.config.get("guidance_scale", 1.0)
         values |= {"guidance_scale": scale} if scale != 1 else {}
         for name, value in values.items():
@@ -381,8 +365,7 @@ def seed_number(value: int, label: str, info: str | None = None) -> gr.Number:
 
 
 def steps_slider(maker: FaceMaker) -> gr.Slider:
-    value = min(DEFAULT_STEPS, maker.max_steps)
-    return gr.Slider(1, maker.max_steps, value, step=1, label="Denoising steps", buttons=[])
+    return gr.Slider(1, maker.max_steps, maker.default_steps, step=1, label="Denoising steps", buttons=[])
 
 
 def class_dropdown(maker: FaceMaker, value: int) -> gr.Dropdown | gr.State:

@@ -108,8 +108,8 @@ def audit_model(
     split: str = "train",
     held_out_split: str = "test",
     num_images: int = 400,
-    sampler: str = "dpm-solver++",
-    num_inference_steps: int | None = 20,
+    preset: str | None = None,
+    num_inference_steps: int | None = None,
     seed: int = 0,
     batch_size: int = 32,
     extractor: Extractor | None = None,
@@ -130,15 +130,15 @@ def audit_model(
             Split that contains exactly the training images: `"train[:500]"` for `--max_train_samples 500`.
         held_out_split (`str`, defaults to `"test"`): Held-out split to compare against.
         num_images (`int`, defaults to 400): Number of generated faces to check, at least 100.
-        sampler (`str`, defaults to `"dpm-solver++"`): `"dpm-solver++"` or `"ddpm"`.
-        num_inference_steps (`int`, *optional*, defaults to 20): Sampling steps; `None` for all T.
+        preset (`str`, *optional*): As in [`DDPMFacesPipeline`]; by default the model's, or 20 steps of DPM-Solver++.
+        num_inference_steps (`int`, *optional*): As in [`DDPMFacesPipeline`].
         seed (`int`, defaults to 0): Seed of the first image; image i uses `seed + i`.
         batch_size (`int`, defaults to 32): Images in a batch.
         extractor (`Callable`, *optional*): See [`audit`].
         num_loss_images (`int`, defaults to 100):
             Number of training and of held-out images on which to compare the losses; 0 for none.
         cache_dir (`str`, *optional*): See [`load_faces`].
-        sigma_min (`float`, *optional*): For `"dpm-solver++"`, see [`fast_solver`].
+        sigma_min (`float`, *optional*): For DPM-Solver++, see [`DDPMFacesScheduler`].
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*): See [`open_samples`].
         guidance_scale (`float`, *optional*): See [`open_samples`].
         epsilon_scaling (`float`, *optional*): See [`open_samples`].
@@ -164,8 +164,9 @@ def audit_model(
         )
     accelerator = Accelerator()
     pictures = open_samples(
-        *(source, sampler, num_inference_steps, seed, accelerator.device, sigma_min, guide, guidance_scale),
+        *(source, preset, num_inference_steps, seed, accelerator.device, sigma_min, guide, guidance_scale),
         epsilon_scaling=epsilon_scaling,
+        default_preset=None,
     )
     if len(pictures) < num_images:
         raise ValueError(f"`source` must have `num_images` ({num_images}) images, has {len(pictures)}.")

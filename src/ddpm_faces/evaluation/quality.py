@@ -52,7 +52,7 @@ def evaluate(
     split: str = "test",
     baseline_split: str | None = "train",
     num_images: int | None = None,
-    sampler: str = "ddpm",
+    preset: str | None = None,
     num_inference_steps: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -79,8 +79,8 @@ def evaluate(
             model.
         num_images (`int`, *optional*):
             Number of generated and of real images, at least 20; by default as many as there are, up to 1000.
-        sampler (`str`, defaults to `"ddpm"`): `"ddpm"`, the pipeline's own scheduler, or `"dpm-solver++"`.
-        num_inference_steps (`int`, *optional*): Sampling steps; by default all T.
+        preset (`str`, *optional*): See [`open_samples`].
+        num_inference_steps (`int`, *optional*): See [`open_samples`].
         seed (`int`, defaults to 0):
             Seed of the first image; image i uses `seed + i` and, with classes, the class `i % num_class_embeds`.
         batch_size (`int`, defaults to 64): Images in a batch, on each process.
@@ -89,7 +89,7 @@ def evaluate(
         num_likelihood_images (`int`, defaults to 0):
             Number of real faces for the bound on the bits per dimension (DDPM eq. 5); 0 for none. Needs a pipeline
             with a [`DDPMFacesScheduler`], RGB and no classes, and takes 50 evaluations of the network per image.
-        sigma_min (`float`, *optional*): For `"dpm-solver++"`, see [`fast_solver`].
+        sigma_min (`float`, *optional*): For DPM-Solver++, see [`DDPMFacesScheduler`].
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*): See [`open_samples`].
         guidance_scale (`float`, *optional*): See [`open_samples`].
         epsilon_scaling (`float`, *optional*): See [`open_samples`].
@@ -100,8 +100,8 @@ def evaluate(
     Returns:
         `dict`: Plain values, ready for JSON. `metrics` is a list of dictionaries, each with `name`, `type`, `value`,
         `error` (a standard error) and its provenance: `n`, `n_reference`, `image_size`, `extractor`, `resize`,
-        `reference`, `sampler`, `steps`, `seeds`, for DPM-Solver++ also `sigma_min` and `epsilon_scaling` (unless it is
-        1), with guidance `guidance_scale`, and `real_faces`, the value of the baseline. `channels` and
+        `reference`, `preset`, `sampler`, `steps`, `seeds`, for a solver also `sigma_min` and `epsilon_scaling` (unless
+        it is 1), with guidance `guidance_scale`, and `real_faces`, the value of the baseline. `channels` and
         `reference_channels` are mean and standard deviation of red, green and blue, for pixels in [-1, 1].
 
     Raises:
@@ -117,7 +117,7 @@ def evaluate(
 
     # 1. Generated faces
     pictures = open_samples(
-        *(source, sampler, num_inference_steps, seed, state.device, sigma_min, guide, guidance_scale, epsilon_scaling)
+        *(source, preset, num_inference_steps, seed, state.device, sigma_min, guide, guidance_scale, epsilon_scaling)
     )
     generated = _check_likelihood(num_likelihood_images, pictures) if num_likelihood_images else None
     _check_enough("source", pictures, num_images)  # before anything is decoded

@@ -11,14 +11,14 @@ from PIL import Image
 from ..checks import MAX_INTEGER, check_integer, check_seed
 from ..data.folders import image_suffixes
 from ..data.images import picture_to_tensor
-from ..generation import SAMPLERS, Recipe, sample, with_sampler
+from ..generation import Recipe, sample, with_sampler
 from ..models import load_pipeline
 from ..pipeline_ddpm_faces import DDPMFacesPipeline
 
 
 def open_samples(
     source: str | os.PathLike | DDPMFacesPipeline,
-    sampler: str = "ddpm",
+    preset: str | None = None,
     num_inference_steps: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -26,21 +26,24 @@ def open_samples(
     guide: str | os.PathLike | DDPMFacesPipeline | None = None,
     guidance_scale: float | None = None,
     epsilon_scaling: float | None = None,
+    default_preset: str | None = "exact",
 ) -> "Generated | PictureFiles":
     """Prepare the faces to measure, without generating or reading any yet.
 
     Args:
         source (`str`, `os.PathLike` or [`DDPMFacesPipeline`]):
             A pipeline, its folder or its name on the Hub; or a folder of images.
-        sampler (`str`, defaults to `"ddpm"`): `"ddpm"`, the pipeline's own scheduler, or `"dpm-solver++"`.
-        num_inference_steps (`int`, *optional*): Sampling steps; by default all T.
+        preset (`str`, *optional*): As in [`DDPMFacesPipeline`]; by default the model's, or `default_preset`.
+        num_inference_steps (`int`, *optional*): As in [`DDPMFacesPipeline`].
         seed (`int`, defaults to 0): Seed of the first image; image i uses `seed + i`.
         device (`str` or `torch.device`, defaults to `"cpu"`): Device for a pipeline that is loaded here.
-        sigma_min (`float`, *optional*): For `"dpm-solver++"`, see [`fast_solver`].
+        sigma_min (`float`, *optional*): For DPM-Solver++, see [`DDPMFacesScheduler`].
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*):
             A weaker model for autoguidance, see [`DDPMFacesPipeline.set_guide`]; by default the pipeline's own.
         guidance_scale (`float`, *optional*): By default that of the pipeline; required with `guide`.
-        epsilon_scaling (`float`, *optional*): For `"dpm-solver++"`, see [`fast_solver`].
+        epsilon_scaling (`float`, *optional*): For DPM-Solver++, see [`DDPMFacesScheduler`].
+        default_preset (`str`, *optional*, defaults to `"exact"`):
+            Preset for a model without a default preset; `None` for 20 steps of DPM-Solver++.
 
     Returns:
         [`Generated`] or [`PictureFiles`]: Both have `batches` (from indices to `torch.uint8` of shape
@@ -50,14 +53,9 @@ def open_samples(
         ValueError: An argument is out of range, the folder contains no images, other files or images of several
             sizes, or the pipeline generates neither RGB nor grayscale images.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"`sampler` must be one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}.")
     check_seed(seed)
     if num_inference_steps is not None:
         check_integer("num_inference_steps", num_inference_steps, 1)
-    for name, option in {"sigma_min": sigma_min, "epsilon_scaling": epsilon_scaling}.items():
-        if option is not None and sampler == "ddpm":
-            raise ValueError(f"`{name}` needs the sampler 'dpm-solver++', but the sampler is 'ddpm'.")
     if guide is not None and guidance_scale is None:
         raise ValueError("`guide` needs a `guidance_scale`, such as 1.2.")
     if isinstance(source, DDPMFacesPipeline):
@@ -69,6 +67,12 @@ def open_samples(
                 raise ValueError(f"`guidance_scale` needs a pipeline, but {str(source)!r} is a folder of images.")
             return PictureFiles(path)
         pipeline = load_pipeline(source, device=device)
+    total = pipeline.scheduler.config.num_train_timesteps
+    if num_inference_steps is not None and num_inference_steps > total:
+        raise ValueError(
+            f"`num_inference_steps` must be from 1 to {total}, the number of timesteps in training, got "
+            f"{num_inference_steps}."
+        )
     guide_name = None
     if guide is not None and guidance_scale is not None:
         if not isinstance(guide, DDPMFacesPipeline):
@@ -77,38 +81,18 @@ def open_samples(
             guide = load_pipeline(guide, device=device)
         pipeline = pipeline.with_scheduler(pipeline.scheduler)  # a copy, so that the caller's pipeline does not change
         pipeline.set_guide(guide, guidance_scale)
-    return Generated(
-        pipeline, sampler, num_inference_steps, seed, sigma_min, guidance_scale, guide_name, epsilon_scaling
-    )
+    recipe = Recipe(1, seed, preset, num_inference_steps, sigma_min, epsilon_scaling, guidance_scale)
+    return Generated(pipeline, recipe.resolve(pipeline, default_preset), guide_name)
 
 
 class Generated:
     """Faces from a pipeline. Each has its own seed, so it does not depend on its batch."""
 
-    def __init__(
-        self,
-        pipeline: DDPMFacesPipeline,
-        sampler: str,
-        num_inference_steps: int | None,
-        seed: int,
-        sigma_min: float | None = None,
-        guidance_scale: float | None = None,
-        guide_name: str | None = None,
-        epsilon_scaling: float | None = None,
-    ) -> None:
+    def __init__(self, pipeline: DDPMFacesPipeline, recipe: Recipe, guide_name: str | None = None) -> None:
         unet = pipeline.unet.config
         if unet.in_channels not in (1, 3):  # `out_channels` may include a variance
             raise ValueError(f"`source` generates images of {unet.in_channels} channels; 1 or 3 can be measured.")
         self.scheduler = pipeline.scheduler  # the scheduler of training
-        steps = num_inference_steps or self.scheduler.config.num_train_timesteps
-        if steps > self.scheduler.config.num_train_timesteps:
-            raise ValueError(
-                f"`num_inference_steps` must be from 1 to {self.scheduler.config.num_train_timesteps}, the number "
-                f"of timesteps in training, got {steps}."
-            )
-        self.guidance_scale = pipeline.config.guidance_scale if guidance_scale is None else guidance_scale
-        pipeline.check_guide(pipeline.guide, self.guidance_scale)
-        recipe = Recipe(1, seed, sampler, steps, sigma_min, epsilon_scaling, self.guidance_scale).resolve(pipeline)
         self.pipeline, self.recipe, self.guide_name = with_sampler(pipeline, recipe), recipe, guide_name
         size = unet.sample_size
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
@@ -123,14 +107,16 @@ class Generated:
     def provenance(self, num_images: int) -> dict[str, Any]:
         recipe = self.recipe
         seeds = f"{recipe.seed} to {recipe.seed + num_images - 1}"
-        provenance: dict[str, Any] = {"sampler": recipe.sampler, "steps": recipe.steps, "seeds": seeds}
-        if recipe.sampler == "dpm-solver++":
-            solver = self.pipeline.scheduler
-            provenance["sigma_min"] = solver.sigma_min
+        config = self.pipeline.scheduler.config
+        provenance: dict[str, Any] = {"preset": recipe.preset} if recipe.preset else {}
+        provenance |= {"sampler": config.algorithm, "steps": recipe.steps, "seeds": seeds}
+        is_tuned = str(recipe.steps) in (config.tuned_steps or {})
+        if config.algorithm != "ddpm" and not is_tuned:
+            provenance["sigma_min"] = config.sigma_min
             # Left out at 1, so that older metrics stay comparable.
-            provenance |= {"epsilon_scaling": solver.epsilon_scaling} if solver.epsilon_scaling != 1 else {}
-        if self.guidance_scale != 1:
-            provenance["guidance_scale"] = self.guidance_scale
+            provenance |= {"epsilon_scaling": config.epsilon_scaling} if config.epsilon_scaling != 1 else {}
+        if recipe.guidance_scale != 1:
+            provenance["guidance_scale"] = recipe.guidance_scale
             provenance |= {"guide": self.guide_name} if self.guide_name else {}
         return provenance
 

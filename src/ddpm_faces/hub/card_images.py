@@ -23,14 +23,17 @@ def check_drawing(pipeline: DDPMFacesPipeline) -> None:
 
 def draw_grid(pipeline: DDPMFacesPipeline, path: Path, sigma_min: float | None) -> str:
     """Save a grid of 16 faces with the seeds 0 to 15. Return a description of the sampling."""
-    scheduler = pipeline.scheduler
-    fast = pipeline.with_scheduler(fast_solver(scheduler, sigma_min))
-    steps = min(_GRID_STEPS, scheduler.config.num_train_timesteps)
-    fast.set_progress_bar_config(desc="Generating faces for the card", leave=False)
-    labels = _labels(fast, _GRID_FACES)
-    output: ImagePipelineOutput = fast(_GRID_FACES, steps, _seeds(_GRID_FACES), class_labels=labels)
+    steps, preset = None, pipeline.config.default_preset
+    if preset is None:
+        steps = min(_GRID_STEPS, pipeline.scheduler.config.num_train_timesteps)
+        pipeline = pipeline.with_scheduler(fast_solver(pipeline.scheduler, sigma_min))
+    pipeline.set_progress_bar_config(desc="Generating faces for the card", leave=False)
+    labels = _labels(pipeline, _GRID_FACES)
+    output: ImagePipelineOutput = pipeline(_GRID_FACES, steps, _seeds(_GRID_FACES), class_labels=labels)
     image_grid(output.images, scale=_scale(output.images[0])).save(path)
-    return f"{steps} steps of DPM-Solver++"
+    if preset is None:
+        return f"{steps} steps of DPM-Solver++"
+    return f'{pipeline.num_timesteps} steps (`preset="{preset}"`)'
 
 
 def draw_strip(pipeline: DDPMFacesPipeline, path: Path) -> list[int]:
@@ -48,7 +51,7 @@ def draw_strip(pipeline: DDPMFacesPipeline, path: Path) -> list[int]:
 
     pipeline.set_progress_bar_config(desc="Generating the denoising strip for the card", leave=False)
     labels = _labels(pipeline, _STRIP_FACES)
-    pipeline(_STRIP_FACES, generator=_seeds(_STRIP_FACES), callback_on_step_end=keep, class_labels=labels)
+    pipeline(_STRIP_FACES, total, generator=_seeds(_STRIP_FACES), callback_on_step_end=keep, class_labels=labels)
     rows: list[Image.Image] = [frame[face] for face in range(_STRIP_FACES) for frame in frames]
     image_grid(rows, columns=len(frames), scale=_scale(rows[0])).save(path)
     return timesteps

@@ -66,11 +66,28 @@ def template_values(
         ),
         "call": "class_labels=[0], " if classes else "",
         "solver_arguments": betas,
+        "num_timesteps": scheduler.num_train_timesteps,
+        "presets": _presets(pipeline),
+        "default_preset": pipeline.config.default_preset,
         "training": [(name, _cell(value)) for name, value in training.items() if value not in (None, {}, "")],
         "has_config": bool(config),
         **_metric_table(entries),
         "memorisation": metrics.get("memorisation", {}).get("verdict", _NOT_AUDITED),
     }
+
+
+def _presets(pipeline: DDPMFacesPipeline) -> list[dict[str, Any]]:
+    """Return the rows of the table of presets, or none if there is only `"exact"`."""
+    if not pipeline.config.presets or not pipeline.takes_presets:
+        return []
+    rows = []
+    for name in pipeline.presets:
+        scheduler, steps, scale = pipeline.resolve_preset(name)
+        is_tuned = scheduler.config.algorithm != "ddpm" and str(steps) in (scheduler.config.tuned_steps or {})
+        details = [scheduler.config.algorithm, *(["tuned to this model"] if is_tuned else [])]
+        details += [f"guidance scale {scale:g}"] if pipeline.guide is not None else []
+        rows.append({"name": name, "steps": steps, "details": ", ".join(details)})
+    return rows
 
 
 def _network(network: torch.nn.Module | None) -> str | None:

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo
 
 from ..files import read_json_object
-from ..pipeline_ddpm_faces import MODEL_COMPONENTS, DDPMFacesPipeline
+from ..pipeline_ddpm_faces import MODEL_COMPONENTS, SETTINGS, DDPMFacesPipeline
 from .card import check_license, merge_cards, model_card
 from .card_images import check_drawing, copy_pixels, draw_grid, draw_strip
 from .card_values import template_values
@@ -162,7 +162,7 @@ def export(
             )
         networks[name] = type(network).from_config(_portable(network.config))
     scheduler = type(pipeline.scheduler).from_config(_portable(pipeline.scheduler.config))
-    settings = {name: pipeline.config[name] for name in ("weights", "guidance_scale") if name in pipeline.config}
+    settings = {name: pipeline.config[name] for name in SETTINGS if name in pipeline.config}
     full = DDPMFacesPipeline(**networks, scheduler=scheduler, **settings)
     check_drawing(full)
     for variant in (None, *variants):

@@ -108,6 +108,11 @@ class TrainingConfig:
         "resnet_attn", "Network", "Block at the lowest level."
     )
     out_block_type: Literal["conv", "norm_conv"] = _field("norm_conv", "Network", "Layers that produce the output.")
+    patch_size: int = _field(
+        1,
+        "Network",
+        "Side of the patches of pixels that the network sees as one position; 2 takes about a quarter of the time.",
+    )
     layers_per_block: int = _field(1, "Network", "Number of residual layers in each resnet block.")
     time_proj_dim: int = _field(32, "Network", "Size of the sinusoidal embedding of the timestep.")
     time_embedding_dim: int = _field(128, "Network", "Size of the time embedding that each block receives.")
@@ -331,11 +336,11 @@ class TrainingConfig:
             raise ValueError(
                 f"`resolution` must be one side or a height and a width in pixels, got {self.resolution}."
             )
-        multiple = 2 ** (len(self.block_out_channels) - 1)
+        multiple = self.patch_size * 2 ** (len(self.block_out_channels) - 1)
         if any(side % multiple for side in self.resolution):
             raise ValueError(
-                f"`resolution` must be a multiple of {multiple} (2 ** (number of `block_out_channels` - 1)), got "
-                f"{self.resolution}."
+                f"`resolution` must be a multiple of {multiple} (`patch_size` * 2 ** (number of "
+                f"`block_out_channels` - 1)), got {self.resolution}."
             )
         if self.snr_gamma and self.loss_type != "l2":
             raise ValueError(
