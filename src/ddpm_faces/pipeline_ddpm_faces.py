@@ -487,7 +487,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 f"`generator` as a list must hold one generator per image: got {len(generator)} for a `batch_size` "
                 f"of {batch_size}."
             )
-        shape = (batch_size, *self._image_shape)
+        shape = (batch_size, *self.image_shape)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must be of shape {shape}, got {tuple(latents.shape)}.")
         if output_type not in OUTPUT_TYPES:
@@ -550,7 +550,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             if guidance_scale != 1:
                 raise ValueError(f"`guidance_scale` must be 1 for a model without a guide, got {guidance_scale}.")
             return
-        ours, theirs = self._image_shape, _image_shape(guide)
+        ours, theirs = self.image_shape, _image_shape(guide)
         if ours != theirs:
             raise ValueError(f"`guide` must be of images of the shape {ours}, as this model, got {theirs}.")
         classes, known = (network.config.get("num_class_embeds") for network in (guide, self.unet))
@@ -561,8 +561,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
         return any(cls.__name__ in names for cls in type(self.scheduler).__mro__)
 
     @property
-    def _image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)"""
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that a call generates."""
         return _image_shape(self.unet)
 
     def prepare_latents(
@@ -578,9 +578,54 @@ class DDPMFacesPipeline(DiffusionPipeline):
         """
         device = self._execution_device
         if latents is None:
-            shape = (batch_size, *self._image_shape)
+            shape = (batch_size, *self.image_shape)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return latents.to(device=device, dtype=torch.float32) * init_noise_sigma
+
+    def optimize(self) -> "DDPMFacesPipeline":
+        """Convert the networks to the memory format and the dtype in which their device is fastest.
+
+        The memory format is channels last. The dtype is bfloat16 on CPUs and GPUs with instructions for it, otherwise
+        that of the weights. The faces stay the same up to rounding errors (docs/guides/samplers.md states how large
+        they are), but the weights are no longer the exact ones: save or publish a pipeline before, or load it again.
+
+        Returns:
+            [`DDPMFacesPipeline`]: This pipeline.
+        """
+        for network in (self.unet, self.guide):
+            if network is not None:
+                dtype = torch.bfloat16 if _has_bf16(network.device) else network.dtype
+                network.to(dtype=dtype, memory_format=torch.channels_last)
+        return self
+
+    def predict(
+        self,
+        sample: torch.Tensor,
+        timestep: float | torch.Tensor,
+        guidance_scale: float = 1.0,
+        class_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Predict the noise, or the quantity of the scheduler's `prediction_type`, with autoguidance.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t.
+            timestep (`int`, `float` or `torch.Tensor` of shape `()` or `(batch,)`): t, 0 to T - 1.
+            guidance_scale (`float`, defaults to 1.0): As in `__call__`; 1 evaluates the network alone.
+            class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class of each image.
+
+        Returns:
+            `torch.Tensor` of the shape of `sample`, or of twice its channels with a learned variance: always float32.
+        """
+        labels = {} if class_labels is None else {"class_labels": class_labels}
+        output = self.unet(sample.to(self.unet.dtype), timestep, **labels).sample.float()
+        if guidance_scale == 1:
+            return output
+        if self.guide.config.get("num_class_embeds") is None:
+            labels = {}
+        worse = self.guide(sample.to(self.guide.dtype), timestep, **labels).sample.float()
+        channels = sample.shape[1]
+        prediction, variance = output.tensor_split([channels], dim=1)
+        return torch.cat([worse[:, :channels].lerp(prediction, guidance_scale), variance], dim=1)
 
     @torch.no_grad()
     def __call__(
@@ -656,11 +701,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
         step_kwargs = {"generator": generator, "eta": eta}
         step_parameters = inspect.signature(scheduler.step).parameters
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_parameters}
-        model_kwargs, guide_kwargs = {}, {}
         if class_labels is not None:
-            model_kwargs["class_labels"] = torch.as_tensor(class_labels, device=self._execution_device)
-            if guidance_scale != 1 and self.guide.config.get("num_class_embeds") is not None:
-                guide_kwargs = model_kwargs
+            class_labels = torch.as_tensor(class_labels, device=self._execution_device)
 
         takes_variance = self._scheduler_is_of(VARIANCE_SCHEDULERS)
         if not takes_variance and "variance_type" in scheduler.config:
@@ -672,18 +714,12 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
         # 3. Denoise
         call = _Call(num_timesteps=len(scheduler.timesteps), guidance_scale=guidance_scale)
-        with _calling(self, call), _evaluating(self.unet, self.guide):
+        with _calling(self, call), evaluating(self.unet, self.guide):
             for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
                 # 3.1 Predict the noise
-                model_input = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-                model_output = self.unet(model_input, t, **model_kwargs).sample.float()
+                model_output = self.predict(scheduler.scale_model_input(latents, t), t, guidance_scale, class_labels)
                 if not takes_variance:
                     model_output = model_output[:, : latents.shape[1]]
-                if guidance_scale != 1:
-                    worse = self.guide(model_input.to(self.guide.dtype), t, **guide_kwargs).sample.float()
-                    prediction, variance = model_output.tensor_split([latents.shape[1]], dim=1)
-                    prediction = worse[:, : latents.shape[1]].lerp(prediction, guidance_scale)
-                    model_output = torch.cat([prediction, variance], dim=1)
 
                 # 3.2 x_t -> x_t-1
                 latents = scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
@@ -728,7 +764,7 @@ _MODES_LOCK = threading.Lock()
 
 
 @contextmanager
-def _evaluating(*networks: torch.nn.Module | None) -> Iterator[None]:
+def evaluating(*networks: torch.nn.Module | None) -> Iterator[None]:
     """Put networks into evaluation mode, and restore the mode of each of their modules afterwards.
 
     In training mode, BatchNorm would mix the images of a batch and update its running statistics, and dropout would be
@@ -752,6 +788,14 @@ def _evaluating(*networks: torch.nn.Module | None) -> Iterator[None]:
                     continue
                 for module in training:
                     module.training = True
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16. Other CPUs emulate it, and are slow."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # missing in some versions of PyTorch
+    return device.type == "cpu" and supported is not None and supported()
 
 
 def _check_scale(guidance_scale: float) -> None:

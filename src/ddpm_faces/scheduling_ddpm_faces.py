@@ -389,7 +389,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def sigmas(self) -> torch.Tensor:
-        """Noise-to-signal ratios of `self.timesteps`, and 0 after the last: `torch.float64` of shape `(steps + 1,)`."""
+        """Noise-to-signal ratio of each of `self.timesteps`, then 0: `torch.float64` of shape `(steps + 1,)`."""
         return torch.tensor(self._sigmas, dtype=torch.float64)
 
     def _sigma_at(self, timestep: float) -> float:

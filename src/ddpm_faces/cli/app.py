@@ -11,7 +11,7 @@ from .. import __version__
 from ..interruption import INTERRUPTED, say_interrupted
 from .demo import demo, push_space
 from .info import info
-from .make import convert, generate, guide, prepare
+from .make import convert, generate, guide, prepare, tune
 from .measure import audit, evaluate
 from .share import pull, push, verify
 from .train import train
@@ -19,7 +19,7 @@ from .train import train
 
 # The groups of commands; within a group, in the order of use.
 GROUPS = {
-    "Make": (generate, demo, prepare, guide, convert),
+    "Make": (generate, demo, prepare, guide, tune, convert),
     "Train": (train,),
     "Measure": (evaluate, audit, info),
     "Share": (push, push_space, pull, verify),

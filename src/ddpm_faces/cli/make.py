@@ -156,3 +156,55 @@ def convert(
     with new_folder(output) as folder:
         pipeline.save_pretrained(folder)
     report({"model": str(output)}, f"The model is in {output}. It has the same outputs as the checkpoint.", as_json)
+
+
+def tune(
+    model: Annotated[Path, typer.Argument(help="Folder of a model.")],
+    data: Annotated[str, typer.Argument(help="Real faces: a dataset on the Hub or in a folder.")],
+    split: Annotated[str, typer.Option(help="Held-out split to measure against.")] = "test",
+    choice_split: Annotated[str, typer.Option(help="Split for the choice of the epsilon scaling.")] = "train",
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(help="Number of steps to tune; repeat the option for several (default: 4, 6, 8 and 10)."),
+    ] = None,
+    fast: Annotated[int, typer.Option(help="Steps of the preset fast, which becomes the default.")] = 8,
+    draft: Annotated[int, typer.Option(help="Steps of the preset draft.")] = 4,
+    num_images: Annotated[
+        int, typer.Option("--num-images", "-n", help="Number of generated and of real images to compare.")
+    ] = 400,
+    num_trajectories: Annotated[int, typer.Option(help="Number of images to fit the solvers to.")] = 128,
+    guidance_scale: GuidanceScale = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    as_json: Json = False,
+) -> None:
+    """Tune few-step solvers to a model, and make presets of them.
+
+    The timesteps and weights of DPM-Solver++ are fitted to the model's own trajectories, for each number of steps. The
+    presets fast and draft are saved with the model, and the measurements appear in its card.
+    """
+    from ..evaluation.tuning import save_tuning
+    from ..evaluation.tuning import tune as tune_model
+    from ..hub.card_values import tuning_table
+    from ..models import check_model, load_pipeline
+
+    check_model(model)
+    if not model.is_dir():
+        raise ValueError(f"`model` {str(model)!r} must be an existing folder.")
+    tuning = tune_model(
+        load_pipeline(model).optimize(),
+        data,
+        split=split,
+        choice_split=choice_split,
+        num_steps=steps or (4, 6, 8, 10),
+        fast=fast,
+        draft=draft,
+        num_images=num_images,
+        num_trajectories=num_trajectories,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    save_tuning(model, load_pipeline(model, device="cpu"), tuning)
+    text = f"{tuning_table(tuning.report)}\n\nThe presets fast ({fast} steps) and draft ({draft} steps) are in {model}"
+    report({"presets": tuning.presets, **tuning.report}, text, as_json)

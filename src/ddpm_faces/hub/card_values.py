@@ -17,6 +17,7 @@ def template_values(
     metrics: dict,
     summary: dict,
     dataset_license: str | None,
+    tuning: dict | None = None,
 ) -> dict[str, Any]:
     """Return all values for `model_card.md`, except for the images, the weight variants and the loss curve.
 
@@ -27,6 +28,7 @@ def template_values(
         metrics (`dict`): Content of `metrics.json`, empty if there is none.
         summary (`dict`): Content of `training_summary.json`, empty if there is none.
         dataset_license (`str`, *optional*): License of the training images.
+        tuning (`dict`, *optional*): Content of `tuning.json`, empty if there is none.
     """
     unet, scheduler = pipeline.unet.config, pipeline.scheduler.config
     size = unet.sample_size if isinstance(unet.sample_size, int) else tuple(unet.sample_size)
@@ -72,6 +74,7 @@ def template_values(
         "training": [(name, _cell(value)) for name, value in training.items() if value not in (None, {}, "")],
         "has_config": bool(config),
         **_metric_table(entries),
+        "tuning": tuning and {"table": tuning_table(tuning), "conditions": _tuning_conditions(tuning)},
         "memorisation": metrics.get("memorisation", {}).get("verdict", _NOT_AUDITED),
     }
 
@@ -133,3 +136,28 @@ def duration(hours: float) -> str:
 
 def _thousands(number: int | None) -> str | None:
     return None if number is None else f"{number:,}"
+
+
+def _tuning_conditions(report: dict[str, Any]) -> str:
+    keys = ("n", "n_reference", "image_size", "extractor", "reference", "seeds", "guidance_scale")
+    return _in_words({key: report[key] for key in keys})
+
+
+def tuning_table(report: dict[str, Any]) -> str:
+    """Format the report of `ddpm-faces tune` as a Markdown table."""
+    lines = [
+        "| steps | Fréchet distance, tuned | even steps | recall, tuned | even steps | faces, tuned | even steps |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        tuned, even = row["tuned"], row["even"]
+        cells = [
+            f"{tuned['frechet_distance']:.1f}",
+            f"{even['frechet_distance']:.1f}",
+            f"{tuned['recall']:.2f}",
+            f"{even['recall']:.2f}",
+            f"{tuned['face_rate']:.2f}",
+            f"{even['face_rate']:.2f}",
+        ]
+        lines.append(f"| {row['steps']} | {' | '.join(cells)} |")
+    return "\n".join(lines)

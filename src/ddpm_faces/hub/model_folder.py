@@ -41,6 +41,7 @@ MODEL_FILES = (
     "training_config.yaml",
     "training_summary.json",
     "metrics.json",
+    "tuning.json",
     "samples.png",
     "denoising_strip.png",
     "loss_curve.png",
@@ -178,9 +179,10 @@ def export(
         torch.nn.Module.to(network, pipeline.device, torch.float32).load_state_dict(states[name])
 
     # 2. Files of the training
-    config, metrics, summary = {}, {}, {}
+    config, metrics, summary, tuning = {}, {}, {}, {}
     if home is not None:
-        metrics, summary = (_json_of(home / name, folder / name) for name in ("metrics.json", "training_summary.json"))
+        names = ("metrics.json", "training_summary.json", "tuning.json")
+        metrics, summary, tuning = (_json_of(home / name, folder / name) for name in names)
         config = _portable_config(home / "training_config.yaml", folder / "training_config.yaml", summary)
         drawn_as_it_is = summary.get("guidance_scale", 1.0) == full.config.guidance_scale
         for name in ("samples.png", "loss_curve.png") if drawn_as_it_is else ("loss_curve.png",):
@@ -205,9 +207,9 @@ def export(
 
     # 4. Card
     try:
-        values = template_values(repo_id, full, config, metrics, summary, dataset_license)
+        values = template_values(repo_id, full, config, metrics, summary, dataset_license, tuning)
     except (AttributeError, KeyError, TypeError) as error:
-        files = "metrics.json, training_summary.json or training_config.yaml"
+        files = "metrics.json, tuning.json, training_summary.json or training_config.yaml"
         raise ValueError(f"{files} in {str(source)!r} lacks a value for the model card: {error!r}.") from error
     values["grid"] = {
         "path": "samples.png",
