@@ -322,6 +322,30 @@ def test_missing_package_is_reported_in_one_line(client, model, faces):
     assert outcome.error == "1"
 
 
+def test_tune(command, model, tmp_path):
+    faces = [face["image"] for face in DrawnFaces(200, resolution=16)]
+    (tmp_path / "set").mkdir()
+    for split, images in {"train": faces[:100], "test": faces[100:]}.items():
+        Dataset.from_list([{"image": image} for image in images]).to_parquet(tmp_path / "set" / f"{split}.parquet")
+    code, text = command("tune", model, tmp_path / "set", "--steps", 2, "--fast", 2, "--draft", 2, "-n", 100,
+                         "--num-trajectories", 16, "--batch-size", 100)  # fmt: skip
+    assert code == 0, text
+    (row,) = json.loads((model / "tuning.json").read_text())["rows"]
+    assert f"| 2 | {row['tuned']['frechet_distance']:.1f} | {row['even']['frechet_distance']:.1f} |" in text
+    pipeline = DDPMFacesPipeline.from_pretrained(model)
+    assert (list(pipeline.presets), pipeline.num_timesteps) == (["exact", "fast", "draft"], 2)
+    assert command("generate", model, "-n", 1, "--output", tmp_path / "face.png")[0] == 0
+    with Image.open(tmp_path / "face.png") as image:
+        assert (image.text["preset"], image.text["steps"]) == ("fast", "2")
+    for arguments, says in (
+        (("user/faces", tmp_path / "set"), "`model` 'user/faces' must be an existing folder"),
+        ((model, tmp_path / "set", "--fast", 7), "`fast` must be one of `num_steps` (4, 6, 8, 10), got 7"),
+        ((model, tmp_path / "set", "--split", "test[:50]"), "at least 100 images in the split 'test[:50]', has 50"),
+    ):
+        code, text = command("tune", *arguments)
+        assert (code, says in text) == (2, True), text
+
+
 def test_generate(command, model, tmp_path):
     grid, folder = tmp_path / "new" / "grid.png", tmp_path / "singles"
     code, text = command("generate", model, "--num_images", 5, "--steps", 3, "--seed", 7, "--output", grid)

@@ -239,6 +239,40 @@ def test_unknown_preset_is_refused_with_those_there_are(pipeline):
         pipeline(preset="fast", num_inference_steps=21)
 
 
+# Speed
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_optimized_pipeline_makes_the_same_faces(monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16, raising=False)
+    torch.manual_seed(0)
+    pipeline = quiet(DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=20)))
+    pipeline.set_guide(a_guide(), 1.5)
+    before = pixels(pipeline, 5)
+    assert pipeline.optimize() is pipeline
+    for network in (pipeline.unet, pipeline.guide):
+        assert network.dtype == (torch.bfloat16 if has_bf16 else torch.float32)
+        assert network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(pixels(pipeline, 5), before, atol=0.1 if has_bf16 else 1e-4, rtol=0)
+
+
+def test_cpu_without_a_way_to_tell_keeps_float32(monkeypatch, pipeline):
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    assert pipeline.optimize().unet.dtype == torch.float32
+
+
+def test_prediction_is_guided_and_keeps_the_variance():
+    torch.manual_seed(0)
+    scheduler = DDPMFacesScheduler(20, variance_type="learned_range")
+    pipeline = DDPMFacesPipeline(tiny_unet(out_channels=6), scheduler)
+    pipeline.set_guide(DDPMFacesPipeline(tiny_unet(out_channels=6), scheduler), 1.5)
+    x = torch.randn(2, 3, 16, 16)
+    ours, worse = (network(x, 7).sample for network in (pipeline.unet, pipeline.guide))
+    expected = torch.cat([1.5 * ours[:, :3] - 0.5 * worse[:, :3], ours[:, 3:]], dim=1)
+    torch.testing.assert_close(pipeline.predict(x, 7, guidance_scale=1.5), expected)
+    torch.testing.assert_close(pipeline.predict(x, 7), ours)
+
+
 # Reproducibility
 
 

@@ -166,9 +166,10 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @property
     def presets(self) -> dict[str, dict[str, Any]]:
-        """Ways to sample, by name: `"exact"`, which is all T steps of DDPM, and those of [`set_presets`]."""
+        """Ways to sample, by name, slow to fast: `"exact"` (all T steps of DDPM), then those of [`set_presets`]."""
         exact = {"algorithm": "ddpm", "num_inference_steps": self.scheduler.config.num_train_timesteps}
-        return {EXACT: exact, **(self.config.presets or {})}
+        others = sorted((self.config.presets or {}).items(), key=lambda item: -item[1]["num_inference_steps"])
+        return {EXACT: exact, **dict(others)}
 
     def set_presets(self, presets: dict[str, dict[str, Any]] | None, default_preset: str | None = None) -> None:
         """Set the ways to sample from this model, which are saved and published with it.
@@ -216,8 +217,12 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     def _scheduler_with(self, settings: dict[str, Any]) -> SchedulerMixin:
         """Return a copy of the scheduler with the settings of a preset."""
+        # `from_config` would first look at every scheduler of diffusers, which takes longer than a step of a small
+        # network.
+        cls, config = type(self.scheduler), self.scheduler.config
+        kept = {name: config[name] for name in inspect.signature(cls.__init__).parameters if name in config}
         changes = {name: settings[name] for name in PRESET_SCHEDULER_SETTINGS if name in settings}
-        return type(self.scheduler).from_config(self.scheduler.config, **changes)
+        return cls(**{**kept, **changes})
 
     def resolve_preset(
         self,

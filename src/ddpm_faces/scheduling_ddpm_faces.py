@@ -270,6 +270,9 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         self.sqrt_one_minus_alphas_cumprod = (1.0 - self.alphas_cumprod).sqrt()
         self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
 
+        bars = self.alphas_cumprod.double()
+        self._all_sigmas = ((1 - bars) / bars).sqrt().tolist()
+
         # 4. Sampling state: all timesteps, until `set_timesteps` selects some
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
@@ -395,12 +398,8 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
     def _sigma_at(self, timestep: float) -> float:
         """Return the noise-to-signal ratio at a timestep. Between two of them, log(sigma) is interpolated."""
         below = int(timestep)
-        ratios = [
-            (1 - bar) / bar if bar > 0 else math.inf
-            for bar in self.alphas_cumprod[below : below + 2].double().tolist()
-        ]
-        fraction = timestep - below
-        return ratios[0] ** 0.5 if not fraction else ratios[0] ** ((1 - fraction) / 2) * ratios[1] ** (fraction / 2)
+        fraction, (lower, upper) = timestep - below, [*self._all_sigmas[below : below + 2], math.inf][:2]
+        return lower if not fraction else lower ** (1 - fraction) * upper**fraction
 
     def _logsnr_timesteps(self, num_steps: int) -> list[int]:
         """Return distinct timesteps, each the closest to its sigma in a geometric sequence."""
