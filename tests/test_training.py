@@ -1088,7 +1088,7 @@ def test_train_command_passes_on_signals_and_exit_codes(tmp_path):
         (["--learning-rat", "1"], "error: unknown argument --learning-rat; did you mean --learning-rate?"),
         (
             ["--config", "faces46"],
-            "error: `--config` must be one of article64, drawn32, faces32-cpu, faces64, guide64",
+            "error: `--config` must be one of article64, drawn32, faces32-cpu, faces64, faces64-mini, guide64",
         ),
     ):
         result = subprocess.run([executable, "train", *arguments], env=environ, capture_output=True, text=True)
