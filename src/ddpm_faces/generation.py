@@ -1,5 +1,6 @@
 """Generate images into files: a grid or a folder of single images, with the recipe in the PNG metadata."""
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -247,8 +248,15 @@ def metadata(model: str, recipe: Recipe, seed: int | str) -> dict[str, Any]:
 
 def save_png(image: Image.Image, path: str | os.PathLike, text: dict[str, Any]) -> None:
     """Save an image with text chunks. The file appears once it is complete."""
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(png_bytes(image, text))
+
+
+def png_bytes(image: Image.Image, text: dict[str, Any]) -> bytes:
+    """Encode an image as PNG, with text chunks."""
     info = PngInfo()
     for name, value in text.items():
         info.add_text(name, str(value))
-    with replacing(path) as unfinished:
-        image.save(unfinished, "PNG", pnginfo=info)
+    file = io.BytesIO()
+    image.save(file, "PNG", pnginfo=info)
+    return file.getvalue()

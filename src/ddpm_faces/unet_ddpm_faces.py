@@ -4,10 +4,10 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The network that predicts the noise in an image: a U-Net with configurable types of blocks.
 
-A *level* has a width and a resolution: level i has `block_out_channels[i]` channels at 1 / 2**i of the sample's size in
-patches (`patch_size` pixels). A pair of blocks of the type `block_types[i]` connects two levels: the down block goes
-from level i to level i + 1 and outputs skip connections, and the up block goes back and uses them. The mid block works
-at the last level.
+A *level* has a width and a resolution: level i has `block_out_channels[i]` channels at 1 / 2**i of the sample's size,
+counted in patches of `patch_size` pixels. A pair of blocks of the type `block_types[i]` connects two levels: the down
+block goes from level i to level i + 1 and outputs skip connections, and the up block goes back and uses them. The mid
+block works at the last level.
 
     sample -> conv_in -> down 0 -> down 1 -> ... -> mid -> ... -> up 1 -> up 0 -> conv_out
                             |         `------------ skips -----------'      |

@@ -41,21 +41,41 @@ def generate(
         Path, typer.Option("--output", "-o", help="PNG file for a grid, or folder for single images.")
     ] = Path("faces.png"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing images.")] = False,
+    format: Annotated[
+        str | None,
+        typer.Option(help="Write shards of this format: png, webdataset or parquet. The same command resumes."),
+    ] = None,
+    shard_size: Annotated[int, typer.Option(help="Images in a shard.")] = 1000,
     as_json: Json = False,
 ) -> None:
     """Generate faces.
 
     An output that ends in .png is a grid of all images. Any other output is a folder, in which each image is named
-    after its seed. The PNG metadata records the model, the seed and the settings.
+    after its seed. The PNG metadata records the model, the seed and the settings. With --format, the folder holds
+    shards for many images, `accelerate launch` uses several GPUs, and an interrupted run resumes.
     """
     from ..generation import Recipe, check_output, generate_to
     from ..models import load_pipeline, model_name
 
     recipe = Recipe(num_images, seed, preset, steps, sigma_min, epsilon_scaling, guidance_scale, class_label or None)
+    noun = "image" if num_images == 1 else "images"
+    if format is not None:
+        from accelerate import Accelerator
+
+        from ..bulk import check_format, generate_shards
+
+        if overwrite:
+            raise ValueError("`overwrite` cannot be combined with `format`: choose a new folder.")
+        check_format(output, format)
+        accelerator = Accelerator()
+        pipeline = load_pipeline(model, guide, guidance_scale, accelerator.device)
+        files = generate_shards(pipeline, recipe, output, model_name(model), format, shard_size, batch_size)
+        if accelerator.is_main_process:
+            report({"files": files}, f"{num_images} {noun} in {len(files)} shards: {output}", as_json)
+        return
     check_output(output, overwrite)
     pipeline = load_pipeline(model, guide, guidance_scale)
     files = generate_to(pipeline, recipe, output, model_name(model), batch_size, overwrite)
-    noun = "image" if num_images == 1 else "images"
     report({"files": files}, f"{num_images} {noun}: {output}", as_json)
 
 
