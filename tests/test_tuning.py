@@ -13,6 +13,7 @@ from ddpm_faces.evaluation import tuning as module
 from ddpm_faces.evaluation.metrics import frechet_distance
 from ddpm_faces.evaluation.tuning import Tuning, save_tuning, tune
 from ddpm_faces.fitting import fit_solvers
+from ddpm_faces.hub.description import describe_model
 
 
 QUICK = {"num_steps": (2, 3), "fast": 3, "draft": 2, "num_images": 100, "num_trajectories": 16, "batch_size": 50}
@@ -88,6 +89,8 @@ def test_saved_presets_are_used_and_published(model, tmp_path):
     assert loaded.scheduler.config.tuned_steps == {"2": entry}
     assert loaded.resolve_preset("draft")[0].config.tuned_steps == {"2": entry}
     assert json.loads((model / "tuning.json").read_text()) == report
+
+    assert describe_model(model)["presets"] == "fast (3 steps, the default), draft (2 steps)"
 
     hub.export(model, tmp_path / "published", "user/faces")
     card = (tmp_path / "published" / "README.md").read_text()

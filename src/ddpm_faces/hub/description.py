@@ -68,6 +68,7 @@ def _describe(model: str | os.PathLike, revision: str | None) -> dict[str, Any]:
         "network": f"{unet.get('_class_name')}, {_count_parameters(index['unet'][1], unet):,} parameters",
         "weights": index.get("weights"),
         "guide": _guide(folder, index),
+        "presets": _presets(index),
         "schedule": f"{scheduler['beta_schedule']}, T = {scheduler['num_train_timesteps']}",
         "prediction type": scheduler["prediction_type"],
         "trained on": summary.get("data"),
@@ -139,6 +140,18 @@ def _guide(folder: Path, index: dict[str, Any]) -> str | None:
         return None
     count = _count_parameters(index["guide"][1], read_json_object(folder / "guide" / "config.json"))
     return f"{count:,} parameters, guidance scale {index.get('guidance_scale', 1.0):g}"
+
+
+def _presets(index: dict[str, Any]) -> str | None:
+    default = index.get("default_preset")
+    presets = sorted((index.get("presets") or {}).items(), key=lambda item: -item[1]["num_inference_steps"])
+    return (
+        ", ".join(
+            f"{name} ({settings['num_inference_steps']} steps{', the default' if name == default else ''})"
+            for name, settings in presets
+        )
+        or None
+    )
 
 
 def _metric(entry: dict[str, Any]) -> str:
