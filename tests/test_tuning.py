@@ -94,6 +94,7 @@ def test_saved_presets_are_used_and_published(model, tmp_path):
 
     hub.export(model, tmp_path / "published", "user/faces")
     card = (tmp_path / "published" / "README.md").read_text()
+    assert "In few steps, tuned to this model" in card
     assert "| `draft` | 2 | dpmsolver++, tuned to this model |" in card
     assert "| `fast` | 3 | dpmsolver++ |" in card
     assert "`fast` is the default" in card
@@ -102,6 +103,12 @@ def test_saved_presets_are_used_and_published(model, tmp_path):
     assert json.loads((tmp_path / "published" / "tuning.json").read_text()) == report
     published = DDPMFacesPipeline.from_pretrained(tmp_path / "published")
     assert published.presets == loaded.presets
+
+    # More training removes the presets. Their measurements no longer count.
+    published.set_presets(None)
+    published.save_pretrained(model)
+    hub.export(model, tmp_path / "again", "user/faces")
+    assert "In few steps, tuned" not in (tmp_path / "again" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         A preset is a dictionary. It needs `num_inference_steps`, and may set `guidance_scale` and these arguments of
         [`DDPMFacesScheduler`]: `algorithm`, `timestep_spacing`, `solver_order`, `sigma_min`, `epsilon_scaling` and
         `tuned_steps`. Whatever it leaves out is as in the pipeline. `ddpm-faces tune` makes the usual ones, `"fast"`
-        (8 to 10 steps) and `"draft"` (4 or 5 steps), and makes `"fast"` the default.
+        (8 steps) and `"draft"` (6 steps), and makes `"fast"` the default.
 
         Args:
             presets (`dict[str, dict]`, *optional*): The presets by name, without `"exact"`, which always exists.

@@ -158,7 +158,7 @@ def guide(
             raise ValueError("`guidance_scale` must be given with a guide; 1.2 is a good start.")
     save_guide(folder, weaker, 1.0 if guidance_scale is None else guidance_scale)
     done = f"{folder} is now guided by {weaker}." if weaker else f"The guide of {folder} is removed."
-    text = f"{done} Evaluate it again: its metrics were measured before this change."
+    text = f"{done} Evaluate it again, and tune its presets: both were made before this change."
     report({"model": str(folder), "guide": weaker, "guidance_scale": guidance_scale}, text, as_json)
 
 
@@ -188,7 +188,7 @@ def tune(
         typer.Option(help="Number of steps to tune; repeat the option for several (default: 4, 6, 8 and 10)."),
     ] = None,
     fast: Annotated[int, typer.Option(help="Steps of the preset fast, which becomes the default.")] = 8,
-    draft: Annotated[int, typer.Option(help="Steps of the preset draft.")] = 4,
+    draft: Annotated[int, typer.Option(help="Steps of the preset draft.")] = 6,
     num_images: Annotated[
         int, typer.Option("--num-images", "-n", help="Number of generated and of real images to compare.")
     ] = 400,

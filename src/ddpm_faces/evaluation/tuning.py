@@ -55,7 +55,7 @@ def tune(
     choice_split: str = "train",
     num_steps: Sequence[int] = (4, 6, 8, 10),
     fast: int = 8,
-    draft: int = 4,
+    draft: int = 6,
     num_images: int = 400,
     num_trajectories: int = 128,
     guidance_scale: float | None = None,
@@ -73,7 +73,7 @@ def tune(
         choice_split (`str`, defaults to `"train"`): Split on which `epsilon_scaling` is chosen.
         num_steps (`Sequence[int]`, defaults to `(4, 6, 8, 10)`): Numbers of steps, each from 2 to 20.
         fast (`int`, defaults to 8): Steps of the preset `"fast"`, one of `num_steps`.
-        draft (`int`, defaults to 4): Steps of the preset `"draft"`, one of `num_steps`.
+        draft (`int`, defaults to 6): Steps of the preset `"draft"`, one of `num_steps`.
         num_images (`int`, defaults to 400): Number of generated and of real images of each measurement, at least 100.
         num_trajectories (`int`, defaults to 128): See [`fit_solvers`].
         guidance_scale (`float`, *optional*): Scale of the autoguidance; defaults to that of the pipeline.

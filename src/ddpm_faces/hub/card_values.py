@@ -74,7 +74,8 @@ def template_values(
         "training": [(name, _cell(value)) for name, value in training.items() if value not in (None, {}, "")],
         "has_config": bool(config),
         **_metric_table(entries),
-        "tuning": tuning and {"table": tuning_table(tuning), "conditions": _tuning_conditions(tuning)},
+        # Presets that are gone, after more training, leave their measurements behind.
+        "tuning": tuning and pipeline.config.presets and {"table": tuning_table(tuning), "conditions": _tuning_conditions(tuning)},
         "memorisation": metrics.get("memorisation", {}).get("verdict", _NOT_AUDITED),
     }
 
