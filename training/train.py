@@ -8,37 +8,29 @@ Each field of `ddpm_faces.training.config.TrainingConfig` is a flag (see `--help
 `--config` takes. docs/guides/resume.md describes how interrupted runs resume.
 """
 
-from ddpm_faces.interruption import handle_interrupts, say_interrupted
+from ddpm_faces.interruption import handle_interrupts
 
 
 if __name__ == "__main__":
     handle_interrupts()  # before the imports below, which take seconds
 
-import importlib.util
-import io
 import math
-import os
-import platform
-import sys
-import traceback
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, TorchDynamoPlugin, set_seed
+from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin, set_seed
 
 from ddpm_faces import DDPMFacesObjective, DDPMFacesScheduler, DDPMFacesUNet
 from ddpm_faces.data import NonLeakingAugmentation, to_samples
-from ddpm_faces.errors import HubError
 from ddpm_faces.training.arguments import parse_training_config
 from ddpm_faces.training.assessment import Assessment, validate
 from ddpm_faces.training.batch import Batch, batches
 from ddpm_faces.training.changes import check_same_model
 from ddpm_faces.training.checkpoint import CheckpointIO, read_state
 from ddpm_faces.training.config import TrainingConfig
-from ddpm_faces.training.cores import use_all_cores
 from ddpm_faces.training.data import load_training_data
 from ddpm_faces.training.ema import EMA
 from ddpm_faces.training.finish import finish
@@ -50,8 +42,8 @@ from ddpm_faces.training.run import Run
 from ddpm_faces.training.samples import sample_grid
 from ddpm_faces.training.saving import keep_guide, leave_if_asked, save
 from ddpm_faces.training.schedule import due_after
+from ddpm_faces.training.scripts import clip_gradient, make_accelerator, run_script, set_learning_rate
 from ddpm_faces.training.setup import (
-    SetupError,
     checkpoint_to_resume,
     copy_weights,
     load_pretrained,
@@ -65,10 +57,7 @@ from ddpm_faces.training.steps import StepRecorder
 from ddpm_faces.training.sync_batch_norm import convert_sync_batch_norm
 
 
-X86 = ("x86_64", "AMD64")  # architectures whose CPU capability PyTorch reports
-
-# Networks of multi-process runs stay alive until the process ends. Deleting one makes DistributedDataParallel wait,
-# holding the interpreter's lock, for a thread of gloo that may itself be waiting for that lock: a deadlock.
+# Networks of multi-process runs stay alive until the process ends, because deleting one may never return.
 LIVING: list[torch.nn.Module] = []
 
 
@@ -209,37 +198,6 @@ def augment(
     return augmentation(samples, batch.draws.augmentations) if config.augment_probability else (samples, None)
 
 
-def clip_gradient(accelerator: Accelerator, unet: torch.nn.Module, max_grad_norm: float) -> torch.Tensor:
-    """Clip the gradient unless `max_grad_norm` is 0, and return its norm before clipping, of shape `()`."""
-    grad_norm = accelerator.clip_grad_norm_(unet.parameters(), max_grad_norm or math.inf)
-    return grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
-def make_accelerator(config: TrainingConfig) -> Accelerator:
-    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
-        raise ValueError(f"`report_to` {config.report_to!r} is not installed: pip install {config.report_to}.")
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" or config.dry_run else config.report_to,
-        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
-        dynamo_backend="no",  # it would rename the weights, so `train` compiles in place instead
-    )
-    if accelerator.device.type == "cpu":
-        use_all_cores()
-        capability = torch.backends.cpu.get_cpu_capability()
-        if accelerator.mixed_precision == "bf16" and platform.machine() in X86 and "AVX512" not in capability:
-            accelerator.print(
-                f"Warning: this CPU ({capability}) has no bf16 instructions, so bf16 is ten times as slow as float32. "
-                "Use --mixed_precision no."
-            )
-    return accelerator
-
-
 def describe(run: Run) -> None:
     """Print the data, the network and the layout of the run."""
     config, accelerator = run.config, run.accelerator
@@ -258,33 +216,5 @@ def describe(run: Run) -> None:
         )
 
 
-def exit_code() -> int:
-    """Read the configuration, run `main`, and return the exit code of the process."""
-    try:
-        main(parse_training_config())
-    except SystemExit as leaving:  # with an exit code of docs/guides/resume.md
-        return int(leaving.code or 0)
-    except SetupError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except HubError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return say_interrupted()
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):  # a file name that the terminal cannot show must not end a run
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    code = exit_code()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(code)  # everything is saved and closed; see LIVING
-    sys.exit(code)
+    run_script(lambda: main(parse_training_config()))

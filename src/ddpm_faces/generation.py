@@ -81,13 +81,14 @@ class Recipe:
             steps = min(DEFAULT_STEPS, total) if preset is None else None
         if steps is not None and steps > total:
             raise ValueError(f"`steps` must be at most {total}, as in training, got {steps}.")
-        scheduler, steps, scale = pipeline.resolve_preset(preset, steps, self.guidance_scale)
+        scheduler, steps, scale, network = pipeline.resolve_preset(preset, steps, self.guidance_scale)
         if scheduler.config.get("algorithm") != "dpmsolver++":
             for name in ("sigma_min", "epsilon_scaling"):
                 if getattr(self, name) is not None:
                     used = f"the preset {preset!r}" if preset else f"{steps} steps"
                     raise ValueError(f"`{name}` needs DPM-Solver++, but {used} means another sampler.")
-        pipeline.check_guide(pipeline.guide, scale)
+        if network == "unet":
+            pipeline.check_guide(pipeline.guide, scale)
         num_classes = pipeline.unet.config.get("num_class_embeds")
         labels = self.class_labels or (None if num_classes is None else list(range(num_classes)))
         if labels and num_classes is None:
@@ -136,12 +137,14 @@ def with_own_scheduler(pipeline: DDPMFacesPipeline) -> DDPMFacesPipeline:
 def with_sampler(pipeline: DDPMFacesPipeline, recipe: Recipe) -> DDPMFacesPipeline:
     """Return a copy of a pipeline with the scheduler of a resolved recipe and without a progress bar."""
     pipeline = with_own_scheduler(pipeline)
-    scheduler, *_ = pipeline.resolve_preset(recipe.preset, recipe.steps, recipe.guidance_scale)
+    scheduler, _, _, network = pipeline.resolve_preset(recipe.preset, recipe.steps, recipe.guidance_scale)
     given = {"sigma_min": recipe.sigma_min, "epsilon_scaling": recipe.epsilon_scaling}
     changes = {name: value for name, value in given.items() if value is not None}
     if changes:  # tuned steps bring their own
         scheduler = type(scheduler).from_config(scheduler.config, **changes, tuned_steps=None)
     pipeline = pipeline.with_scheduler(scheduler)
+    if network == "student":  # the scheduler alone does not know whose steps it takes
+        pipeline.register_modules(unet=pipeline.student)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -51,26 +51,44 @@ CODE_FILES = {
 SETTINGS = ("weights", "guidance_scale", "presets", "default_preset")
 # Upper bounds for the configurations of diffusers' components, which diffusers does not check: an untrusted file must
 # not exhaust the memory. The components of this package check their own configurations.
-MAX_NUMBER = {"unet": 16_384, "guide": 16_384, "scheduler": 1_000_000}
+MAX_NUMBER = {"unet": 16_384, "guide": 16_384, "student": 16_384, "scheduler": 1_000_000}
 MAX_LAYERS_PER_BLOCK, MAX_BLOCKS, MAX_PRESETS = 64, 12, 32
-MODEL_COMPONENTS = ("unet", "guide")
-# Format of a saved folder. Formats with a higher number are refused. Format 2 added the guide, format 3 the presets.
+MODEL_COMPONENTS = ("unet", "guide", "student")
+# Format of a saved folder. Formats with a higher number are refused. Format 2 added the guide, format 3 presets and
+# the student.
 FORMAT_VERSION = 3
 
 # What a preset may set: arguments of the call, and arguments of `DDPMFacesScheduler` that replace the model's.
-PRESET_CALL_SETTINGS = ("num_inference_steps", "guidance_scale")
+PRESET_CALL_SETTINGS = ("num_inference_steps", "guidance_scale", "network")
 PRESET_SCHEDULER_SETTINGS = (
     "algorithm",
     "timestep_spacing",
     "solver_order",
     "sigma_min",
     "epsilon_scaling",
+    "clip_sample",
     "tuned_steps",
 )
 # The preset that every model has: all T steps of DDPM, as in the article.
 EXACT = "exact"
 # Solver for a number of steps below T, where no preset of the model says otherwise.
 SOLVER = {"algorithm": "dpmsolver++", "timestep_spacing": "logsnr"}
+
+
+class Sampling(NamedTuple):
+    """What a call does, see [`DDPMFacesPipeline.resolve_preset`].
+
+    Args:
+        scheduler (`SchedulerMixin`): A copy: it stores the current step, and threads may share a pipeline.
+        num_inference_steps (`int`): Number of denoising steps.
+        guidance_scale (`float`): Scale of the autoguidance.
+        network (`str`): The component that predicts, `"unet"` or `"student"`.
+    """
+
+    scheduler: SchedulerMixin
+    num_inference_steps: int
+    guidance_scale: float
+    network: str = "unet"
 
 
 class _Call(NamedTuple):
@@ -99,6 +117,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
             Weaker network for autoguidance (https://huggingface.co/papers/2406.02507), trained on images of the same
             shape with the same noise schedule; see [`set_guide`].
         guidance_scale (`float`, defaults to 1.0): Default `guidance_scale` of `__call__`.
+        student ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`], *optional*):
+            Network that was distilled from this model and its guide, for very few steps. A preset uses it.
         presets (`dict[str, dict]`, *optional*): Ways to sample, by name; see [`set_presets`].
         default_preset (`str`, *optional*): Preset of a call that names neither a preset nor a number of steps.
 
@@ -107,9 +127,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
             although there is no guide; or a preset has a setting that is not allowed.
     """
 
-    model_cpu_offload_seq = "guide->unet"
+    model_cpu_offload_seq = "guide->unet->student"
     _callback_tensor_inputs = ["latents"]
-    _optional_components = ["guide"]
+    _optional_components = ["guide", "student"]
 
     def __init__(
         self,
@@ -118,13 +138,17 @@ class DDPMFacesPipeline(DiffusionPipeline):
         weights: str | None = None,
         guide: ModelMixin | None = None,
         guidance_scale: float = 1.0,
+        student: ModelMixin | None = None,
         presets: dict[str, dict[str, Any]] | None = None,
         default_preset: str | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, guide=guide)
+        self.register_modules(unet=unet, scheduler=scheduler, guide=guide, student=student)
         self.register_to_config(weights=weights, guidance_scale=guidance_scale)
         self.check_guide(guide, guidance_scale)
+        if student is not None and _image_shape(student) != self.image_shape:
+            ours, theirs = self.image_shape, _image_shape(student)
+            raise ValueError(f"`student` must be of images of the shape {ours}, as this model, got {theirs}.")
         self.set_presets(presets, default_preset)
 
     def set_guide(self, guide: "DDPMFacesPipeline | None", guidance_scale: float = 1.0) -> None:
@@ -174,10 +198,11 @@ class DDPMFacesPipeline(DiffusionPipeline):
     def set_presets(self, presets: dict[str, dict[str, Any]] | None, default_preset: str | None = None) -> None:
         """Set the ways to sample from this model, which are saved and published with it.
 
-        A preset is a dictionary. It needs `num_inference_steps`, and may set `guidance_scale` and these arguments of
-        [`DDPMFacesScheduler`]: `algorithm`, `timestep_spacing`, `solver_order`, `sigma_min`, `epsilon_scaling` and
-        `tuned_steps`. Whatever it leaves out is as in the pipeline. `ddpm-faces tune` makes the usual ones, `"fast"`
-        (8 steps) and `"draft"` (6 steps), and makes `"fast"` the default.
+        A preset is a dictionary. It needs `num_inference_steps`, and may set `guidance_scale`, `network` (`"unet"` or
+        `"student"`) and these arguments of [`DDPMFacesScheduler`]: `algorithm`, `timestep_spacing`, `solver_order`,
+        `sigma_min`, `epsilon_scaling`, `clip_sample` and `tuned_steps`. Whatever it leaves out is as in the pipeline.
+        `ddpm-faces tune` makes the usual ones, `"fast"` (8 steps) and `"draft"` (6 steps), and makes `"fast"` the
+        default.
 
         Args:
             presets (`dict[str, dict]`, *optional*): The presets by name, without `"exact"`, which always exists.
@@ -202,6 +227,10 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 raise ValueError(f"`presets[{name!r}]` may set {', '.join(allowed)}, got {unknown[0]!r}.")
             self._check_steps(settings["num_inference_steps"], f"`presets[{name!r}]['num_inference_steps']`")
             _check_scale(settings.get("guidance_scale", 1.0))
+            if settings.get("network", "unet") not in ("unet", "student"):
+                raise ValueError(
+                    f"`presets[{name!r}]['network']` must be 'unet' or 'student', got {settings['network']!r}."
+                )
             if self.takes_presets:
                 self._scheduler_with(settings)  # raises if a value is not allowed
         if default_preset is not None and default_preset not in (EXACT, *presets):
@@ -229,20 +258,17 @@ class DDPMFacesPipeline(DiffusionPipeline):
         preset: str | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-    ) -> tuple[SchedulerMixin, int, float]:
-        """Return the scheduler, the number of steps and the guidance scale of a call with these arguments.
+    ) -> Sampling:
+        """Return what a call with these arguments does.
 
         Args:
             preset (`str`, *optional*): As in `__call__`.
             num_inference_steps (`int`, *optional*): As in `__call__`.
             guidance_scale (`float`, *optional*): As in `__call__`.
 
-        Returns:
-            `(SchedulerMixin, int, float)`: The scheduler is a copy: it stores the current step, and threads may share
-            a pipeline.
-
         Raises:
-            ValueError: There is no such preset, or the scheduler does not take presets.
+            ValueError: There is no such preset, the scheduler does not take presets, or the preset's network is
+                missing or did not learn this number of steps.
         """
         total = self.scheduler.config.num_train_timesteps
         if preset is not None and not self.takes_presets:
@@ -261,13 +287,34 @@ class DDPMFacesPipeline(DiffusionPipeline):
         if preset is not None:
             settings = self.presets[preset]
         elif self.takes_presets and num_inference_steps not in (None, total):
-            settings = {**SOLVER, **(self.config.presets or {}).get("fast", {})}
+            fast = (self.config.presets or {}).get("fast", {})
+            settings = {**SOLVER, **(fast if fast.get("network", "unet") == "unet" else {})}
         if num_inference_steps is None:
             num_inference_steps = settings.get("num_inference_steps", total)
         if guidance_scale is None:
             guidance_scale = settings.get("guidance_scale", self.config.guidance_scale)
+        network = settings.get("network", "unet")
+        if network == "student":
+            self._check_student(preset, settings, num_inference_steps, guidance_scale)
         scheduler = self._scheduler_with(settings) if settings else copy.deepcopy(self.scheduler)
-        return scheduler, num_inference_steps, guidance_scale
+        return Sampling(scheduler, num_inference_steps, guidance_scale, network)
+
+    def _check_student(
+        self, preset: str | None, settings: dict, num_inference_steps: int, guidance_scale: float
+    ) -> None:
+        """Raise a `ValueError` if the student cannot take these steps."""
+        if self.student is None:
+            raise ValueError(f"`preset` {preset!r} needs the model's `student`, which was not loaded.")
+        learned = sorted(settings.get("tuned_steps") or {}, key=int)
+        if learned and str(num_inference_steps) not in learned:
+            raise ValueError(
+                f"`num_inference_steps` must be one of those that the student learned, {', '.join(learned)}, got "
+                f"{num_inference_steps}."
+            )
+        if guidance_scale != 1:
+            raise ValueError(
+                f"`guidance_scale` must be 1 for the student, which has learned from a guide, got {guidance_scale}."
+            )
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DDPMFacesPipeline":
@@ -294,7 +341,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         A `callback_on_step_end` reads the value of its own call, even if another thread uses the same pipeline.
         """
         call = self._call
-        return self.resolve_preset()[1] if call is None else call.num_timesteps
+        return self.resolve_preset().num_inference_steps if call is None else call.num_timesteps
 
     @property
     def guidance_scale(self) -> float:
@@ -413,7 +460,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
         # Without a guide or presets, earlier versions of the package can load the folder.
         if self.guide is None:
             del index["guide"], index["guidance_scale"]
-        has_presets = bool(index["presets"]) or index["default_preset"] is not None
+        if self.student is None:
+            del index["student"]
+        has_presets = bool(index["presets"]) or index["default_preset"] is not None or self.student is not None
         if not has_presets:
             del index["presets"], index["default_preset"]
         for name, part in self.components.items():
@@ -597,7 +646,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         Returns:
             [`DDPMFacesPipeline`]: This pipeline.
         """
-        for network in (self.unet, self.guide):
+        for network in (self.unet, self.guide, self.student):
             if network is not None:
                 dtype = torch.bfloat16 if _has_bf16(network.device) else network.dtype
                 network.to(dtype=dtype, memory_format=torch.channels_last)
@@ -609,6 +658,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         timestep: float | torch.Tensor,
         guidance_scale: float = 1.0,
         class_labels: torch.Tensor | None = None,
+        network: str = "unet",
     ) -> torch.Tensor:
         """Predict the noise, or the quantity of the scheduler's `prediction_type`, with autoguidance.
 
@@ -617,12 +667,14 @@ class DDPMFacesPipeline(DiffusionPipeline):
             timestep (`int`, `float` or `torch.Tensor` of shape `()` or `(batch,)`): t, 0 to T - 1.
             guidance_scale (`float`, defaults to 1.0): As in `__call__`; 1 evaluates the network alone.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class of each image.
+            network (`str`, defaults to `"unet"`): The component that predicts, `"unet"` or `"student"`.
 
         Returns:
             `torch.Tensor` of the shape of `sample`, or of twice its channels with a learned variance: always float32.
         """
         labels = {} if class_labels is None else {"class_labels": class_labels}
-        output = self.unet(sample.to(self.unet.dtype), timestep, **labels).sample.float()
+        unet = self.components[network]
+        output = unet(sample.to(unet.dtype), timestep, **labels).sample.float()
         if guidance_scale == 1:
             return output
         if self.guide.config.get("num_class_embeds") is None:
@@ -686,9 +738,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
             ValueError: An argument is invalid, or the network and the scheduler are incompatible.
         """
         # 0. Check
-        scheduler, num_inference_steps, guidance_scale = self.resolve_preset(
-            preset, num_inference_steps, guidance_scale
-        )
+        sampling = self.resolve_preset(preset, num_inference_steps, guidance_scale)
+        scheduler, num_inference_steps, guidance_scale, network = sampling
         self.check_inputs(
             batch_size,
             num_inference_steps,
@@ -719,10 +770,11 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
         # 3. Denoise
         call = _Call(num_timesteps=len(scheduler.timesteps), guidance_scale=guidance_scale)
-        with _calling(self, call), evaluating(self.unet, self.guide):
+        with _calling(self, call), evaluating(self.unet, self.guide, self.student):
             for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
                 # 3.1 Predict the noise
-                model_output = self.predict(scheduler.scale_model_input(latents, t), t, guidance_scale, class_labels)
+                model_input = scheduler.scale_model_input(latents, t)
+                model_output = self.predict(model_input, t, guidance_scale, class_labels, network)
                 if not takes_variance:
                     model_output = model_output[:, : latents.shape[1]]
 

@@ -75,7 +75,9 @@ def template_values(
         "has_config": bool(config),
         **_metric_table(entries),
         # Presets that are gone, after more training, leave their measurements behind.
-        "tuning": tuning and pipeline.config.presets and {"table": tuning_table(tuning), "conditions": _tuning_conditions(tuning)},
+        "tuning": tuning
+        and pipeline.config.presets
+        and {"table": tuning_table(tuning), "conditions": _tuning_conditions(tuning)},
         "memorisation": metrics.get("memorisation", {}).get("verdict", _NOT_AUDITED),
     }
 
@@ -86,10 +88,11 @@ def _presets(pipeline: DDPMFacesPipeline) -> list[dict[str, Any]]:
         return []
     rows = []
     for name in pipeline.presets:
-        scheduler, steps, scale = pipeline.resolve_preset(name)
+        scheduler, steps, scale, network = pipeline.resolve_preset(name)
         is_tuned = scheduler.config.algorithm != "ddpm" and str(steps) in (scheduler.config.tuned_steps or {})
-        details = [scheduler.config.algorithm, *(["tuned to this model"] if is_tuned else [])]
-        details += [f"guidance scale {scale:g}"] if pipeline.guide is not None else []
+        details = [scheduler.config.algorithm, *(["tuned to this model"] if is_tuned and network == "unet" else [])]
+        details += ["a distilled network"] if network == "student" else []
+        details += [f"guidance scale {scale:g}"] if pipeline.guide is not None and network == "unet" else []
         rows.append({"name": name, "steps": steps, "details": ", ".join(details)})
     return rows
 

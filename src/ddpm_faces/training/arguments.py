@@ -5,15 +5,18 @@ import difflib
 import inspect
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from ..files import read_yaml
 from .config import GROUPS, TrainingConfig, is_a
+
+
+Config = TypeVar("Config")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,18 +32,33 @@ class _Parser(argparse.ArgumentParser):
 def parse_training_config(
     argv: Sequence[str] | None = None, command: str = "accelerate launch training/train.py"
 ) -> TrainingConfig:
-    """Read the configuration from the defaults, the pretrained pipeline, the `--config` file and the flags.
+    """Read the configuration of a training run, see [`parse_config`]; a pretrained pipeline is a source, too."""
+    description = "Train DDPM on images of faces. Without arguments, it trains on small drawn faces."
+    return parse_config(TrainingConfig, argv, command, description, _flags_of_pretrained)
+
+
+def parse_config(
+    cls: type[Config],
+    argv: Sequence[str] | None,
+    command: str,
+    description: str,
+    inherited: Callable[[list[str]], list[str]] = lambda flags: [],
+) -> Config:
+    """Read a configuration from the defaults, `inherited`, the `--config` file and the flags.
 
     Later sources override earlier ones.
 
     Args:
+        cls (`type`): The dataclass of the configuration.
         argv (`Sequence[str]`, *optional*): Arguments to parse; defaults to those of the command line.
         command (`str`): Command to show in the help.
+        description (`str`): What the command does.
+        inherited (`Callable`, *optional*): Maps the given flags to flags that they imply.
 
     Raises:
         SystemExit: With code 2 and a message, for an unknown flag or key or a value that is not allowed.
     """
-    parser = _make_parser(command)
+    parser = _make_parser(cls, command, description)
     file_parser = _Parser(add_help=False)
     file_parser.add_argument("--config")
     file_args, flags = file_parser.parse_known_args(argv)
@@ -48,13 +66,13 @@ def parse_training_config(
     try:
         if file_args.config is not None:
             # The file is turned into flags, so that the rules of the command line apply to it.
-            flags = [*_flags_of_yaml(_config_path(file_args.config)), *flags]
-        flags = [*_flags_of_pretrained(flags), *flags]
+            flags = [*_flags_of_yaml(_config_path(file_args.config), cls), *flags]
+        flags = [*inherited(flags), *flags]
         values, unknown = parser.parse_known_args(flags)
         if unknown:
-            raise ValueError(_unknown("argument", unknown[0], prefix="--"))
+            raise ValueError(_unknown(cls, "argument", unknown[0], prefix="--"))
         del values.config
-        return TrainingConfig(**vars(values))
+        return cls(**vars(values))
     except ValueError as error:
         parser.error(str(error))
 
@@ -86,7 +104,7 @@ def _hyphenated(flag: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") else flag
 
 
-def _make_parser(command: str) -> _Parser:
+def _make_parser(cls: type, command: str = "accelerate launch training/train.py", description: str = "") -> _Parser:
     class Formatter(argparse.HelpFormatter):
         def _split_lines(self, text: str, width: int) -> list[str]:
             # Never break a line at a hyphen, or between "(default:" and its value.
@@ -94,7 +112,7 @@ def _make_parser(command: str) -> _Parser:
             return [line.replace("\xa0", " ") for line in lines]
 
     parser = _Parser(
-        description="Train DDPM on images of faces. Without arguments, it trains on small drawn faces.",
+        description=description,
         usage=f"{command} [--config CONFIG] [--FIELD VALUE ...]",
         formatter_class=partial(Formatter, max_help_position=34),
     )
@@ -103,9 +121,10 @@ def _make_parser(command: str) -> _Parser:
         metavar="CONFIG",
         help=f"One of {', '.join(config_names())}, or a YAML file of fields. Flags on the command line override it.",
     )
-    groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
-    types = get_type_hints(TrainingConfig)
-    for f in fields(TrainingConfig):
+    used = {f.metadata["group"] for f in fields(cls)}
+    groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items() if name in used}
+    types = get_type_hints(cls)
+    for f in fields(cls):
         groups[f.metadata["group"]].add_argument(_hyphenated(f"--{f.name}"), **_argument_of(f, types[f.name]))
     return parser
 
@@ -146,15 +165,15 @@ def _as_typed(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _flags_of_yaml(path: Path) -> list[str]:
+def _flags_of_yaml(path: Path, cls: type) -> list[str]:
     values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must contain `field: value` lines, got a {type(values).__name__}.")
-    types = get_type_hints(TrainingConfig)
+    types = get_type_hints(cls)
     flags = []
     for key, value in values.items():
         if key not in types:
-            raise ValueError(f"{path}: {_unknown('field', str(key))}")
+            raise ValueError(f"{path}: {_unknown(cls, 'field', str(key))}")
         if value is None:
             if not is_a(None, types[key]):
                 raise ValueError(f"{path}: `{key}` must have a value.")
@@ -210,8 +229,8 @@ def _flags_of_pretrained(flags: list[str]) -> list[str]:
     return [word for key, value in found.items() for word in _flag(key, value if isinstance(value, list) else [value])]
 
 
-def _unknown(what: str, name: str, prefix: str = "") -> str:
-    names = [_hyphenated(prefix + f.name).removeprefix(prefix) for f in fields(TrainingConfig)]
+def _unknown(cls: type, what: str, name: str, prefix: str = "") -> str:
+    names = [_hyphenated(prefix + f.name).removeprefix(prefix) for f in fields(cls)]
     nearest = difflib.get_close_matches(name.removeprefix(prefix).split("=")[0], names, n=1)
     suggestion = f"; did you mean {prefix}{nearest[0]}?" if nearest else "; see --help for a list."
     return f"unknown {what} {name}{suggestion}"

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -32,6 +32,9 @@ from .data import TrainingData
 from .ema import EMA, averaged_tensors
 from .state import RunState
 
+
+if TYPE_CHECKING:
+    from .distillation import DistillationConfig
 
 STATE_NAME = "run_state.json"
 WEIGHTS_NAME = "model.safetensors"  # the name that accelerate gives it
@@ -182,18 +185,18 @@ class CheckpointIO:
     """Saves and loads a run. Parts that a checkpoint lacks start from the beginning, with a note.
 
     Args:
-        config ([`TrainingConfig`]): The run's configuration.
+        config ([`TrainingConfig`] or [`DistillationConfig`]): The run's configuration.
         accelerator ([`~accelerate.Accelerator`]): Saves network, optimizer, gradient scaler and random states.
         unet (`torch.nn.Module`): The prepared network.
         ema ([`EMA`], *optional*): The EMA of its weights.
-        data ([`TrainingData`]): The run's data; the position in a stream is saved.
+        data ([`TrainingData`], *optional*): The run's data; the position in a stream is saved.
     """
 
-    config: TrainingConfig
+    config: "TrainingConfig | DistillationConfig"
     accelerator: Accelerator
     unet: torch.nn.Module
     ema: EMA | None
-    data: TrainingData
+    data: TrainingData | None
 
     def save(self, path: Path, state: RunState, guide: torch.nn.Module | None = None) -> None:
         """Save a complete checkpoint or none at all. Called by every process.
@@ -260,7 +263,7 @@ class CheckpointIO:
             "format_version": FORMAT_VERSION,
             "run": state.to_json(),
             "config": asdict(self.config),
-            "fingerprint": self.data.fingerprint,
+            "fingerprint": None if self.data is None else self.data.fingerprint,
             "layout": self.layout(),
             "files": {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in paths},
         }
@@ -312,10 +315,12 @@ class CheckpointIO:
     # Position in the data
 
     def _save_stream(self, folder: Path) -> None:
-        if not isinstance(self.data.batches, FaceBatches):
+        if self.data is not None and not isinstance(self.data.batches, FaceBatches):
             _write_json(folder / _process_name(self.accelerator.process_index), self.data.batches.state_dict())
 
     def _load_place(self, checkpoint: Path, state: RunState) -> list[str]:
+        if self.data is None:
+            return []
         batches = self.data.batches
         if isinstance(batches, FaceBatches):  # the position follows from the images seen
             batches.images_seen = state.images_seen
@@ -380,8 +385,9 @@ def save_pipeline(pipeline, output_dir: str | os.PathLike) -> None:
             elif part.name != index.name:
                 part.replace(Path(output_dir, part.name))
         (unfinished / index.name).replace(index)
-        if pipeline.guide is None and Path(output_dir, "guide").is_dir():  # from an earlier pipeline
-            delete(Path(output_dir, "guide"))
+        for name in ("guide", "student"):  # from an earlier pipeline
+            if pipeline.components[name] is None and Path(output_dir, name).is_dir():
+                delete(Path(output_dir, name))
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     sync(index.parent)

@@ -7,7 +7,7 @@ import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from accelerate import Accelerator
@@ -20,6 +20,9 @@ from .preemption import EXIT_PREEMPTED
 from .state import RunState
 
 
+if TYPE_CHECKING:
+    from .distillation import DistillationConfig
+
 logger = logging.getLogger(__name__)
 
 
@@ -27,12 +30,14 @@ class TrainingLog:
     """Writes entries to log.jsonl and to the tracker, and ends the process when it must stop.
 
     Args:
-        config ([`TrainingConfig`]): The run's configuration.
+        config ([`TrainingConfig`] or [`DistillationConfig`]): The run's configuration.
         accelerator ([`~accelerate.Accelerator`]): Holds the trackers.
         state ([`RunState`]): The run's state, with the number of images seen at each entry.
     """
 
-    def __init__(self, config: TrainingConfig, accelerator: Accelerator, state: RunState) -> None:
+    def __init__(
+        self, config: "TrainingConfig | DistillationConfig", accelerator: Accelerator, state: RunState
+    ) -> None:
         self.config = config
         self.accelerator = accelerator
         self.state = state

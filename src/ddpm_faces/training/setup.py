@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +22,9 @@ from .config import TrainingConfig
 from .run import Run
 from .saving import prune
 
+
+if TYPE_CHECKING:
+    from .distillation import DistillationConfig
 
 CONFIG_NAME = "training_config.yaml"
 LOCK_SECONDS = 60  # a run whose launcher was killed saves and ends within this time
@@ -80,7 +83,7 @@ def _lock(folder: Path) -> FileLock:
             continue
 
 
-def checkpoint_to_resume(config: TrainingConfig, accelerator: Accelerator) -> Path | None:
+def checkpoint_to_resume(config: "TrainingConfig | DistillationConfig", accelerator: Accelerator) -> Path | None:
     """Return the newest complete checkpoint in `output_dir`, if there is one, as the main process sees it.
 
     Newer checkpoints that are damaged are reported and renamed.
