@@ -18,6 +18,7 @@ from hub_server import OWNER_TOKEN
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DrawnFaces
 from ddpm_faces.cli.app import app
 from ddpm_faces.training.arguments import parse_training_config
+from ddpm_faces.training.distillation import parse_distillation_config
 
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +105,7 @@ def workplace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("workplace")
     for name in ("models", "examples", "training"):
         (folder / name).symlink_to(ROOT / name)
-    for name, num_timesteps in {"my-model": 20, "my-guide": 20, "small-model": 300}.items():
+    for name, num_timesteps in {"my-model": 20, "my-guide": 20, "my-model-fast": 20, "small-model": 300}.items():
         pipeline = DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=num_timesteps))
         if name == "small-model":  # stands in for models/faces64
             pipeline.set_presets({"fast": {"num_inference_steps": 3}, "draft": {"num_inference_steps": 2}}, "fast")
@@ -127,8 +128,9 @@ def check(words: list[str]) -> None:
 
         assert arguments[0] == "launch"
         launched = launch_command_parser().parse_args(arguments[1:])
-        if Path(launched.training_script).name == "train.py":
-            parse_training_config(launched.training_script_args)
+        parse = {"train.py": parse_training_config, "distill.py": parse_distillation_config}
+        if (script := Path(launched.training_script).name) in parse:
+            parse[script](launched.training_script_args)
         else:
             assert launched.training_script == "$(which", words
     elif program == "make":
@@ -150,8 +152,8 @@ def check_ddpm_faces(arguments: list[str]) -> None:
     assert name in group.commands, f"ddpm-faces has no command {name!r}"
     settings = {"obj": None, "token_normalize_func": lambda option: option.replace("_", "-")}
     context = group.commands[name].make_context(name, rest, **settings)
-    if name == "train":
-        parse_training_config(context.args)
+    if name in ("train", "distill"):
+        (parse_training_config if name == "train" else parse_distillation_config)(context.args)
 
 
 @pytest.mark.parametrize("path", USED, ids=name_of)
@@ -167,6 +169,7 @@ def test_commands_are_valid(path, workplace, monkeypatch):
         "ddpm-faces generate my-model --number 3",
         "ddpm-faces evalute my-model",
         "ddpm-faces train --rezolution 64",
+        "ddpm-faces distill --techer my-model",
         "accelerate launch --mixed bf17 training/train.py",
         "accelerate launch training/train.py --rezolution 64",
         "make everything",

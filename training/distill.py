@@ -3,6 +3,8 @@
 $ accelerate launch training/distill.py --teacher my-model --output_dir my-model-fast
 $ accelerate launch training/distill.py --teacher user/faces --student_steps 2 4 --mixed_precision bf16
 
+`ddpm-faces distill` starts this script, too.
+
 No images are needed. Each field of `ddpm_faces.training.distillation.DistillationConfig` is a flag (see `--help`) and
 a key of the YAML file that `--config` takes. If the run stops, the same command resumes it.
 """
@@ -29,7 +31,6 @@ from ddpm_faces.files import replacing
 from ddpm_faces.generation import with_own_scheduler
 from ddpm_faces.models import load_pipeline
 from ddpm_faces.plots import image_grid
-from ddpm_faces.training.arguments import parse_config
 from ddpm_faces.training.checkpoint import (
     CheckpointIO,
     checkpoint_path,
@@ -43,6 +44,7 @@ from ddpm_faces.training.distillation import (
     Teacher,
     draw_noise,
     finished_pipeline,
+    parse_distillation_config,
     student_preset,
     student_schedules,
 )
@@ -281,7 +283,7 @@ def student_pipeline(run: Distillation) -> DDPMFacesPipeline:
     weights = {k: v.cpu() for k, v in run.accelerator.unwrap_model(run.student).state_dict().items()}
     student = DDPMFacesUNet.from_config(run.pipeline.unet.config)
     student.load_state_dict(weights)
-    return finished_pipeline(load_pipeline(run.config.teacher, device="cpu"), student.eval(), run.schedules)
+    return finished_pipeline(load_pipeline(str(run.config.teacher), device="cpu"), student.eval(), run.schedules)
 
 
 def draw_samples(run: Distillation, path: Path) -> None:
@@ -306,7 +308,7 @@ def finish(run: Distillation) -> None:
     if run.accelerator.is_main_process:
         folder = Path(run.config.output_dir)
         save_pipeline(student_pipeline(run), folder)
-        home = Path(run.config.teacher).expanduser()
+        home = Path(str(run.config.teacher)).expanduser()
         for name in ("training_config.yaml", "training_summary.json", "metrics.json", "tuning.json", "loss_curve.png"):
             if (home / name).is_file():
                 shutil.copyfile(home / name, folder / name)
@@ -315,11 +317,5 @@ def finish(run: Distillation) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def parse() -> DistillationConfig:
-    return parse_config(
-        DistillationConfig, None, "accelerate launch training/distill.py", "Distill a model into very few steps."
-    )
-
-
 if __name__ == "__main__":
-    run_script(lambda: main(parse()))
+    run_script(lambda: main(parse_distillation_config()))

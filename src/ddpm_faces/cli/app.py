@@ -14,13 +14,13 @@ from .info import info
 from .make import convert, generate, guide, prepare, tune
 from .measure import audit, evaluate
 from .share import pull, push, verify
-from .train import train
+from .train import distill, train
 
 
 # The groups of commands; within a group, in the order of use.
 GROUPS = {
     "Make": (generate, demo, prepare, guide, tune, convert),
-    "Train": (train,),
+    "Train": (train, distill),
     "Measure": (evaluate, audit, info),
     "Share": (push, push_space, pull, verify),
 }
@@ -43,9 +43,9 @@ app = typer.Typer(
 )
 for group, commands in GROUPS.items():
     for command in commands:
-        # `train` passes unknown options, and `--help`, on to the script.
+        # These pass unknown options, and `--help`, on to their scripts.
         passing = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-        settings = passing if command is train else {}
+        settings = passing if command in (train, distill) else {}
         app.command(rich_help_panel=group, context_settings=settings)(command)
 
 

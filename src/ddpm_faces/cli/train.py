@@ -1,32 +1,51 @@
-"""The command that trains: it starts `training/train.py` through Accelerate."""
+"""The commands that train: they start the scripts in `training/` through Accelerate."""
 
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 
-def train(
-    context: typer.Context,
-    num_processes: Annotated[
-        int | None,
-        typer.Option(help="Number of processes, one per GPU (default: those of `accelerate config`, or all)."),
-    ] = None,
-) -> None:
+NumProcesses = Annotated[
+    int | None,
+    typer.Option(help="Number of processes, one per GPU (default: those of `accelerate config`, or all)."),
+]
+
+
+def train(context: typer.Context, num_processes: NumProcesses = None) -> None:
     """Train a model on your own images, or on drawn faces. Run the same command again to resume.
 
     Takes each field of the training configuration as an option; `ddpm-faces train --help` lists them.
     """
-    from ..training.arguments import parse_training_config, training_folder
+    from ..training.arguments import parse_training_config
+
+    _start("train.py", context.args, num_processes, parse_training_config, "ddpm-faces train")
+
+
+def distill(context: typer.Context, num_processes: NumProcesses = None) -> None:
+    """Distill a model into a student that samples in very few steps. Run the same command again to resume.
+
+    Takes each field of the distillation's configuration as an option; `ddpm-faces distill --help` lists them.
+    """
+    from ..training.distillation import parse_distillation_config
+
+    _start("distill.py", context.args, num_processes, parse_distillation_config, "ddpm-faces distill")
+
+
+def _start(
+    script: str, arguments: list[str], num_processes: int | None, parse: Callable[[list[str], str], object], name: str
+) -> None:
+    """Replace this process with a script. Mistakes in its arguments are found before the launch."""
+    from ..training.arguments import training_folder
 
     if num_processes is not None and num_processes < 1:
         raise ValueError(f"`num_processes` must be at least 1, got {num_processes}.")
-    arguments = context.args
-    parse_training_config(arguments, "ddpm-faces train [--num-processes N]")  # finds mistakes before the launch
-    command = [sys.executable, *launcher(num_processes), str(training_folder() / "train.py"), *arguments]
+    parse(arguments, f"{name} [--num-processes N]")
+    command = [sys.executable, *launcher(num_processes), str(training_folder() / script), *arguments]
     if os.name == "posix":  # the run replaces this process and therefore receives its signals
         sys.stdout.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until the run has installed a handler

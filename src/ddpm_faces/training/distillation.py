@@ -22,6 +22,7 @@ from ..generation import with_own_scheduler
 from ..pipeline_ddpm_faces import SOLVER, DDPMFacesPipeline
 from ..scheduling_ddpm_faces import DDPMFacesScheduler
 from ..unet_ddpm_faces import DDPMFacesUNet
+from .arguments import parse_config
 from .config import _check_value, _field
 
 
@@ -121,6 +122,13 @@ class DistillationConfig:
         import yaml
 
         Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False), "utf-8")
+
+
+def parse_distillation_config(
+    argv: Sequence[str] | None = None, command: str = "accelerate launch training/distill.py"
+) -> DistillationConfig:
+    """Read the configuration of a distillation, see [`parse_config`]."""
+    return parse_config(DistillationConfig, argv, command, "Distill a model into a student for very few steps.")
 
 
 @dataclass(frozen=True)
