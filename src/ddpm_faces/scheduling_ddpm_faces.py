@@ -271,7 +271,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
         self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
 
         bars = self.alphas_cumprod.double()
-        self._all_sigmas = ((1 - bars) / bars).sqrt().tolist()
+        self._all_sigmas = ((1 - bars) / bars).sqrt().tolist()  # the noise-to-signal ratio of each timestep
 
         # 4. Sampling state: all timesteps, until `set_timesteps` selects some
         self.init_noise_sigma = 1.0
@@ -403,8 +403,7 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
 
     def _logsnr_timesteps(self, num_steps: int) -> list[int]:
         """Return distinct timesteps, each the closest to its sigma in a geometric sequence."""
-        alphas_cumprod = self.alphas_cumprod.double()
-        log_sigmas = 0.5 * ((1 - alphas_cumprod) / alphas_cumprod).log()  # rising
+        log_sigmas = torch.tensor(self._all_sigmas, dtype=torch.float64).log()  # rising
         ends = torch.tensor([SIGMA_MAX, self.config.sigma_min], dtype=torch.float64).log()
         first, last = ends.clamp(log_sigmas[0], log_sigmas[-1]).tolist()
         wanted = torch.linspace(first, last, num_steps, dtype=torch.float64)
