@@ -1,12 +1,13 @@
 """The model in this repository."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from ddpm_faces import DDPMFacesPipeline, fast_solver, hub
+from ddpm_faces import DDPMFacesPipeline, hub
 from ddpm_faces.evaluation.detection import MTCNN
 from ddpm_faces.evaluation.quality import read_metrics
 
@@ -15,12 +16,12 @@ MODEL = Path(__file__).parents[1] / "models" / "faces64"
 pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="a source distribution does not hold the model")
 
 
-def test_shipped_model_generates_faces_in_ten_steps():
+def test_shipped_model_generates_faces_in_eight_steps():
     pipeline = DDPMFacesPipeline.from_pretrained(MODEL)
     assert pipeline.unet.dtype == torch.float32  # every CPU supports float32
-    pipeline.scheduler = fast_solver(pipeline.scheduler)
+    assert pipeline.num_timesteps == 8
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(3, 10, [torch.Generator().manual_seed(seed) for seed in range(3)], output_type="pt").images
+    images = pipeline(3, generator=[torch.Generator().manual_seed(seed) for seed in range(3)], output_type="pt").images
     faces = (images * 255).round().byte()
     assert (MTCNN()(faces) > 0.9).all()
     assert faces.float().std(dim=(1, 2, 3)).min() > 30  # and they are not grey
@@ -46,6 +47,12 @@ def test_shipped_model_is_small_and_its_card_is_complete():
 
 def value(kind: str) -> float:
     return next(m["value"] for m in read_metrics(MODEL / "metrics.json")["metrics"] if m["type"] == kind)
+
+
+def test_tuned_steps_beat_even_steps():
+    rows = json.loads((MODEL / "tuning.json").read_text())["rows"]
+    assert [row["steps"] for row in rows] == [4, 6, 8, 10]
+    assert all(row["tuned"]["frechet_distance"] < row["even"]["frechet_distance"] for row in rows)
 
 
 def test_shipped_model_loads_with_diffusers_alone():

@@ -648,8 +648,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
         """
         for network in (self.unet, self.guide, self.student):
             if network is not None:
-                dtype = torch.bfloat16 if _has_bf16(network.device) else network.dtype
-                network.to(dtype=dtype, memory_format=torch.channels_last)
+                network.to(memory_format=torch.channels_last)
+                if _has_bf16(network.device):
+                    network.bfloat16()
         return self
 
     def predict(
