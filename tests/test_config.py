@@ -443,3 +443,7 @@ def test_resolution_must_be_divisible_by_the_number_of_levels():
 def test_flags_accept_hyphens_for_underscores():
     config = parse_training_config(["--output-dir=my-model", "--learning-rate", "1e-4", "--random-flip"])
     assert (config.output_dir, config.learning_rate, config.random_flip) == ("my-model", 1e-4, True)
+
+
+def test_solver_of_the_finished_pipeline_ends_as_the_sample_grids_do():
+    assert TrainingConfig(sample_sigma_min=0.1).scheduler_config()["sigma_min"] == 0.1

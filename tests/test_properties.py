@@ -33,15 +33,18 @@ def schedules(draw):
 def test_timesteps_descend_within_range_and_equal_diffusers(schedule, timestep_spacing):
     num_train_timesteps, num_inference_steps = schedule
     config = {"num_train_timesteps": num_train_timesteps, "timestep_spacing": timestep_spacing}
-    ours, theirs = DDPMFacesScheduler(**config), DDPMScheduler(**config)
+    ours = DDPMFacesScheduler(**config)
     ours.set_timesteps(num_inference_steps)
-    theirs.set_timesteps(num_inference_steps)
 
     timesteps = ours.timesteps.tolist()
     assert len(timesteps) == ours.num_inference_steps == num_inference_steps
     assert num_train_timesteps > timesteps[0]
     assert timesteps[-1] >= 0
     assert all(after < before for before, after in zip(timesteps[:-1], timesteps[1:], strict=True))
+    if timestep_spacing == "logsnr":  # diffusers does not know it
+        return
+    theirs = DDPMScheduler(**config)
+    theirs.set_timesteps(num_inference_steps)
     # The "trailing" timesteps of diffusers sometimes run past the end.
     assert timesteps == [t for t in theirs.timesteps.tolist() if t >= 0]
 

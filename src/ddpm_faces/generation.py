@@ -19,6 +19,7 @@ from .files import check_writable, replacing
 from .pipeline_ddpm_faces import DDPMFacesPipeline
 from .plots import image_grid
 from .scheduling_ddpm_faces import DDPMFacesScheduler
+from .solvers import fast_solver
 
 
 DEFAULT_STEPS = 20  # of a model without a default preset
@@ -61,6 +62,11 @@ class Recipe:
             check_integer("steps", self.steps, 1)
         check_seed(self.seed)
 
+    @property
+    def _solver_options(self) -> dict[str, float]:
+        options = {"sigma_min": self.sigma_min, "epsilon_scaling": self.epsilon_scaling}
+        return {name: value for name, value in options.items() if value is not None}
+
     def resolve(self, pipeline: DDPMFacesPipeline, default_preset: str | None = None) -> "Recipe":
         """Return the recipe, with the defaults of the model filled in.
 
@@ -82,11 +88,9 @@ class Recipe:
         if steps is not None and steps > total:
             raise ValueError(f"`steps` must be at most {total}, as in training, got {steps}.")
         scheduler, steps, scale, network = pipeline.resolve_preset(preset, steps, self.guidance_scale)
-        if scheduler.config.get("algorithm") != "dpmsolver++":
-            for name in ("sigma_min", "epsilon_scaling"):
-                if getattr(self, name) is not None:
-                    used = f"the preset {preset!r}" if preset else f"{steps} steps"
-                    raise ValueError(f"`{name}` needs DPM-Solver++, but {used} means another sampler.")
+        if self._solver_options and preset is not None and scheduler.config.algorithm != "dpmsolver++":
+            name = next(iter(self._solver_options))
+            raise ValueError(f"`{name}` needs DPM-Solver++, but the preset {preset!r} means another sampler.")
         if network == "unet":
             pipeline.check_guide(pipeline.guide, scale)
         num_classes = pipeline.unet.config.get("num_class_embeds")
@@ -138,10 +142,8 @@ def with_sampler(pipeline: DDPMFacesPipeline, recipe: Recipe) -> DDPMFacesPipeli
     """Return a copy of a pipeline with the scheduler of a resolved recipe and without a progress bar."""
     pipeline = with_own_scheduler(pipeline)
     scheduler, _, _, network = pipeline.resolve_preset(recipe.preset, recipe.steps, recipe.guidance_scale)
-    given = {"sigma_min": recipe.sigma_min, "epsilon_scaling": recipe.epsilon_scaling}
-    changes = {name: value for name, value in given.items() if value is not None}
-    if changes:  # tuned steps bring their own
-        scheduler = type(scheduler).from_config(scheduler.config, **changes, tuned_steps=None)
+    if recipe._solver_options:  # tuned steps bring their own
+        scheduler = fast_solver(scheduler, recipe.sigma_min, recipe.epsilon_scaling)
     pipeline = pipeline.with_scheduler(scheduler)
     if network == "student":  # the scheduler alone does not know whose steps it takes
         pipeline.register_modules(unet=pipeline.student)

@@ -471,8 +471,8 @@ class TrainingConfig:
         }
 
     def scheduler_config(self) -> dict:
-        """Return the arguments of [`DDPMFacesScheduler`]."""
-        return self._arguments_of("scheduler")
+        """Return the arguments of [`DDPMFacesScheduler`]. Its solver ends at the noise level of the sample grids."""
+        return {**self._arguments_of("scheduler"), "sigma_min": self.sample_sigma_min}
 
     def _arguments_of(self, what: str) -> dict:
         from ..scheduling_ddpm_faces import DDPMFacesScheduler

@@ -48,7 +48,7 @@ def draw_share(
     config, num_processes = run.config, run.accelerator.num_processes
     num_inference_steps = None
     if scheduler is None:
-        scheduler = fast_solver(run.objective.scheduler, config.sample_sigma_min)
+        scheduler = fast_solver(run.objective.scheduler)
         num_inference_steps = config.sample_inference_steps
     num_samples = num_samples or config.num_samples
     per_process = -(-num_samples // num_processes)
