@@ -111,6 +111,16 @@ def test_saved_presets_are_used_and_published(model, tmp_path):
     assert "In few steps, tuned" not in (tmp_path / "again" / "README.md").read_text()
 
 
+def test_other_presets_and_their_default_stay(model):
+    pipeline = DDPMFacesPipeline.from_pretrained(model)
+    pipeline.set_presets({"mine": {"num_inference_steps": 2}, "fast": {"num_inference_steps": 4}}, "mine")
+    save_tuning(model, pipeline, Tuning({}, {"fast": {"num_inference_steps": 3}}, "fast", {"rows": []}))
+    loaded = DDPMFacesPipeline.from_pretrained(model)
+    assert loaded.config.presets == {"mine": {"num_inference_steps": 2}, "fast": {"num_inference_steps": 3}}
+    assert loaded.config.default_preset == "mine"
+    assert loaded.scheduler.config.tuned_steps is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -176,14 +176,17 @@ def save_tuning(folder: str | os.PathLike, pipeline: DDPMFacesPipeline, tuning: 
 
     Args:
         folder (`str` or `os.PathLike`): Folder of the model.
-        pipeline ([`DDPMFacesPipeline`]): The model in it. Its scheduler and its presets are replaced.
+        pipeline ([`DDPMFacesPipeline`]): The model in it. Its scheduler and presets of the same names are replaced.
         tuning ([`Tuning`]): The result of [`tune`].
     """
     folder = Path(folder)
     check_writable(folder)
     config = with_own_scheduler(pipeline).scheduler.config
     pipeline.register_modules(scheduler=DDPMFacesScheduler.from_config(config, tuned_steps=tuning.tuned_steps or None))
-    pipeline.set_presets(tuning.presets, tuning.default_preset)
+    default = pipeline.config.default_preset
+    if default in (None, "exact", *tuning.presets):  # a student stays the default
+        default = tuning.default_preset
+    pipeline.set_presets({**(pipeline.config.presets or {}), **tuning.presets}, default)
     index = json.loads(pipeline.to_json_string())
     index.pop("_name_or_path", None)
     # The presets come last: without them, nothing uses the tuned steps.
