@@ -85,6 +85,18 @@ def test_targets_are_on_the_probability_flow(scale):
         assert error < 0.02
 
 
+@pytest.mark.parametrize("num_timesteps", [20, 300])
+def test_the_teacher_stops_at_each_level_of_the_student(num_timesteps):
+    pipeline = a_teacher(num_timesteps=num_timesteps)
+    schedules = student_schedules(pipeline.scheduler, [2, 3])
+    teacher = Teacher(pipeline, 1.0, schedules, steps=8)
+    for number, schedule in schedules.items():
+        fine, stops = [*teacher.timesteps[number], -1], teacher.stops[number]
+        assert fine == sorted(set(fine), reverse=True)
+        assert [fine[stop] for stop in stops] == [*schedule.timesteps[1:], -1]
+        assert len(teacher.targets(draw_noise(0, 0, 2, (3, 16, 16)), number, None)) == number
+
+
 def test_noise_depends_only_on_its_number():
     assert torch.equal(draw_noise(3, 64, 8, (3, 4, 4)), draw_noise(3, 64, 8, (3, 4, 4)))
     assert not torch.equal(draw_noise(3, 64, 8, (3, 4, 4)), draw_noise(3, 72, 8, (3, 4, 4)))

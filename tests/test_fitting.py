@@ -147,7 +147,7 @@ def test_guide_and_classes_take_part():
         ({"num_steps": []}, r"`num_steps` must be numbers from 2 to 20, got \[\]"),
         ({"num_steps": [4, 21]}, r"`num_steps` must be numbers from 2 to 20, got \[4, 21\]"),
         ({"num_steps": [1]}, r"`num_steps` must be numbers from 2 to 20, got \[1\]"),
-        ({"num_steps": [10]}, "`num_steps` must be below 10 for this model, got 10"),
+        ({"num_steps": [10]}, "`num_steps` must be below 9 for this model, got 10"),
         ({"num_trajectories": 15}, "`num_trajectories` must be an integer from 16 to .*, got 15"),
         ({"batch_size": 0}, "`batch_size` must be an integer from 1 to .*, got 0"),
         ({"guidance_scale": 1.5}, "`guidance_scale` must be 1 for a model without a guide, got 1.5"),

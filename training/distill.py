@@ -1,4 +1,4 @@
-"""Distill a model into a student that samples in one to five steps, without a guide.
+"""Distill a model into a student that samples in a few steps, without a guide.
 
 $ accelerate launch training/distill.py --teacher my-model --output_dir my-model-fast
 $ accelerate launch training/distill.py --teacher user/faces --student_steps 2 4 --mixed_precision bf16
@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin, set_seed
 
-from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DDPMFacesUNet
+from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
 from ddpm_faces.files import replacing
 from ddpm_faces.generation import with_own_scheduler
 from ddpm_faces.models import load_pipeline
@@ -281,9 +281,10 @@ def save(run: Distillation) -> None:
 def student_pipeline(run: Distillation) -> DDPMFacesPipeline:
     """Return the finished pipeline, on the CPU, in float32."""
     weights = {k: v.cpu() for k, v in run.accelerator.unwrap_model(run.student).state_dict().items()}
-    student = DDPMFacesUNet.from_config(run.pipeline.unet.config)
+    student = type(run.pipeline.unet).from_config(run.pipeline.unet.config)
     student.load_state_dict(weights)
-    return finished_pipeline(load_pipeline(str(run.config.teacher), device="cpu"), student.eval(), run.schedules)
+    teacher = with_own_scheduler(load_pipeline(str(run.config.teacher), device="cpu"))
+    return finished_pipeline(teacher, student.eval(), run.schedules)
 
 
 def draw_samples(run: Distillation, path: Path) -> None:

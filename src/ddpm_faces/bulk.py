@@ -76,7 +76,7 @@ def generate_shards(
     settings |= {name: value for name, value in asdict(recipe).items() if value is not None}
     _check_folder(output, settings)
     accelerator = Accelerator()
-    accelerator.wait_for_everyone()  # until every process has seen the folder as it was
+    accelerator.wait_for_everyone()  # the main process must not write before all have checked the folder
 
     # 1. Which shards are missing, as the main process sees it
     paths = _shard_paths(output, format, recipe.num_images, shard_size)
@@ -137,7 +137,7 @@ def _check_folder(output: Path, settings: dict[str, Any]) -> None:
 def _checksum(pipeline: DDPMFacesPipeline) -> str:
     """Return a checksum of all weights, so that a model that was trained on is not taken for the one before."""
     checksum = 0
-    for network in (pipeline.unet, pipeline.guide):
+    for network in (pipeline.unet, pipeline.guide, pipeline.student):
         for tensor in [] if network is None else network.state_dict().values():
             checksum = zlib.crc32(tensor.detach().float().cpu().numpy().tobytes(), checksum)
     return f"{checksum:08x}"

@@ -90,9 +90,9 @@ def fit_solvers(
     check_integer("num_trajectories", num_trajectories, MIN_TRAJECTORIES)
     check_integer("batch_size", batch_size, 1)
     check_seed(seed)
-    total = pipeline.scheduler.config.num_train_timesteps
-    if max(numbers) >= min(GRID, total):
-        raise ValueError(f"`num_steps` must be below {min(GRID, total)} for this model, got {max(numbers)}.")
+    grid = min(GRID, pipeline.scheduler.config.num_train_timesteps - 1)  # the last timestep may be pure noise
+    if max(numbers) >= grid:
+        raise ValueError(f"`num_steps` must be below {grid} for this model, got {max(numbers)}.")
     scale = pipeline.config.guidance_scale if guidance_scale is None else guidance_scale
     pipeline.check_guide(pipeline.guide, scale)
     with evaluating(pipeline.unet, pipeline.guide):
@@ -117,7 +117,7 @@ def follow(
     """Follow the probability flow from `num_images` noises in small steps of third order."""
     config = with_own_scheduler(pipeline).scheduler.config
     solver = DDPMFacesScheduler.from_config(config, **SOLVER, solver_order=3, tuned_steps=None)
-    grid = min(GRID, len(solver))
+    grid = min(GRID, len(solver) - 1)
     solver.set_timesteps(grid)
     shape, device = pipeline.image_shape, pipeline.unet.device
     num_images = max(MIN_TRAJECTORIES, min(num_images, MAX_BYTES // (4 * grid * math.prod(shape))))

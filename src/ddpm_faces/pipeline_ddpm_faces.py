@@ -640,8 +640,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
         """Convert the networks to the memory format and the dtype in which their device is fastest.
 
         The memory format is channels last. The dtype is bfloat16 on CPUs and GPUs with instructions for it, otherwise
-        that of the weights. The faces stay the same up to rounding errors (docs/guides/samplers.md states how large
-        they are), but the weights are no longer the exact ones: save or publish a pipeline before, or load it again.
+        that of the weights. The faces stay the same up to rounding errors, but the weights are no longer the exact
+        ones: save or publish a pipeline before, or load it again.
 
         Returns:
             [`DDPMFacesPipeline`]: This pipeline.

@@ -185,7 +185,7 @@ def audit_model(
     report = audit(samples, train.images, held_out.images, extractor)
     results = {**report.to_dict(), **pictures.provenance(num_images)}
     if num_loss_images and isinstance(pictures, Generated) and isinstance(pictures.scheduler, DDPMFacesScheduler):
-        unet = pictures.pipeline.unet.config
+        unet = pictures.unet.config
         # The classes of these RGB images are not known here.
         if unet.get("num_class_embeds") is None and unet.in_channels == 3:
             num_loss_images = min(num_loss_images, len(train), len(held_out))
@@ -204,7 +204,7 @@ def _losses(
 ) -> dict[str, Any]:
     """Compare the losses on training and held-out images, at the same timesteps with the same noise."""
     objective = DDPMFacesObjective(pictures.scheduler, snr_gamma=math.inf, bound_weight=0.0)
-    unet, losses = pictures.pipeline.unet.eval(), {}
+    unet, losses = pictures.unet.eval(), {}
     for name, dataset in (("train", train), ("held_out", held_out)):
         faces = FaceDataset(dataset.images[:num_images])
         values = held_out_losses(accelerator, unet, objective, faces, batch_size).mean(dim=1)  # one per image

@@ -319,7 +319,7 @@ def _check_likelihood(num_images: int, pictures: Generated | PictureFiles) -> Ge
         raise ValueError(f"`num_likelihood_images` must be 0 or an integer of at least 2, got {num_images!r}.")
     if not isinstance(pictures, Generated):
         raise ValueError("`num_likelihood_images` needs a pipeline as `source`: a folder of images has no likelihood.")
-    unet, scheduler = pictures.pipeline.unet.config, pictures.scheduler
+    unet, scheduler = pictures.unet.config, pictures.scheduler
     if not isinstance(scheduler, DDPMFacesScheduler) or unet.in_channels != 3 or unet.get("num_class_embeds"):
         raise ValueError(
             "`num_likelihood_images` needs an RGB pipeline with a DDPMFacesScheduler and without classes, got "
@@ -352,7 +352,7 @@ def _likelihood_provenance(pictures: Generated, images: torch.Tensor, name: str)
 
 
 def _bits(pictures: Generated, images: torch.Tensor, batch_size: int) -> torch.Tensor:
-    state, unet = PartialState(), pictures.pipeline.unet.eval()
+    state, unet = PartialState(), pictures.unet.eval()
     processes = (state.process_index, state.num_processes)
     return bits_per_dimension(unet, pictures.scheduler, images, NUM_LIKELIHOOD_TERMS, batch_size, *processes)
 

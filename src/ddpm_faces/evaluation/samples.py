@@ -89,12 +89,12 @@ class Generated:
     """Faces from a pipeline. Each has its own seed, so it does not depend on its batch."""
 
     def __init__(self, pipeline: DDPMFacesPipeline, recipe: Recipe, guide_name: str | None = None) -> None:
-        unet = pipeline.unet.config
-        if unet.in_channels not in (1, 3):  # `out_channels` may include a variance
-            raise ValueError(f"`source` generates images of {unet.in_channels} channels; 1 or 3 can be measured.")
-        self.scheduler = pipeline.scheduler  # the scheduler of training
+        config = pipeline.unet.config
+        if config.in_channels not in (1, 3):  # `out_channels` may include a variance
+            raise ValueError(f"`source` generates images of {config.in_channels} channels; 1 or 3 can be measured.")
+        self.unet, self.scheduler = pipeline.unet, pipeline.scheduler  # those of training
         self.pipeline, self.recipe, self.guide_name = with_sampler(pipeline, recipe), recipe, guide_name
-        size = unet.sample_size
+        size = config.sample_size
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
 
     def __len__(self) -> int:

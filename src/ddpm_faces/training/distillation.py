@@ -9,6 +9,7 @@ steps at once: from each of a few noise levels, a single step of DDIM must land 
 Each step starts where the student itself has landed, so that it also learns to correct its errors. No image is needed.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ TOLD_OFFSET = 0.25
 
 @dataclass
 class DistillationConfig:
-    """Everything that determines a distillation. Lengths are in images, of which the student sees each once.
+    """Everything that determines a distillation. Lengths are in images; each starts from a noise of its own.
 
     Raises:
         ValueError: A field has an invalid value. The message names the field and the allowed values.
@@ -175,10 +176,7 @@ class Teacher:
         pipeline ([`DDPMFacesPipeline`]): The model, in evaluation mode.
         guidance_scale (`float`): Scale of its autoguidance.
         schedules (`dict[int, StudentSchedule]`): By [`student_schedules`].
-        steps (`int`): Steps between two levels of the student.
-
-    Raises:
-        ValueError: There are too few timesteps between two levels.
+        steps (`int`): Steps between two levels of the student; fewer where there are not as many timesteps.
     """
 
     def __init__(
@@ -187,17 +185,17 @@ class Teacher:
         config = with_own_scheduler(pipeline).scheduler.config
         self.pipeline, self.guidance_scale, self.steps = pipeline, guidance_scale, steps
         self.solver = DDPMFacesScheduler.from_config(config, algorithm="dpmsolver++", solver_order=3, tuned_steps=None)
-        sigmas = self.solver.sigmas[:-1].flip(0).log()
+        sigmas = self.solver.sigmas[:-1].flip(0).log()  # of each timestep, rising
         self.timesteps: dict[int, list[int]] = {}
         self.stops: dict[int, list[int]] = {}  # the number of steps after which the teacher is at each level
         for number, schedule in schedules.items():
-            levels = [math.log(sigma) for sigma in schedule.sigmas] + [sigmas[0].item()]
             fine: list[int] = []
             stops = []
-            for start, end in zip(levels[:-1], levels[1:], strict=True):
-                wanted = torch.linspace(start, end, steps + 1, dtype=torch.float64)[:-1]
+            for start, end in itertools.pairwise([*schedule.timesteps, -1]):
+                wanted = torch.linspace(sigmas[start].item(), sigmas[max(end, 0)].item(), steps + 1)[1:-1]
                 near = (sigmas - wanted[:, None]).abs().argmin(dim=1).tolist()
-                fine += [t for t in dict.fromkeys(near) if not fine or t < fine[-1]]
+                # Where timesteps are sparse, several points are nearest to the same one.
+                fine += [start, *(t for t in dict.fromkeys(near) if end < t < start)]
                 stops.append(len(fine))
             self.timesteps[number], self.stops[number] = fine, stops
 
