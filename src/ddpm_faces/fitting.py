@@ -1,7 +1,7 @@
 """Find the few steps in which a solver stays closest to a model's own trajectories.
 
-Without noise, sampling follows a curve from each x_T to an image. A solver with few steps cuts its corners. For one
-model, three things are known that general solvers have to assume:
+Without noise, sampling follows a curve from each x_T to an image. A solver with few steps cuts its corners. For a given
+model, three things can be measured that a general solver has to assume:
 
 1. where the curves bend. Dynamic programming finds the noise levels whose straight steps deviate least from the curves
    (GITS, https://huggingface.co/papers/2405.11326).
@@ -29,7 +29,7 @@ from .scheduling_ddpm_faces import DDPMFacesScheduler
 
 
 GRID = 60  # steps of the exact trajectories
-# GITS: errors of early steps weigh more, because later steps see their consequences.
+# The factor of GITS by which an error counts more with each step that came before it.
 ERROR_GROWTH = 1.15
 MIN_TRAJECTORIES = 16
 MAX_BYTES = 2**30  # of all states on the trajectories
