@@ -25,6 +25,7 @@ from ddpm_faces.guidance import save_guide
 from ddpm_faces.hub.card import merge_cards
 from ddpm_faces.plots import image_grid
 from ddpm_faces.solvers import fast_solver
+from ddpm_faces.training.distillation import student_preset, student_schedules
 
 
 ROOT = Path(__file__).parents[1]
@@ -285,6 +286,47 @@ def test_guide_is_published(server, client, bare_client, published, folder, tmp_
     assert json.loads(files["model_index.json"]) == json.loads(
         server.repos["models", "owner/faces"].files["model_index.json"]
     )
+
+
+PRESETS = """
+import torch
+def faces(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return [
+        pipeline(2, generator=torch.Generator().manual_seed(0), output_type="pt", preset=preset).images.tolist()
+        for preset in (None, "fast", "student")
+    ]
+"""
+
+
+def test_presets_and_student_are_published(server, client, bare_client, tmp_path):
+    """The same pixels from the Hub with this package and without it."""
+    torch.manual_seed(1)
+    tuned = {"timesteps": [19, 11.5, 4], "weights": [[], [-0.3], [-0.2]]}
+    scheduler = DDPMFacesScheduler(20, prediction_type="v_prediction", tuned_steps={"3": tuned})
+    pipeline = DDPMFacesPipeline(tiny_unet(), scheduler, student=tiny_unet())
+    schedules = student_schedules(scheduler, [2])
+    fast = {"algorithm": "dpmsolver++", "num_inference_steps": 3}
+    pipeline.set_presets({"fast": fast, "student": student_preset(schedules)}, "student")
+    pipeline.save_pretrained(tmp_path)
+    outcome = client.run("result = hub.push(folder, 'owner/fast')", OWNER_TOKEN, folder=str(tmp_path))
+    assert outcome.error is None, outcome.output
+    files = server.repos["models", "owner/fast"].files
+    assert {"student/config.json", "student/unet_ddpm_faces.py"} < set(files)
+    card = files["README.md"].decode()
+    assert "| `fast` | 3 | dpmsolver++, tuned to this model |" in card
+    assert "| `student` | 2 | ddim, a distilled network |" in card
+    scope: dict = {}
+    exec(PRESETS, scope)
+    expected = scope["faces"](pipeline)
+    assert expected[0] == expected[2] != expected[1]
+    for code, by in (
+        ("from ddpm_faces import DDPMFacesPipeline as P; pipeline = P.from_pretrained('owner/fast')", client),
+        ("pipeline = DiffusionPipeline.from_pretrained('owner/fast', trust_remote_code=True)", bare_client),
+    ):
+        outcome = by.run(f"{PRESETS}\nfrom diffusers import DiffusionPipeline\n{code}\nresult = faces(pipeline)")
+        assert outcome.error is None, outcome.output
+        assert outcome.value == expected
 
 
 @pytest.mark.parametrize("changed", [None, "guide", "no guide"])

@@ -113,7 +113,10 @@ def distill(config: DistillationConfig, accelerator: Accelerator) -> None:
                 f"`train_batch_size` ({config.train_batch_size}) must be a multiple of the number of processes, "
                 f"{accelerator.num_processes}."
             )
-        pipeline = with_own_scheduler(load_pipeline(config.teacher, device=accelerator.device))
+        try:
+            pipeline = with_own_scheduler(load_pipeline(config.teacher, device=accelerator.device))
+        except ValueError as error:
+            raise ValueError(f"`teacher` cannot be loaded: {error}") from error
         if pipeline.student is not None:
             raise ValueError(
                 f"`teacher` {config.teacher!r} has a student already: give the model that it was distilled from, or "

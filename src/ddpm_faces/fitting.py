@@ -1,6 +1,6 @@
 """Find the few steps in which a solver stays closest to a model's own trajectories.
 
-Without noise, sampling follows a curve from each x_T to an image. A solver with few steps cuts its corners. For a given
+Without noise, sampling follows a curve from each x_T to an image. A solver with few steps cuts its corners. For one
 model, three things can be measured that a general solver has to assume:
 
 1. where the curves bend. Dynamic programming finds the noise levels whose straight steps deviate least from the curves

@@ -58,7 +58,7 @@ MODEL_COMPONENTS = ("unet", "guide", "student")
 # the student.
 FORMAT_VERSION = 3
 
-# What a preset may set: arguments of the call, and arguments of `DDPMFacesScheduler` that replace the model's.
+# The settings of a preset: arguments of the call, and arguments of `DDPMFacesScheduler` in place of the model's.
 PRESET_CALL_SETTINGS = ("num_inference_steps", "guidance_scale", "network")
 PRESET_SCHEDULER_SETTINGS = (
     "algorithm",
@@ -76,7 +76,7 @@ SOLVER = {"algorithm": "dpmsolver++", "timestep_spacing": "logsnr"}
 
 
 class Sampling(NamedTuple):
-    """What a call does, see [`DDPMFacesPipeline.resolve_preset`].
+    """The settings of a call, from [`DDPMFacesPipeline.resolve_preset`].
 
     Args:
         scheduler (`SchedulerMixin`): A copy: it stores the current step, and threads may share a pipeline.
@@ -226,13 +226,16 @@ class DDPMFacesPipeline(DiffusionPipeline):
             if unknown:
                 raise ValueError(f"`presets[{name!r}]` may set {', '.join(allowed)}, got {unknown[0]!r}.")
             self._check_steps(settings["num_inference_steps"], f"`presets[{name!r}]['num_inference_steps']`")
-            _check_scale(settings.get("guidance_scale", 1.0))
+            try:
+                _check_scale(settings.get("guidance_scale", 1.0))
+                if self.takes_presets:
+                    self._scheduler_with(settings)
+            except ValueError as error:
+                raise ValueError(f"`presets[{name!r}]`: {error}") from error
             if settings.get("network", "unet") not in ("unet", "student"):
                 raise ValueError(
                     f"`presets[{name!r}]['network']` must be 'unet' or 'student', got {settings['network']!r}."
                 )
-            if self.takes_presets:
-                self._scheduler_with(settings)  # raises if a value is not allowed
         if default_preset is not None and default_preset not in (EXACT, *presets):
             raise ValueError(
                 f"`default_preset` must be one of {', '.join((EXACT, *presets))}, got {default_preset!r}."
@@ -259,7 +262,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
     ) -> Sampling:
-        """Return what a call with these arguments does.
+        """Return the settings of a call with these arguments.
 
         Args:
             preset (`str`, *optional*): As in `__call__`.
@@ -849,7 +852,7 @@ def evaluating(*networks: torch.nn.Module | None) -> Iterator[None]:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16. Other CPUs emulate it, and are slow."""
+    """Whether a device has instructions for bfloat16. Other CPUs emulate it slowly."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # missing in some versions of PyTorch

@@ -565,8 +565,8 @@ class DDPMFacesScheduler(SchedulerMixin, ConfigMixin):
             return []
         if "weights" in self._tuned:
             return list(self._tuned["weights"][index][:num_earlier])
-        # As in diffusers' DPMSolverMultistepScheduler, the last step is of order 1, and in few steps, the one before
-        # is at most of order 2, because errors there are no longer corrected.
+        # diffusers' DPMSolverMultistepScheduler lowers the order at the end, where no later step corrects errors: to 1
+        # in the last step, and to at most 2 in the step before if there are few steps.
         num_left = len(self._sigmas) - 1 - index
         order = min(
             self.config.solver_order, num_earlier + 1, num_left if num_left == 1 or len(self._sigmas) <= 15 else 3

@@ -1,4 +1,4 @@
-"""What the training scripts have in common: the devices, the optimizer step, and how the process ends."""
+"""Shared parts of the training scripts: devices, gradient clipping, and exit codes."""
 
 import importlib.util
 import io
