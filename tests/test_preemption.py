@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -93,3 +95,30 @@ def test_thread_has_a_time_limit_and_no_handlers(clock):
     thread.join()
     assert reasons == ["the time limit is near"]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+SCRIPT = """
+import os, signal, sys
+from ddpm_faces.training.preemption import Preemption
+preemption = Preemption()
+os.kill(os.getppid(), signal.SIGKILL)
+print("ready", flush=True)
+sys.stdin.readline()
+print(preemption.reason(), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+@pytest.mark.parametrize(("parent", "reason"), [("shell", "None"), ("python", "received SIGTERM")])
+def test_run_outlives_its_shell_but_not_its_launcher(parent, reason):
+    launch = [sys.executable, "-c", SCRIPT]
+    command = {
+        "shell": ["sh", "-c", '"$@"; exit 1', "sh", *launch],
+        "python": [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *launch],
+    }[parent]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.wait()  # the parent is dead
+        process.stdin.write("go on\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == f"{reason}\n"

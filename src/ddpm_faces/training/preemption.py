@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,8 +26,8 @@ class Preemption:
 
     Until [`~Preemption.close`], SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 are recorded and do not end the process, except
     for a second SIGINT, two seconds or more after the first. If `accelerate launch` itself is killed, the process that
-    it launched receives SIGTERM (on Linux). Outside the main thread, where Python allows no signal handlers, only the
-    time limit counts.
+    it launched receives SIGTERM (on Linux). The run outlives a shell that started it. Outside the main thread, where
+    Python allows no signal handlers, only the time limit counts.
 
     Args:
         time_limit_minutes (`float`, *optional*): Age of the process, in minutes, at which it must have ended.
@@ -46,7 +47,8 @@ class Preemption:
         if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
             numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
             self._handlers = {number: signal.signal(number, self._receive) for number in numbers}
-            self._parent_signal = _set_parent_death_signal(signal.SIGTERM)
+            if _is_launched():
+                self._parent_signal = _set_parent_death_signal(signal.SIGTERM)
 
     def close(self) -> None:
         """Restore the previous signal handlers."""
@@ -89,6 +91,20 @@ def _process_start() -> float:
     import psutil
 
     return psutil.Process().create_time()
+
+
+def _is_launched() -> bool:
+    """Return whether a Python process, such as `accelerate launch`, is the parent of this process.
+
+    Other parents may end before a run that they started: a shell does when its terminal closes.
+    """
+    import psutil
+
+    try:
+        command = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return False
+    return bool(command) and Path(command[0]).name.startswith("python")
 
 
 def _set_parent_death_signal(number: int) -> int | None:
