@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,8 @@ def test_processes_share_the_work(model, tmp_path):
     result = subprocess.run(list(map(str, launched)), env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("7 images in 3 shards") == 1
-    make(DDPMFacesPipeline.from_pretrained(tmp_path / "tiny"), tmp_path / "one")
+    recipe = replace(RECIPE, dtype="auto")  # as in the command
+    make(DDPMFacesPipeline.from_pretrained(tmp_path / "tiny"), tmp_path / "one", recipe=recipe)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 

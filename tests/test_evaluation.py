@@ -143,6 +143,29 @@ def test_guidance(folder, tmp_path):
     assert evaluate(pipeline, str(folder), **exact)["channels"] != evaluate(tiny(), str(folder), **exact)["channels"]
 
 
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_dtype_is_that_of_sampling_alone_and_is_recorded(monkeypatch, folder, has_bf16):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16, raising=False)
+    pipeline = tiny()
+    arguments = {"num_images": 20, "num_inference_steps": 4, "networks": Plain(), "num_likelihood_images": 2}
+    exact, low, auto = (
+        evaluate(pipeline, str(folder), dtype=dtype, **arguments) for dtype in ("float32", "bfloat16", "auto")
+    )
+    assert pipeline.unet.dtype == torch.float32
+    assert exact["channels"] != low["channels"]
+    assert exact["channels"]["mean"] == pytest.approx(low["channels"]["mean"], abs=0.02)
+    assert auto == (low if has_bf16 else exact)
+    bits = [results["metrics"][-1] for results in (exact, low)]
+    assert bits[0] == bits[1]
+    assert "dtype" not in exact["metrics"][0]
+    assert low["metrics"][0]["dtype"] == "bfloat16"
+
+
+def test_unknown_dtype_is_refused(folder):
+    with pytest.raises(ValueError, match="`dtype` must be one of auto, float32, bfloat16, got 'int8'"):
+        evaluate(tiny(), str(folder), networks=Plain(), dtype="int8")
+
+
 def test_distance_is_zero_only_between_equal_images(folder):
     same = evaluate(folder, str(folder), networks=Plain())
     assert value(same, "frechet_distance") == pytest.approx(0, abs=1e-9)

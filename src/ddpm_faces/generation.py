@@ -1,5 +1,6 @@
 """Generate images into files: a grid or a folder of single images, with the recipe in the PNG metadata."""
 
+import copy
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -16,13 +17,14 @@ from tqdm.auto import tqdm
 from . import __version__
 from .checks import check_integer, check_seed
 from .files import check_writable, replacing
-from .pipeline_ddpm_faces import DDPMFacesPipeline
+from .pipeline_ddpm_faces import MODEL_COMPONENTS, DDPMFacesPipeline, convert, fastest_dtype
 from .plots import image_grid
 from .scheduling_ddpm_faces import DDPMFacesScheduler
 from .solvers import fast_solver
 
 
 DEFAULT_STEPS = 20  # of a model without a default preset
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass
@@ -42,6 +44,9 @@ class Recipe:
         epsilon_scaling (`float`, *optional*): For DPM-Solver++, see [`DDPMFacesScheduler`].
         guidance_scale (`float`, *optional*): Scale of the autoguidance. Defaults to that of the pipeline.
         class_labels (`list[int]`, *optional*): Classes, in turn. Defaults to all classes of the model, in turn.
+        dtype (`str`, *optional*):
+            Precision of the networks, `"float32"` or `"bfloat16"`; `"auto"` is bfloat16 where the device has
+            instructions for it, and float32 elsewhere. Defaults to that of the pipeline.
 
     Raises:
         ValueError: A value is out of range.
@@ -55,8 +60,11 @@ class Recipe:
     epsilon_scaling: float | None = None
     guidance_scale: float | None = None
     class_labels: Sequence[int] | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         check_integer("num_images", self.num_images, 1)
         if self.steps is not None:
             check_integer("steps", self.steps, 1)
@@ -99,7 +107,10 @@ class Recipe:
             raise ValueError(f"`class_labels` must be None because this model has no classes, got {list(labels)}.")
         if labels and not all(0 <= label < num_classes for label in labels):
             raise ValueError(f"`class_labels` must be from 0 to {num_classes - 1}, got {list(labels)}.")
-        return replace(self, preset=preset, steps=steps, guidance_scale=scale, class_labels=labels)
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = str(fastest_dtype(pipeline.unet)).removeprefix("torch.")
+        return replace(self, preset=preset, steps=steps, guidance_scale=scale, class_labels=labels, dtype=dtype)
 
 
 def generate(pipeline: DDPMFacesPipeline, recipe: Recipe, batch_size: int = 64) -> Iterator[Image.Image]:
@@ -139,7 +150,7 @@ def with_own_scheduler(pipeline: DDPMFacesPipeline) -> DDPMFacesPipeline:
 
 
 def with_sampler(pipeline: DDPMFacesPipeline, recipe: Recipe) -> DDPMFacesPipeline:
-    """Return a copy of a pipeline with the scheduler of a resolved recipe and without a progress bar."""
+    """Return a copy of a pipeline with the scheduler and the dtype of a resolved recipe, without a progress bar."""
     pipeline = with_own_scheduler(pipeline)
     scheduler, _, _, network = pipeline.resolve_preset(recipe.preset, recipe.steps, recipe.guidance_scale)
     if recipe._solver_options:  # tuned steps bring their own
@@ -147,6 +158,11 @@ def with_sampler(pipeline: DDPMFacesPipeline, recipe: Recipe) -> DDPMFacesPipeli
     pipeline = pipeline.with_scheduler(scheduler)
     if network == "student":  # the scheduler alone does not know whose steps it takes
         pipeline.register_modules(unet=pipeline.student)
+    if recipe.dtype is not None:
+        for name in MODEL_COMPONENTS:
+            network = pipeline.components[name]
+            if network is not None:
+                pipeline.register_modules(**{name: convert(copy.deepcopy(network), getattr(torch, recipe.dtype))})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -653,9 +653,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         """
         for network in (self.unet, self.guide, self.student):
             if network is not None:
-                network.to(memory_format=torch.channels_last)
-                if _has_bf16(network.device):
-                    network.bfloat16()
+                convert(network, fastest_dtype(network))
         return self
 
     def predict(
@@ -878,6 +876,17 @@ def evaluating(*networks: torch.nn.Module | None) -> Iterator[None]:
                     continue
                 for module in training:
                     module.training = True
+
+
+def convert(network: ModelMixin, dtype: torch.dtype) -> ModelMixin:
+    """Convert a network to a dtype and to channels last, in place, and return it."""
+    # The `to` of diffusers' models would warn about modules to keep in float32, although there are none.
+    return torch.nn.Module.to(network, dtype=dtype, memory_format=torch.channels_last)
+
+
+def fastest_dtype(network: ModelMixin) -> torch.dtype:
+    """Return bfloat16 if the device of the network has instructions for it, or else the network's own dtype."""
+    return torch.bfloat16 if _has_bf16(network.device) else network.dtype
 
 
 def _has_bf16(device: torch.device) -> bool:

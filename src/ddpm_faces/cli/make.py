@@ -7,6 +7,7 @@ import typer
 
 from .options import (
     BatchSize,
+    Dtype,
     EpsilonScaling,
     GuidanceScale,
     Guide,
@@ -37,6 +38,7 @@ def generate(
         typer.Option(help="Class to generate; repeat the option for several classes (default: all classes, in turn)."),
     ] = None,
     batch_size: BatchSize = 64,
+    dtype: Dtype = "auto",
     output: Annotated[
         Path, typer.Option("--output", "-o", help="PNG file for a grid, or folder for single images.")
     ] = Path("faces.png"),
@@ -57,7 +59,8 @@ def generate(
     from ..generation import Recipe, check_output, generate_to
     from ..models import load_pipeline, model_name
 
-    recipe = Recipe(num_images, seed, preset, steps, sigma_min, epsilon_scaling, guidance_scale, class_label or None)
+    solver = (preset, steps, sigma_min, epsilon_scaling, guidance_scale)
+    recipe = Recipe(num_images, seed, *solver, class_label or None, dtype)
     noun = "image" if num_images == 1 else "images"
     if format is not None:
         from accelerate import Accelerator

@@ -9,6 +9,7 @@ import typer
 
 from .options import (
     BatchSize,
+    Dtype,
     EpsilonScaling,
     GuidanceScale,
     Guide,
@@ -42,6 +43,7 @@ def evaluate(
     guidance_scale: GuidanceScale = None,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
+    dtype: Dtype = "auto",
     inception: Annotated[
         bool, typer.Option("--inception", help="Also measure the FID and KID of the literature (downloads 90 MB).")
     ] = False,
@@ -76,6 +78,7 @@ def evaluate(
         guide=guide,
         guidance_scale=guidance_scale,
         epsilon_scaling=epsilon_scaling,
+        dtype=dtype,
         against=others,
     )
     if not _is_main_process():
@@ -104,6 +107,7 @@ def audit(
     guidance_scale: GuidanceScale = None,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
+    dtype: Dtype = "auto",
     features: Annotated[bool, typer.Option(help="Compare features of a network as well as pixels.")] = True,
     loss_images: Annotated[int, typer.Option(help="Number of images for the comparison of losses; 0 skips it.")] = 100,
     output: Annotated[
@@ -138,6 +142,7 @@ def audit(
         guide=guide,
         guidance_scale=guidance_scale,
         epsilon_scaling=epsilon_scaling,
+        dtype=dtype,
     )
     if not _is_main_process():
         return
@@ -147,7 +152,17 @@ def audit(
     with replacing(output / "audit.png") as path:
         picture.save(path, "PNG")
     if is_folder:
-        keys = ("preset", "sampler", "steps", "seeds", "sigma_min", "epsilon_scaling", "guidance_scale", "guide")
+        keys = (
+            "preset",
+            "sampler",
+            "steps",
+            "seeds",
+            "sigma_min",
+            "epsilon_scaling",
+            "guidance_scale",
+            "guide",
+            "dtype",
+        )
         provenance = {key: results[key] for key in keys if key in results}
         write_metrics(Path(source, METRICS_NAME), {"memorisation": {"verdict": results["verdict"], **provenance}})
     text = f"{results['verdict']}\nThe closest pairs, which show training images: {output / 'audit.png'}"

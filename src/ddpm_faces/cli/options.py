@@ -34,6 +34,10 @@ Preset = Annotated[
     str | None,
     typer.Option(help="Way to sample, such as fast, or exact for all steps of DDPM (default: that of the model)."),
 ]
+Dtype = Annotated[
+    str,
+    typer.Option(help="Precision of the networks: auto (bfloat16 if the device has instructions for it) or float32."),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the first image; image i uses seed + i.")]
 BatchSize = Annotated[int, typer.Option(help="Images per batch.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]

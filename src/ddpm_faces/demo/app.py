@@ -63,7 +63,7 @@ class FaceMaker:
             raise ValueError(
                 f"`model` {model} has code of an earlier version, without fast sampling: publish it again."
             )
-        self.pipeline, self.model = pipeline.with_scheduler(scheduler), model  # a copy
+        self.pipeline, self.model = pipeline.with_scheduler(scheduler).optimize(), model
         self.pipeline.set_progress_bar_config(disable=True)
         height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
         self.shape = (config.in_channels, height, width)

@@ -119,6 +119,7 @@ def audit_model(
     guide: str | os.PathLike | DDPMFacesPipeline | None = None,
     guidance_scale: float | None = None,
     epsilon_scaling: float | None = None,
+    dtype: str | None = None,
 ) -> tuple[AuditReport, dict[str, Any], Image.Image]:
     """Generate faces, and search them for copies of training images. Every process must call this. It writes no file.
 
@@ -142,6 +143,7 @@ def audit_model(
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*): See [`open_samples`].
         guidance_scale (`float`, *optional*): See [`open_samples`].
         epsilon_scaling (`float`, *optional*): See [`open_samples`].
+        dtype (`str`, *optional*): See [`open_samples`].
 
     Returns:
         `(AuditReport, dict, PIL.Image.Image)`: The report; its plain values with the sampler, the seeds and `losses`
@@ -167,6 +169,7 @@ def audit_model(
         *(source, preset, num_inference_steps, seed, accelerator.device, sigma_min, guide, guidance_scale),
         epsilon_scaling=epsilon_scaling,
         default_preset=None,
+        dtype=dtype,
     )
     if len(pictures) < num_images:
         raise ValueError(f"`source` must have `num_images` ({num_images}) images, has {len(pictures)}.")

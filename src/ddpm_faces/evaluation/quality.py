@@ -64,6 +64,7 @@ def evaluate(
     guidance_scale: float | None = None,
     epsilon_scaling: float | None = None,
     against: Sequence[dict[str, Any]] | None = None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Measure the distance of faces from real ones. Every process must call this.
 
@@ -93,6 +94,7 @@ def evaluate(
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*): See [`open_samples`].
         guidance_scale (`float`, *optional*): See [`open_samples`].
         epsilon_scaling (`float`, *optional*): See [`open_samples`].
+        dtype (`str`, *optional*): See [`open_samples`].
         against (`list[dict]`, *optional*):
             Metrics to compare the result with. An error is raised before any image is generated if they are not
             comparable.
@@ -101,8 +103,9 @@ def evaluate(
         `dict`: Plain values, ready for JSON. `metrics` is a list of dictionaries, each with `name`, `type`, `value`,
         `error` (a standard error) and its provenance: `n`, `n_reference`, `image_size`, `extractor`, `resize`,
         `reference`, `preset`, `sampler`, `steps`, `seeds`, for a solver also `sigma_min` and `epsilon_scaling` (unless
-        it is 1), with guidance `guidance_scale`, and `real_faces`, the value of the baseline. `channels` and
-        `reference_channels` are mean and standard deviation of red, green and blue, for pixels in [-1, 1].
+        it is 1), with guidance `guidance_scale`, in low precision `dtype`, and `real_faces`, the value of the
+        baseline. `channels` and `reference_channels` are mean and standard deviation of red, green and blue, for
+        pixels in [-1, 1].
 
     Raises:
         ValueError: There are fewer than 20 generated or real images, images of several sizes or unreadable images; the
@@ -117,7 +120,8 @@ def evaluate(
 
     # 1. Generated faces
     pictures = open_samples(
-        *(source, preset, num_inference_steps, seed, state.device, sigma_min, guide, guidance_scale, epsilon_scaling)
+        *(source, preset, num_inference_steps, seed, state.device, sigma_min, guide, guidance_scale, epsilon_scaling),
+        dtype=dtype,
     )
     generated = _check_likelihood(num_likelihood_images, pictures) if num_likelihood_images else None
     _check_enough("source", pictures, num_images)  # before anything is decoded

@@ -27,6 +27,7 @@ def open_samples(
     guidance_scale: float | None = None,
     epsilon_scaling: float | None = None,
     default_preset: str | None = "exact",
+    dtype: str | None = None,
 ) -> "Generated | PictureFiles":
     """Prepare the faces to measure, without generating or reading any yet.
 
@@ -44,6 +45,7 @@ def open_samples(
         epsilon_scaling (`float`, *optional*): For DPM-Solver++, see [`DDPMFacesScheduler`].
         default_preset (`str`, *optional*, defaults to `"exact"`):
             Preset for a model without a default preset; `None` for 20 steps of DPM-Solver++.
+        dtype (`str`, *optional*): Precision of the networks in sampling, see [`Recipe`].
 
     Returns:
         [`Generated`] or [`PictureFiles`]: Both have `batches` (from indices to `torch.uint8` of shape
@@ -81,7 +83,7 @@ def open_samples(
             guide = load_pipeline(guide, device=device)
         pipeline = pipeline.with_scheduler(pipeline.scheduler)  # a copy, so that the caller's pipeline does not change
         pipeline.set_guide(guide, guidance_scale)
-    recipe = Recipe(1, seed, preset, num_inference_steps, sigma_min, epsilon_scaling, guidance_scale)
+    recipe = Recipe(1, seed, preset, num_inference_steps, sigma_min, epsilon_scaling, guidance_scale, dtype=dtype)
     return Generated(pipeline, recipe.resolve(pipeline, default_preset), guide_name)
 
 
@@ -118,6 +120,8 @@ class Generated:
         if recipe.guidance_scale != 1:
             provenance["guidance_scale"] = recipe.guidance_scale
             provenance |= {"guide": self.guide_name} if self.guide_name else {}
+        if recipe.dtype not in (None, "float32"):
+            provenance["dtype"] = recipe.dtype
         return provenance
 
 
