@@ -75,3 +75,15 @@ def test_benchmark(run, tmp_path):
         *("--output", tmp_path / "speed.md"),
     )
     assert re.search(r"\| default \| 1\.\d \| 32x32 \| 0\.\d\d \| fp32 \| 1 \|", (tmp_path / "speed.md").read_text())
+
+
+@pytest.mark.slow
+def test_comparison(run, model, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    page = tmp_path / "page.md"
+    run("benchmarks/compare.py", "--quick", "--model", model, "--output", page)
+    text = page.read_text("utf-8")
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert headings == ["Start-up", "Training step", "Sampling", "Data", "Memory", "Growth"]
+    assert len(re.findall(r"^\| (ddpm-faces|diffusers) \| [\w-]+ \| \d+x\d+ \|", text, re.MULTILINE)) == 10
+    assert not re.search(r"\bnan\b|\binf\b", text)

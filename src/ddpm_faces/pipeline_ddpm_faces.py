@@ -880,8 +880,9 @@ def evaluating(*networks: torch.nn.Module | None) -> Iterator[None]:
 
 def convert(network: ModelMixin, dtype: torch.dtype) -> ModelMixin:
     """Convert a network to a dtype and to channels last, in place, and return it."""
+    network.to(memory_format=torch.channels_last)
     # The `to` of diffusers' models would warn about modules to keep in float32, although there are none.
-    return torch.nn.Module.to(network, dtype=dtype, memory_format=torch.channels_last)
+    return torch.nn.Module.to(network, dtype)
 
 
 def fastest_dtype(network: ModelMixin) -> torch.dtype:
