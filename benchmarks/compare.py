@@ -8,8 +8,10 @@ hour. `--sections` measures some parts only, and `--quick` tries all of them wit
 """
 
 import argparse
+import copy
 import json
 import math
+import re
 import resource
 import shlex
 import shutil
@@ -217,7 +219,7 @@ def lucidrains_step(
 
 def training_step(settings: Settings) -> list[str]:
     """Measure whole training steps, with the same network in two trainers and with each one's own."""
-    batch_size, size = (2, 32) if settings.quick else (16, 64)
+    batch_size, size = (2, 32) if settings.quick else (32, 64)
     small, mini = _configuration("drawn32"), _configuration("faces64-mini")
     trained: list[tuple[str, str, Callable, int, Callable[[], torch.nn.Module]]] = [
         ("ddpm-faces", "UNet2DModel", our_step, size, lambda: UNet2DModel(size, **SMALL)),
@@ -234,7 +236,7 @@ def training_step(settings: Settings) -> list[str]:
     else:
         trained.append(("lucidrains", "Unet", lucidrains_step, size, lambda: Unet(dim=64, dim_mults=(1, 2, 4, 8))))
 
-    rows = []
+    rows, profiles = [], []
     for dtype in DTYPES:
         rate = matmul_rate(DTYPES[dtype], 3, settings.device)
         with accelerator_of(dtype, settings.device) as accelerator:
@@ -248,6 +250,7 @@ def training_step(settings: Settings) -> list[str]:
                 share = 3 * flops[key] * statistics.median(speeds) / rate
                 gflop = f"{flops[key] / 1e9:.2f}"
                 rows.append((trainer, network, f"{side}x{side}", gflop, dtype, shown(speeds), f"{share:.0%}"))
+                profiles.append((trainer, network, dtype, *_profile(steps[key])))
     return [
         *("## Training step", ""),
         f"Batches of {batch_size}, with the noise, the loss, the gradient, its clipping, the optimizer and the EMA. "
@@ -256,7 +259,36 @@ def training_step(settings: Settings) -> list[str]:
         "",
         *table(("trainer", "network", "size", "GFLOP", "dtype", "images/s", "share"), rows),
         *note,
+        "What a step spends its time on:",
+        "",
+        *table(("trainer", "network", "dtype", *PARTS, "other"), profiles),
     ]
+
+
+# Parts of a training step, by the names of PyTorch's operations.
+PARTS = {
+    "convolution, forward": r"mkldnn_convolution|_convolution$|cudnn_convolution",
+    "convolution, backward": r"convolution_backward",
+    "linear": r"addmm|::mm$|::bmm$|linear$",
+    "attention": r"scaled_dot_product",
+    "normalization": r"(group|batch|layer)_norm",
+    "activation": r"silu|relu|threshold|clamp_min|gelu|sigmoid",
+    "copy": r"::copy_$|::cat$|::clone$|::contiguous$|_to_copy$",
+    "optimizer": r"adam",
+}
+
+
+def _profile(step: Callable[[], object]) -> list[str]:
+    """Return the share of each part of a step."""
+    step()
+    with torch.profiler.profile() as profiler:
+        step()
+    times = dict.fromkeys([*PARTS, "other"], 0.0)
+    for event in profiler.key_averages():
+        duration = event.self_device_time_total or event.self_cpu_time_total
+        part = next((part for part, pattern in PARTS.items() if re.search(pattern, event.key)), "other")
+        times[part] += duration
+    return [f"{duration / sum(times.values()):.0%}" for duration in times.values()]
 
 
 def _configuration(name: str) -> dict[str, Any]:
@@ -335,7 +367,8 @@ def sampling(settings: Settings) -> list[str]:
     ]
     if settings.data:
         lines += ["Quality: 400 samples against 400 held-out faces, with the features of MobileNetV2.", ""]
-    return lines + _overhead(optimized, settings) + _difference(pipeline, optimized, settings)
+    lines += _overhead(optimized, settings) + _difference(pipeline, optimized, settings)
+    return lines if settings.quick else lines + _compilation(optimized, settings)
 
 
 def _quality(generate: Callable[[int, int], torch.Tensor], settings: Settings) -> tuple[str, ...]:
@@ -409,6 +442,32 @@ def _difference(pipeline: DDPMFacesPipeline, optimized: DDPMFacesPipeline, setti
         f"`optimize()` (here to {dtype}) changes the pixels of {count} faces, which have values from 0 to 255, by "
         f"{difference.mean():.2f} on average, and 99 % of them by at most {most:.0f}.",
         "",
+    ]
+
+
+def _compilation(optimized: DDPMFacesPipeline, settings: Settings) -> list[str]:
+    """Measure what `torch.compile` gives."""
+    networks = {name: copy.deepcopy(optimized.unet).eval() for name in ("", "compile()", "compile_repeated_blocks()")}
+    sample = torch.randn(NUM_FACES, *optimized.image_shape, device=settings.device, dtype=optimized.unet.dtype)
+    first = {}
+    with torch.inference_mode():
+        for method, network in networks.items():
+            if method:
+                getattr(network, method.removesuffix("()"))()
+            start = time.perf_counter()
+            network(sample, 100)
+            first[method] = time.perf_counter() - start
+        cases = {method: lambda network=network: network(sample, 100) for method, network in networks.items()}
+        times = take_turns(cases, settings)
+    rows = [
+        (f"`unet.{method}`" if method else "not compiled", shown([first[method]]), shown(seconds, 1000))
+        for method, seconds in times.items()
+    ]
+    return [
+        f"Compilation of the optimized network: seconds of the first pass for {NUM_FACES} images, and milliseconds of "
+        "each further one.",
+        "",
+        *table(("", "first, s", "further, ms"), rows),
     ]
 
 
