@@ -11,6 +11,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import re
 import resource
 import shlex
@@ -638,14 +639,16 @@ def growth(settings: Settings) -> list[str]:
         program = str(Path(sys.executable).with_name("ddpm-faces"))
         command = [program, "generate", str(settings.model), "-n", f"{count}"]
         launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--main_process_port", "0"]
+        # `--multi_gpu` starts several processes on CPUs too, whereas `--cpu` always starts one.
+        environment = {**os.environ, **({"ACCELERATE_USE_CPU": "true"} if settings.device.type == "cpu" else {})}
         places = iter(range(1000))
 
         def generate(processes: int) -> Callable[[], object]:
             def run() -> None:
-                start = [*launcher, *(["--cpu"] if settings.device.type == "cpu" else [])]
+                start = [*launcher, *(["--multi_gpu"] if processes > 1 else [])]
                 start += ["--num_processes", f"{processes}", *command, "--format", "png", "--shard-size", "32"]
                 start += ["--output", str(Path(folder, f"{next(places)}"))]
-                subprocess.run(start, capture_output=True, check=True)
+                subprocess.run(start, env=environment, capture_output=True, check=True)
 
             return run
 
@@ -669,13 +672,17 @@ def _plot(measured: Mapping[str, Mapping[int, Sequence[float]]], settings: Setti
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, len(measured), figsize=(3 * len(measured), 2.6))
-    for axis, (name, curve) in zip(axes, measured.items(), strict=True):
+    curves = {name: curve for name, curve in measured.items() if len(curve) > 2 or settings.quick}
+    fig, axes = plt.subplots(1, len(curves), figsize=(3 * len(curves), 2.6))
+    for axis, (name, curve) in zip(axes, curves.items(), strict=True):
         x, y = list(curve), [statistics.median(seconds) for seconds in curve.values()]
         axis.plot(x, y, marker="o", markersize=4)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(x, [f"{value}" for value in x])
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+        axis.set_ylim(10 ** math.floor(math.log10(min(y))), 10 ** math.ceil(math.log10(max(y))))
         axis.set_xlabel(name, fontsize=8)
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("seconds")

@@ -150,7 +150,10 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name(device)} (TF32 in fp32)"
     else:
-        where = f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads"
+        flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+        names = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+        best = next((f" with {name}" for flag, name in names.items() if flag in flags), "")
+        where = f"{os.cpu_count()} CPU cores ({platform.machine()}{best}), {torch.get_num_threads()} threads"
     return f"{where}, torch {torch.__version__}"
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import subprocess
 import sys
 import tarfile
 from dataclasses import replace
@@ -14,6 +13,7 @@ import pytest
 import torch
 from conftest import tiny_unet
 from datasets import load_dataset
+from forked import run_script
 from PIL import Image
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, bulk
@@ -109,13 +109,12 @@ def test_an_error_of_the_writer_ends_the_run(model, tmp_path, monkeypatch):
 def test_processes_share_the_work(model, tmp_path):
     model.save_pretrained(tmp_path / "tiny")
     options = ["-n", "7", "--seed", "40", "--steps", "3", "--batch-size", "2", "--shard-size", "3", "--format", "png"]
-    command = Path(sys.executable).with_name("ddpm-faces"), "generate", tmp_path / "tiny", *options
-    environment = {**os.environ, "PYTHONPATH": str(Path(bulk.__file__).parents[1])}
-    launcher = Path(sys.executable).with_name("accelerate"), "launch", "--cpu", "--num_processes", "2"
-    launched = [*launcher, "--main_process_port", "0", *command, "--output", tmp_path / "two"]
-    result = subprocess.run(list(map(str, launched)), env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("7 images in 3 shards") == 1
+    program = str(Path(sys.executable).with_name("ddpm-faces"))
+    command = [program, "generate", str(tmp_path / "tiny"), *options, "--output", str(tmp_path / "two")]
+    first, second = run_script(command, {**os.environ, "ACCELERATE_USE_CPU": "true"}, num_processes=2)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "7 images in 3 shards" in first.stdout
+    assert not second.stdout
     recipe = replace(RECIPE, dtype="auto")  # as in the command
     make(DDPMFacesPipeline.from_pretrained(tmp_path / "tiny"), tmp_path / "one", recipe=recipe)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")

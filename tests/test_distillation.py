@@ -37,10 +37,11 @@ def a_teacher(guided: bool = False, num_timesteps: int = 300, **unet) -> DDPMFac
     return pipeline
 
 
-def launch(*arguments, code: int = 0) -> str:
-    """Run the script in one process; return what it prints."""
+def launch(*arguments, code: int = 0, faults: dict | None = None) -> str:
+    """Run the script in one process, with the faults of tests/faults; return what it prints."""
     command = [sys.executable, ROOT / "training" / "distill.py", *arguments]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT / "src")}
+    path = os.pathsep.join(map(str, [*([ROOT / "tests" / "faults"] if faults else []), ROOT / "src"]))
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path, "FAULTS": json.dumps(faults or {})}
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout + result.stderr
@@ -190,6 +191,22 @@ def test_interrupted_run_equals_an_uninterrupted_one(folder):
 
 
 @pytest.mark.slow
+def test_a_full_disk_ends_a_run_only_if_the_checkpoint_is_needed(folder):
+    settings = ["--teacher", folder / "teacher", "--student_steps", 2, "--teacher_steps", 2, "--train_batch_size", 16,
+                "--max_train_images", 48, "--checkpoint_every_images", 16]  # fmt: skip
+    disk_full = {"from": 16, "to": 17, "bytes": 2_000}
+    said = launch(*settings, "--output_dir", folder / "out", faults={"disk_full": disk_full})
+    assert said.count("The run continues and tries again with the next checkpoint.") == 1
+    assert sorted(path.name for path in (folder / "out").glob("checkpoint-*")) == [
+        "checkpoint-0000000032",
+        "checkpoint-0000000048",
+    ]
+    assert DDPMFacesPipeline.from_pretrained(folder / "out").student is not None
+    disk_full = {"from": 48, "to": 49, "bytes": 2_000}
+    said = launch(*settings, "--output_dir", folder / "last", faults={"disk_full": disk_full}, code=1)
+    assert "could not be saved" in said
+
+
 def test_student_lands_closer_than_the_teacher_does(folder):
     launch("--teacher", folder / "teacher", "--output_dir", folder / "out", "--student_steps", 2,
            "--max_train_images", 4096, "--train_batch_size", 32, "--learning_rate", 2e-3)  # fmt: skip

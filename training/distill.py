@@ -16,6 +16,7 @@ if __name__ == "__main__":
     handle_interrupts()  # before the imports below, which take seconds
 
 import copy
+import logging
 import math
 import shutil
 import time
@@ -55,6 +56,8 @@ from ddpm_faces.training.scripts import clip_gradient, make_accelerator, run_scr
 from ddpm_faces.training.setup import checkpoint_to_resume, locked, setting_up
 from ddpm_faces.training.state import RunState
 
+
+logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "distillation_config.yaml"
 MAX_NONFINITE = 20
@@ -224,13 +227,16 @@ def maintain(run: Distillation, entries: list) -> None:
     if due(config.log_every_images) or is_last:
         write_entry(run, entries)
     if due(config.sample_every_images) and not is_last:
-        draw_samples(run, Path(config.output_dir, "samples", f"{state.images_seen:010d}.png"))
+        try:
+            draw_samples(run, Path(config.output_dir, "samples", f"{state.images_seen:010d}.png"))
+        except OSError as error:
+            logger.warning("The samples could not be saved: %s", error)
     state.is_maintained = True
     reason = None if is_last else run.preemption.reason()
     if reason is not None or due(config.checkpoint_every_images) or (is_last and config.checkpoint_every_images):
         if entries:  # a resumed run would not have them
             write_entry(run, entries)
-        save(run)
+        save(run, required=is_last or reason is not None)
     if reason is not None:
         run.log.leave(
             EXIT_PREEMPTED,
@@ -272,12 +278,18 @@ def write_entry(run: Distillation, entries: list) -> None:
         )
 
 
-def save(run: Distillation) -> None:
+def save(run: Distillation, required: bool) -> None:
+    """Save a checkpoint and delete old ones. A failure, such as a full disk, ends the run only if `required`."""
     began, state = time.time(), run.state
     saved = RunState(**{**state.to_json(), "seconds": state.seconds + time.time() - run.began})
-    run.checkpoints.save(checkpoint_path(run.config.output_dir, state.images_seen), saved)
-    if run.accelerator.is_main_process:
-        prune_checkpoints(run.config.output_dir, run.config.checkpoints_total_limit)
+    try:
+        run.checkpoints.save(checkpoint_path(run.config.output_dir, state.images_seen), saved)
+        if run.accelerator.is_main_process:
+            prune_checkpoints(run.config.output_dir, run.config.checkpoints_total_limit)
+    except OSError as error:
+        if required:
+            raise
+        logger.warning("%s. The run continues and tries again with the next checkpoint.", error)
     run.preemption.note_save(time.time() - began)
 
 

@@ -161,5 +161,5 @@ def install(faults: dict) -> None:
         preemption._process_start = lambda: time.time() - 60 * faults["age_minutes"]
 
 
-if os.environ.get("FAULTS") and any(argument.endswith("train.py") for argument in sys.orig_argv[1:3]):
+if os.environ.get("FAULTS") and any(argument.endswith(("train.py", "distill.py")) for argument in sys.orig_argv[1:3]):
     install(json.loads(os.environ["FAULTS"]))
