@@ -704,7 +704,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         network: str,
     ) -> torch.Tensor:
         labels = {} if class_labels is None else {"class_labels": class_labels}
-        unet = self.components[network]
+        unet = getattr(self, network)  # `components` inspects the signature of the class at each call
         output = unet(sample.to(unet.dtype), timestep, **labels).sample.float()
         if guidance_scale == 1:
             return output

@@ -355,12 +355,12 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
             timesteps = torch.full((sample.shape[0],), timestep, device=sample.device)
         # The article's embedding: sine then cosine, frequencies from 1 to 1 / 10000, always in float32.
         t_emb = get_timestep_embedding(timesteps, self.config.time_proj_dim)  # (batch, time_proj_dim)
-        dtype = self.dtype  # layerwise casting may store weights in another dtype
-        temb = self.time_embedding(t_emb.to(dtype))  # (batch, time_embedding_dim)
+        # The dtype of the sample is that of the computation. Layerwise casting may store weights in another one.
+        temb = self.time_embedding(t_emb.to(sample.dtype))  # (batch, time_embedding_dim)
         if self.class_embedding is not None:
             temb = temb + self.class_embedding(class_labels)
         if self.augment_embedding is not None and augment_labels is not None:
-            temb = temb + self.augment_embedding(augment_labels.to(dtype))
+            temb = temb + self.augment_embedding(augment_labels.to(sample.dtype))
 
         # 2. in
         if self.config.patch_size > 1:

@@ -48,7 +48,7 @@ class FaceMaker:
     """Generates the contents of the page: each method yields HTML to show, and at the end a file to download.
 
     Args:
-        pipeline ([`DDPMFacesPipeline`]): The model.
+        pipeline ([`DDPMFacesPipeline`]): The model. Its networks are optimized for their device.
         model (`str`): Its name, for the page and for the metadata of the images.
 
     Raises:
