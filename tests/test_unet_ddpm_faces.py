@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -510,6 +511,37 @@ def test_compiles_once_for_all_timesteps(kind):
             compiled(sample, kind(timestep)).sample, unet(sample, timestep).sample, msg=f"t = {timestep}"
         )
     assert len(graphs) <= 2  # the first value is compiled as a constant, the second as a variable
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_gradients_in_bfloat16_are_those_of_the_eager_network():
+    torch.manual_seed(0)
+    unet = DDPMFacesUNet(
+        sample_size=32,
+        block_out_channels=(16, 32),
+        block_types="resnet",
+        out_block_type="norm_conv",
+        norm_num_groups=8,
+        act_fn="silu",
+    )
+    for parameter in unet.parameters():
+        if not parameter.any():  # layers that start with zeros would have gradients of zero
+            torch.nn.init.normal_(parameter, std=0.05)
+    unet.to(memory_format=torch.channels_last)
+    sample = torch.randn(4, 3, 32, 32)
+
+    def gradients(network) -> dict[str, torch.Tensor]:
+        unet.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            prediction = network(sample, 5).sample
+        prediction.float().square().mean().backward()
+        return {name: parameter.grad.clone() for name, parameter in unet.named_parameters()}
+
+    torch.compiler.reset()
+    expected, actual = gradients(unet), gradients(torch.compile(unet))
+    for name, gradient in expected.items():
+        error = (actual[name] - gradient).norm() / (gradient.norm() + 1e-6)
+        assert error < 0.1, (name, error)
 
 
 @torch.no_grad()

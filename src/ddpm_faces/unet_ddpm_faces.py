@@ -625,10 +625,18 @@ class ResnetUpBlock(nn.Module):
         )
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor, skips: list[torch.Tensor]) -> torch.Tensor:
-        hidden_states = self.upsample(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+        hidden_states = self.upsample(_enlarge(hidden_states))
         for resnet, attention, skip in zip(self.resnets, self.attentions, reversed(skips), strict=True):
             hidden_states = attention(resnet(torch.cat([hidden_states, skip], dim=1), temb))
         return hidden_states
+
+
+def _enlarge(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Repeat each position in a square of 2x2."""
+    if torch.compiler.is_compiling():
+        # In bfloat16 on the CPU, the compiled gradient of `F.interpolate` is zero (PyTorch 2.13).
+        return hidden_states.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    return F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
 
 
 def _checkpoint(block: nn.Module, *inputs):
