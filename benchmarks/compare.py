@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import resource
 import shlex
 import shutil
 import statistics
@@ -40,6 +39,8 @@ from ddpm_faces import DDPMFacesObjective, DDPMFacesPipeline, DDPMFacesScheduler
 from ddpm_faces.data import FaceBatches, load_faces
 from ddpm_faces.data.drawn_faces import draw_face
 from ddpm_faces.data.draws import draw_step
+from ddpm_faces.files import check_writable
+from ddpm_faces.models import check_model
 from ddpm_faces.training.config import TrainingConfig
 from ddpm_faces.training.ema import EMA
 from ddpm_faces.training.guard import NonFiniteGuard
@@ -52,7 +53,7 @@ LONG = 20
 
 @dataclass
 class Settings:
-    """What to measure, and how often."""
+    """Options of the command line that the sections share."""
 
     device: torch.device
     repeats: int
@@ -140,8 +141,10 @@ def start_up(settings: Settings) -> list[str]:
 def accelerator_of(dtype: str, device: torch.device) -> Iterator[Accelerator]:
     """Make an accelerator of a precision, which is a setting of the whole process."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    yield Accelerator(mixed_precision="bf16" if dtype == "bf16" else "no", cpu=device.type == "cpu")
-    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield Accelerator(mixed_precision="bf16" if dtype == "bf16" else "no", cpu=device.type == "cpu")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def our_step(unet: torch.nn.Module, batch_size: int, size: int, accelerator: Accelerator) -> Callable[[], object]:
@@ -352,7 +355,8 @@ def sampling(settings: Settings) -> list[str]:
     same["ddpm-faces: as loaded"] = ours(optimized)
     with torch.inference_mode():
         times = take_turns({name: lambda run=run: run(NUM_FACES, 0) for name, run in cases.items()}, settings)
-        qualities = {name: _quality(same.get(name, run), settings) for name, run in cases.items()}
+        measure = _quality_against(settings, pipeline.image_shape[1:])
+        qualities = {name: measure(same.get(name, run)) for name, run in cases.items()}
     slowest = statistics.median(next(iter(times.values())))
     rows = [
         (name, shown(values), f"{slowest / statistics.median(values):,.0f}x", *qualities[name])
@@ -372,26 +376,32 @@ def sampling(settings: Settings) -> list[str]:
     return lines if settings.quick else lines + _compilation(optimized, settings)
 
 
-def _quality(generate: Callable[[int, int], torch.Tensor], settings: Settings) -> tuple[str, ...]:
+def _quality_against(
+    settings: Settings, size: tuple[int, int]
+) -> Callable[[Callable[[int, int], torch.Tensor]], tuple[str, ...]]:
+    """Return a function that measures the quality of generated faces: Fréchet distance, recall, share of faces."""
     from ddpm_faces.evaluation.detection import MTCNN
     from ddpm_faces.evaluation.extractors import MobileNetV2
     from ddpm_faces.evaluation.metrics import frechet_distance, precision_recall
 
     if settings.data is None:
-        return ()
+        return lambda generate: ()
     count, batch_size = (32, 16) if settings.quick else (400, 40)
-    batches = [generate(min(batch_size, count - first), first) for first in range(0, count, batch_size)]
-    faces = torch.cat(batches)
-    real = load_faces(settings.data, split="test", resolution=faces.shape[-1], max_images=count).images
     extractor, detector = MobileNetV2(settings.device), MTCNN(settings.device)
 
-    def features(images: torch.Tensor) -> torch.Tensor:
-        return torch.cat([extractor(part.to(settings.device)).cpu() for part in images.split(50)])
+    def apply(network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([network(part.to(settings.device)).cpu() for part in images.split(50)])
 
-    x, y = features(faces), features(real)
-    found = torch.cat([detector(part.to(settings.device)).cpu() for part in faces.split(50)])
-    distance, recall = frechet_distance(x, y), precision_recall(x, y)[1]
-    return f"{distance:.1f}", f"{recall:.2f}", f"{found.double().mean():.3f}"
+    real = apply(extractor, load_faces(settings.data, split="test", resolution=size, max_images=count).images)
+
+    def measure(generate: Callable[[int, int], torch.Tensor]) -> tuple[str, ...]:
+        batches = [generate(min(batch_size, count - first), first) for first in range(0, count, batch_size)]
+        faces = torch.cat(batches)
+        features = apply(extractor, faces)
+        distance, recall = frechet_distance(features, real), precision_recall(features, real)[1]
+        return f"{distance:.1f}", f"{recall:.2f}", f"{apply(detector, faces).double().mean():.3f}"
+
+    return measure
 
 
 def _overhead(pipeline: DDPMFacesPipeline, settings: Settings) -> list[str]:
@@ -426,7 +436,7 @@ def _overhead(pipeline: DDPMFacesPipeline, settings: Settings) -> list[str]:
         for network in networks:
             del network.forward
         rows.append((f"{batch_size}", shown(shares[1:], 100) + " %"))
-    return ["Share of a call that the pipeline takes outside the networks:", "", *table(("batch", "share"), rows)]
+    return ["Share of the time that a call spends outside the networks:", "", *table(("batch", "share"), rows)]
 
 
 def _difference(pipeline: DDPMFacesPipeline, optimized: DDPMFacesPipeline, settings: Settings) -> list[str]:
@@ -565,6 +575,8 @@ def _peak_memory() -> float:
     if status.exists():  # on Linux, `ru_maxrss` may be that of the parent process
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) / 2**20
+    import resource  # missing on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # in bytes on macOS
 
 
@@ -573,14 +585,15 @@ def _peak_memory() -> float:
 
 def memory(settings: Settings) -> list[str]:
     """Measure the peak memory of processes that generate or train."""
+    batch_sizes, train_batch_size = ((2,), 2) if settings.quick else ((16, 256), 16)
     rows = []
-    for batch_size in (2,) if settings.quick else (16, 256):
-        for name in ("ours", "theirs"):
-            used = [child("sample", name, settings.model, batch_size)["memory"]]
-            rows.append((f"generate {batch_size} faces", {"ours": "ddpm-faces"}.get(name, "diffusers"), shown(used)))
-    for name in ("ours", "theirs"):
-        used = [child("train", name, 2 if settings.quick else 16)["memory"]]
-        rows.append(("a training step of 16 images", {"ours": "ddpm-faces"}.get(name, "diffusers"), shown(used)))
+    for batch_size in batch_sizes:
+        for program in ("ddpm-faces", "diffusers"):
+            used = child("sample", program, settings.model, batch_size)["memory"]
+            rows.append((f"generate {batch_size} faces", program, shown([used])))
+    for program in ("ddpm-faces", "diffusers"):
+        used = child("train", program, train_batch_size)["memory"]
+        rows.append((f"train on batches of {train_batch_size} images", program, shown([used])))
     return [
         *("## Memory", ""),
         f"Peak memory of a process in GB, with the network of `{settings.model.name}` in float32 and with "
@@ -592,7 +605,7 @@ def memory(settings: Settings) -> list[str]:
 
 def child_sample(program: str, model: str, batch_size: str) -> dict[str, float]:
     pipeline = DDPMFacesPipeline.from_pretrained(model)
-    if program == "ours":
+    if program == "ddpm-faces":
         pipeline(int(batch_size), num_inference_steps=2, guidance_scale=1)
     else:
         DDPMPipeline(pipeline.unet, DDPMScheduler())(int(batch_size), num_inference_steps=2)
@@ -600,7 +613,7 @@ def child_sample(program: str, model: str, batch_size: str) -> dict[str, float]:
 
 
 def child_train(program: str, batch_size: str) -> dict[str, float]:
-    make = {"ours": our_step, "theirs": their_step}[program]
+    make = {"ddpm-faces": our_step, "diffusers": their_step}[program]
     step = make(UNet2DModel(64, **SMALL), int(batch_size), 64, Accelerator(cpu=True))
     for _ in range(2):
         step()
@@ -729,12 +742,20 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Run the sections, and print the page as it grows."""
     args = parse_args()
+    if args.repeats < 1:
+        raise SystemExit(f"error: `repeats` must be at least 1, got {args.repeats}.")
+    check_model(args.model)
+    if args.data is not None:
+        load_faces(args.data, split="test", resolution=64, max_images=1)
+    if args.output is not None:
+        check_writable(args.output.parent)
     settings = Settings(args.device, 1 if args.quick else args.repeats, args.model.resolve(), args.data, args.quick)
     lines = [
         "# Benchmarks",
         "",
-        "How fast ddpm-faces is, beside diffusers' `train_unconditional.py` and pipelines. One command measures all "
-        "of it, in turns: each number is a median, with the smallest and the largest value in parentheses.",
+        "This page compares the speed of ddpm-faces with that of diffusers' `train_unconditional.py` and pipelines. "
+        "One command measures everything, and the programs take turns. Each number is a median, with the smallest and "
+        f"the largest value in parentheses. Whatever takes longer than {LONG} seconds runs once.",
         "",
         f"```bash\npython {shlex.join(sys.argv)}\n```",
         "",

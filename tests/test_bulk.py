@@ -7,6 +7,7 @@ import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +119,20 @@ def test_processes_share_the_work(model, tmp_path):
     recipe = replace(RECIPE, dtype="auto")  # as in the command
     make(DDPMFacesPipeline.from_pretrained(tmp_path / "tiny"), tmp_path / "one", recipe=recipe)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert len(list((tmp_path / "two").rglob("seed-*.png"))) == 7
+
+
+@pytest.mark.parametrize(("rank", "seeds"), [(0, [[0, 1], [2], [6]]), (1, [[3, 4], [5]])])
+def test_each_process_generates_its_own_shards(model, tmp_path, monkeypatch, rank, seeds):
+    state = SimpleNamespace(
+        process_index=rank, num_processes=2, is_main_process=rank == 0, wait_for_everyone=lambda: None
+    )
+    monkeypatch.setattr(bulk, "Accelerator", lambda: state)
+    monkeypatch.setattr(bulk, "broadcast_object_list", lambda values: [[0, 1, 2]])
+    real, calls = bulk.sample, []
+    monkeypatch.setattr(bulk, "sample", lambda *arguments: calls.append(list(arguments[2])) or real(*arguments))
+    make(model, tmp_path / "out")
+    assert calls == seeds
 
 
 @pytest.mark.parametrize(

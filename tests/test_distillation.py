@@ -190,7 +190,6 @@ def test_interrupted_run_equals_an_uninterrupted_one(folder):
     assert "`teacher_steps` must be 2 to resume the run" in launch(*changed, code=2)
 
 
-@pytest.mark.slow
 def test_a_full_disk_ends_a_run_only_if_the_checkpoint_is_needed(folder):
     settings = ["--teacher", folder / "teacher", "--student_steps", 2, "--teacher_steps", 2, "--train_batch_size", 16,
                 "--max_train_images", 48, "--checkpoint_every_images", 16]  # fmt: skip
@@ -207,6 +206,7 @@ def test_a_full_disk_ends_a_run_only_if_the_checkpoint_is_needed(folder):
     assert "could not be saved" in said
 
 
+@pytest.mark.slow
 def test_student_lands_closer_than_the_teacher_does(folder):
     launch("--teacher", folder / "teacher", "--output_dir", folder / "out", "--student_steps", 2,
            "--max_train_images", 4096, "--train_batch_size", 32, "--learning_rate", 2e-3)  # fmt: skip

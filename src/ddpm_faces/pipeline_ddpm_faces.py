@@ -891,7 +891,7 @@ def fastest_dtype(network: ModelMixin) -> torch.dtype:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16. Other CPUs emulate it slowly."""
+    """Return whether a device has bfloat16 instructions. CPUs without them emulate them slowly."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # missing in some versions of PyTorch
@@ -908,9 +908,9 @@ def _micro_batch_size_on(sample: torch.Tensor) -> int:
 
 def _split(size: int, sample: torch.Tensor, *others: Any) -> Iterator[tuple]:
     """Split a batch into parts of at most `size` images, with the values that belong to them."""
+    is_per_image = [isinstance(other, torch.Tensor) and other.ndim > 0 for other in others]
     for first in range(0, len(sample), size):
         part = slice(first, first + size)
-        is_per_image = [isinstance(other, torch.Tensor) and other.ndim > 0 for other in others]
         yield sample[part], *(other[part] if yes else other for other, yes in zip(others, is_per_image, strict=True))
 
 

@@ -194,7 +194,7 @@ class Teacher:
             for start, end in itertools.pairwise([*schedule.timesteps, -1]):
                 wanted = torch.linspace(sigmas[start].item(), sigmas[max(end, 0)].item(), steps + 1)[1:-1]
                 near = (sigmas - wanted[:, None]).abs().argmin(dim=1).tolist()
-                # Where timesteps are sparse, several points are nearest to the same one.
+                # The same timestep may be the nearest to several points.
                 fine += [start, *(t for t in dict.fromkeys(near) if end < t < start)]
                 stops.append(len(fine))
             self.timesteps[number], self.stops[number] = fine, stops
