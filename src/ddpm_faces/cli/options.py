@@ -36,7 +36,9 @@ Preset = Annotated[
 ]
 Dtype = Annotated[
     str,
-    typer.Option(help="Precision of the networks: auto (bfloat16 if the device has instructions for it) or float32."),
+    typer.Option(
+        help="Precision of the networks: auto (bfloat16 if the device has instructions for it), float32 or bfloat16."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the first image; image i uses seed + i.")]
 BatchSize = Annotated[int, typer.Option(help="Images per batch.")]
