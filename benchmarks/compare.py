@@ -43,7 +43,7 @@ from ddpm_faces.files import check_writable
 from ddpm_faces.models import check_model
 from ddpm_faces.training.config import TrainingConfig
 from ddpm_faces.training.ema import EMA
-from ddpm_faces.training.guard import NonFiniteGuard
+from ddpm_faces.training.guard import GradientGuard
 
 
 ROOT = Path(__file__).parents[1]
@@ -154,7 +154,7 @@ def our_step(unet: torch.nn.Module, batch_size: int, size: int, accelerator: Acc
     objective = DDPMFacesObjective(DDPMFacesScheduler())
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    guard, ema = NonFiniteGuard(unet, optimizer), EMA(unet)
+    guard, ema = GradientGuard(unet, optimizer), EMA(unet)
     samples = torch.rand(batch_size, 3, size, size, device=device) * 2 - 1
     seen = 0
 

@@ -49,7 +49,7 @@ from ddpm_faces.training.distillation import (
     student_preset,
     student_schedules,
 )
-from ddpm_faces.training.guard import NonFiniteGuard
+from ddpm_faces.training.guard import GradientGuard
 from ddpm_faces.training.log import TrainingLog
 from ddpm_faces.training.preemption import EXIT_NONFINITE, EXIT_PREEMPTED, Preemption
 from ddpm_faces.training.scripts import clip_gradient, make_accelerator, run_script, set_learning_rate
@@ -150,7 +150,7 @@ def distill(config: DistillationConfig, accelerator: Accelerator) -> None:
     student, optimizer = accelerator.prepare(student, optimizer)
     if accelerator.num_processes > 1:
         LIVING.append(student)
-    guard = NonFiniteGuard(accelerator.unwrap_model(student), optimizer)
+    guard = GradientGuard(accelerator.unwrap_model(student), optimizer)
 
     # 3. Resume
     state = RunState()
@@ -176,7 +176,7 @@ def distill(config: DistillationConfig, accelerator: Accelerator) -> None:
     finish(run)
 
 
-def loop(run: Distillation, guard: NonFiniteGuard) -> None:
+def loop(run: Distillation, guard: GradientGuard) -> None:
     config, accelerator, state = run.config, run.accelerator, run.state
     share = config.train_batch_size // accelerator.num_processes
     mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)

@@ -34,7 +34,7 @@ from ddpm_faces.training.config import TrainingConfig
 from ddpm_faces.training.data import load_training_data
 from ddpm_faces.training.ema import EMA
 from ddpm_faces.training.finish import finish
-from ddpm_faces.training.guard import NonFiniteGuard
+from ddpm_faces.training.guard import GradientGuard
 from ddpm_faces.training.log import TrainingLog
 from ddpm_faces.training.preemption import Preemption
 from ddpm_faces.training.rehearsal import rehearse
@@ -115,7 +115,7 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
     unet, optimizer = accelerator.prepare(unet, optimizer)
     if accelerator.num_processes > 1:
         LIVING.append(unet)
-    guard = NonFiniteGuard(accelerator.unwrap_model(unet), optimizer)
+    guard = GradientGuard(accelerator.unwrap_model(unet), optimizer)
     ema = EMA(accelerator.unwrap_model(unet)) if config.use_ema else None
 
     # 4. Resume
@@ -135,7 +135,7 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
     return run
 
 
-def loop(run: Run, guard: NonFiniteGuard, checkpoints: CheckpointIO) -> None:
+def loop(run: Run, guard: GradientGuard, checkpoints: CheckpointIO) -> None:
     config, accelerator, unet, optimizer = run.config, run.accelerator, run.unet, run.optimizer
     images_per_process = config.train_batch_size // accelerator.num_processes
     augmentation = NonLeakingAugmentation(config.augment_probability)

@@ -26,7 +26,7 @@ def install(faults: dict) -> None:
     rank = int(os.environ.get("RANK", 0))
     seen = {"images": 0}
 
-    original_step = guard.NonFiniteGuard.step
+    original_step = guard.GradientGuard.step
 
     def step(self, grad_norm):
         """Strike in the middle of a step: after the gradient, before the update of the weights."""
@@ -35,7 +35,7 @@ def install(faults: dict) -> None:
             strike(fault)
         return original_step(self, grad_norm)
 
-    guard.NonFiniteGuard.step = step
+    guard.GradientGuard.step = step
 
     original_draw = batch.draw_step
 
