@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_faces import DDPMFacesObjective, DDPMFacesScheduler, DDPMFacesUNet, DrawnFaces
+from ddpm_faces.unet_ddpm_faces import AttentionLayer
 
 
 RESNET = {
@@ -601,17 +602,38 @@ def test_half_precision(unet, dtype):
     assert relative_error(output, expected) < (0.05 if dtype == torch.bfloat16 else 0.005)
 
 
-def test_autocast(unet):
+def test_gradients_of_focused_attention_in_bfloat16():
+    """Attention that differs from an average has the gradients of float32, too."""
+    torch.manual_seed(0)
+    layer = AttentionLayer(32, num_groups=8, head_dim=16)
+    nn.init.normal_(layer.to_qkv.weight, std=0.5)
+    nn.init.normal_(layer.to_out.weight)
+    sample, direction = torch.randn(2, 2, 32, 8, 8)
+    gradients = []
+    for is_autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            output = layer(sample)
+        gradients.append(torch.autograd.grad(output.float(), layer.parameters(), direction))
+    for (name, _), expected, actual in zip(layer.named_parameters(), *gradients, strict=True):
+        assert relative_error(actual, expected) < 0.1, name
+
+
+@pytest.mark.parametrize("is_autocast", [True, False])
+def test_gradients_in_bfloat16(unet, is_autocast):
     inputs = make_inputs(unet)
-    output, gradients = loss_and_gradients(unet, inputs)
-    with torch.autocast("cpu", torch.bfloat16):
-        autocast_output, autocast_gradients = loss_and_gradients(unet, inputs)
-    assert autocast_output.dtype == torch.bfloat16
-    assert relative_error(autocast_output, output) < 0.05
-    gradient, autocast_gradient = (
-        torch.cat([gradient.flatten() for gradient in every.values()]) for every in (gradients, autocast_gradients)
+    expected, expected_gradients = loss_and_gradients(unet, inputs)
+    if not is_autocast:
+        unet.to(torch.bfloat16)
+        inputs["sample"] = inputs["sample"].to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        output, gradients = loss_and_gradients(unet, inputs)
+    assert output.dtype == torch.bfloat16
+    assert relative_error(output, expected) < 0.05
+    gradient, expected_gradient = (
+        torch.cat([gradient.flatten().float() for gradient in every.values()])
+        for every in (gradients, expected_gradients)
     )
-    assert relative_error(autocast_gradient, gradient) < 0.1
+    assert relative_error(gradient, expected_gradient) < 0.1
 
 
 def test_half_precision_distinguishes_timesteps():
