@@ -156,11 +156,16 @@ def test_guide(command, model, tmp_path):
     assert str(tmp_path) not in (model / "model_index.json").read_text()
     assert weights.stat().st_mtime_ns == before
     for arguments, says in (
-        ((model, tmp_path / "weaker"), "`guidance_scale` must be given with a guide; 1.2 is a good start."),
+        ((model, tmp_path / "weaker"), "`guidance_scale` must be given, or `--remove`; 1.2 is a good start."),
         ((model, tmp_path / "weaker", "--guidance-scale", -1), "`guidance_scale` must be a number of at least 0"),
         ((model, tmp_path / "none", "--guidance-scale", 1.5), "none"),
-        ((model,), "`guide` must be given, or `--remove` to remove the model's guide."),
-        ((model, "--guidance-scale", 1.5), "`guide` must be given, or `--remove` to remove the model's guide."),
+        ((model,), "`guidance_scale` must be given, or `--remove`; 1.2 is a good start."),
+        (
+            (tmp_path / "weaker", "--guidance-scale", 1.5),
+            f"`guide` must be given, because {tmp_path}/weaker",
+        ),
+        ((model, "--guidance-scale", 1.5, "--guidance-interval", 5, 20), "`guidance_interval` must be two timesteps"),
+        ((model, "--remove", "--guidance-interval", 5, 6), "`remove` takes neither a guide nor `guidance_scale` or"),
         ((model, tmp_path / "weaker", "--remove"), "`remove` takes neither a guide nor `guidance_scale`"),
         ((model, "--guidance-scale", 1.5, "--remove"), "`remove` takes neither a guide nor `guidance_scale`"),
         ((tmp_path / "weaker", "--remove"), "`remove`: " + str(tmp_path / "weaker") + " has no guide."),
@@ -169,6 +174,12 @@ def test_guide(command, model, tmp_path):
         code, text = command("guide", *arguments)
         assert (code, says in text, len(text.splitlines())) == (2, True, 1), text
     assert DDPMFacesPipeline.from_pretrained(model).config.guidance_scale == 1.25
+    code, text = command("guide", model, "--guidance-scale", 1.5, "--guidance-interval", 5, 14)
+    assert (code, f"{model} now uses its guide with a scale of 1.5." in text) == (0, True), text
+    config = DDPMFacesPipeline.from_pretrained(model).config
+    assert (config.guidance_scale, config.guidance_interval) == (1.5, [5, 14])
+    code, text = command("info", model)
+    assert "guidance scale 1.5 at timesteps 5 to 14" in text
     code, text = command("guide", model, "--remove")
     assert code == 0, text
     assert text.startswith(f"The guide of {model} is removed. Evaluate it again")

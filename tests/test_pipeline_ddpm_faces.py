@@ -1,4 +1,5 @@
 import json
+import re
 import tarfile
 import threading
 from pathlib import Path
@@ -536,12 +537,14 @@ class Stub(torch.nn.Module):
 class Combined(Stub):
     """A single network that combines two by eq. 3 of https://huggingface.co/papers/2406.02507."""
 
-    def __init__(self, unet, guide, scale):
+    def __init__(self, unet, guide, scale, interval=(0, 19)):
         super().__init__()
-        self.unet, self.guide, self.scale = unet, guide, scale
+        self.unet, self.guide, self.scale, self.interval = unet, guide, scale, interval
         self.config = unet.config
 
     def forward(self, x, t, **kwargs):
+        if not self.interval[0] <= t <= self.interval[1]:
+            return self.unet(x, t, **kwargs)
         better, worse = self.unet(x, t, **kwargs).sample, self.guide(x, t).sample
         better[:, :3] = self.scale * better[:, :3] + (1 - self.scale) * worse[:, :3]
         return UNet2DOutput(sample=better)
@@ -563,6 +566,76 @@ def test_guidance_extrapolates_from_the_guide(learns_variance, scale, is_fast):
     expected.unet = unet
     assert torch.equal(alone, expected(2, 6, generators(0, 1), output_type="pt").images)
     assert not torch.allclose(images, alone, atol=0.01)
+
+
+@pytest.mark.parametrize("interval", [(5, 14), [0, 9], (19, 19)])
+def test_guide_is_used_within_its_interval(pipeline, interval):
+    pipeline.set_guide(a_guide(), 1.5, interval)
+    expected = quiet(DDPMFacesPipeline(pipeline.unet, pipeline.scheduler))
+    expected.unet = Combined(pipeline.unet, pipeline.guide, 1.5, interval)
+    evaluations = []
+    hook = pipeline.guide.register_forward_pre_hook(lambda module, arguments: evaluations.append(int(arguments[1])))
+    images = pipeline(2, generator=generators(0, 1), output_type="pt").images
+    hook.remove()
+    assert evaluations == list(range(interval[1], interval[0] - 1, -1))  # nowhere else
+    torch.testing.assert_close(
+        images, expected(2, generator=generators(0, 1), output_type="pt").images, atol=1e-5, rtol=0
+    )
+
+    # Each image of a batch may have its own timestep.
+    timesteps = torch.tensor([interval[0], 0, 10, interval[1]])
+    x = torch.randn(4, *pipeline.image_shape)
+    together = pipeline.predict(x, timesteps, 1.5)
+    single = torch.cat([pipeline.predict(x[i : i + 1], timesteps[i], 1.5) for i in range(4)])
+    torch.testing.assert_close(together, single, atol=1e-5, rtol=0)
+
+    pipeline.set_guidance(1.5)
+    assert pipeline.config.guidance_interval is None
+    assert not torch.allclose(pipeline(2, generator=generators(0, 1), output_type="pt").images, images)
+
+
+def test_interval_is_saved_with_the_guide(bare_client, pipeline, tmp_path):
+    pipeline.set_guide(a_guide(), 1.5, (5, 14))
+    expected = pipeline(2, generator=generators(0, 1), output_type="pt").images
+    pipeline.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["_format_version"] == 3
+    loaded = quiet(DDPMFacesPipeline.from_pretrained(tmp_path))
+    assert loaded.config.guidance_interval == [5, 14]
+    assert torch.equal(loaded(2, generator=generators(0, 1), output_type="pt").images, expected)
+    copied = quiet(loaded.with_scheduler(loaded.scheduler))
+    assert torch.equal(copied(2, generator=generators(0, 1), output_type="pt").images, expected)
+    outcome = bare_client.run(WITHOUT, folder=str(tmp_path))
+    assert outcome.value == expected.tolist(), outcome.output
+
+    index = tmp_path / "model_index.json"
+    index.write_text(index.read_text().replace("14\n", "20\n"))
+    with pytest.raises(ValueError, match=r"`guidance_interval` must be two timesteps .* got \[5, 20\]"):
+        DDPMFacesPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("interval", [(14, 5), (-1, 5), (5, 20), (5,), (1, 2, 3), (0.0, 5), (False, 5), 5, "05", {}])
+def test_unsuitable_intervals_are_refused(pipeline, interval):
+    kept = a_guide()
+    pipeline.set_guide(kept, 1.25, (2, 3))
+    message = rf"`guidance_interval` must be two timesteps from 0 to 19, .* got {re.escape(repr(interval))}\."
+    with pytest.raises(ValueError, match=message):
+        pipeline.set_guide(a_guide(), 1.5, interval)
+    with pytest.raises(ValueError, match=message):
+        pipeline.set_guidance(1.5, interval)
+    settings = pipeline.guide, pipeline.config.guidance_scale, pipeline.config.guidance_interval
+    assert settings == (kept.unet, 1.25, [2, 3])
+
+
+def test_interval_needs_a_guide(pipeline):
+    for change in (
+        lambda: pipeline.set_guide(None, 1.0, (2, 3)),
+        lambda: pipeline.set_guidance(1.0, (2, 3)),
+        lambda: DDPMFacesPipeline(pipeline.unet, pipeline.scheduler, guidance_interval=(2, 3)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"`guidance_interval` must be None for a model without a guide.*\(2, 3\)"
+        ):
+            change()
 
 
 def test_guide_alone_and_no_guide(pipeline):

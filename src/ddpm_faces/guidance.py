@@ -1,9 +1,11 @@
-"""Add a guide to a pipeline in a folder, or remove it."""
+"""Change the guide of a pipeline in a folder."""
 
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .files import commit, delete, read_json_object, replacing, unfinished_path
 from .models import load_pipeline
@@ -11,7 +13,10 @@ from .pipeline_ddpm_faces import DDPMFacesPipeline
 
 
 def save_guide(
-    folder: str | os.PathLike, guide: str | os.PathLike | DDPMFacesPipeline | None, guidance_scale: float = 1.0
+    folder: str | os.PathLike,
+    guide: str | os.PathLike | DDPMFacesPipeline | None,
+    guidance_scale: float = 1.0,
+    guidance_interval: Sequence[int] | None = None,
 ) -> None:
     """Write a guide into the folder of a pipeline, replacing an existing guide, or remove the guide.
 
@@ -23,6 +28,7 @@ def save_guide(
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*):
             Weaker model: a pipeline, its folder or its name on the Hub. `None` removes the guide.
         guidance_scale (`float`, defaults to 1.0): As in [`DDPMFacesPipeline.set_guide`].
+        guidance_interval (`tuple[int, int]`, *optional*): As in [`DDPMFacesPipeline.set_guide`].
 
     Raises:
         ValueError: The folder contains no pipeline, its training_summary.json cannot be read, or
@@ -30,18 +36,11 @@ def save_guide(
         OSError: The guide cannot be loaded.
     """
     folder = Path(folder)
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"`folder` must be the folder of a pipeline: {str(folder)!r} has no model_index.json.")
-    pipeline = load_pipeline(folder, device="cpu")
+    pipeline = _load(folder)
     if guide is not None and not isinstance(guide, DDPMFacesPipeline):
         guide = load_pipeline(guide, device="cpu")
-    pipeline.set_guide(guide, guidance_scale)
-    summary = folder / "training_summary.json"
-    told = read_json_object(summary) if summary.is_file() else None
-    values = json.loads(pipeline.to_json_string())
-    values.pop("_name_or_path", None)
-    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    pipeline.set_guide(guide, guidance_scale, guidance_interval)
+    told = _summary(folder)
     if guide is not None:
         unfinished = unfinished_path(folder / "guide")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -50,11 +49,49 @@ def save_guide(
             commit(folder / "guide")
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    if told is not None:  # the summary describes the previous guide and samples
-        told |= {"guide_images_seen": None, "guidance_scale": None}
-        with replacing(summary) as path:
-            path.write_text(json.dumps(told, indent=2) + "\n", "utf-8")
-    with replacing(index) as path:
-        path.write_text(text, "utf-8")
+    # The summary describes the previous guide and samples.
+    _write(folder, pipeline, told and {**told, "guide_images_seen": None, "guidance_scale": None})
     if guide is None and (folder / "guide").is_dir():
         delete(folder / "guide")
+
+
+def save_guidance(
+    folder: str | os.PathLike, guidance_scale: float, guidance_interval: Sequence[int] | None = None
+) -> None:
+    """Change how the pipeline in a folder uses its guide. No weights change.
+
+    Args:
+        folder (`str` or `os.PathLike`): Folder of a pipeline with a guide.
+        guidance_scale (`float`): As in [`DDPMFacesPipeline.set_guide`].
+        guidance_interval (`tuple[int, int]`, *optional*): As in [`DDPMFacesPipeline.set_guide`].
+
+    Raises:
+        ValueError: The folder contains no pipeline, its training_summary.json cannot be read, or
+            [`DDPMFacesPipeline.set_guidance`] refuses the values.
+    """
+    folder = Path(folder)
+    pipeline = _load(folder)
+    pipeline.set_guidance(guidance_scale, guidance_interval)
+    told = _summary(folder)
+    _write(folder, pipeline, told and {**told, "guidance_scale": None})  # it describes the previous samples
+
+
+def _load(folder: Path) -> DDPMFacesPipeline:
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"`folder` must be the folder of a pipeline: {str(folder)!r} has no model_index.json.")
+    return load_pipeline(folder, device="cpu")
+
+
+def _summary(folder: Path) -> dict[str, Any] | None:
+    path = folder / "training_summary.json"
+    return read_json_object(path) if path.is_file() else None
+
+
+def _write(folder: Path, pipeline: DDPMFacesPipeline, summary: dict[str, Any] | None) -> None:
+    if summary is not None:
+        with replacing(folder / "training_summary.json") as path:
+            path.write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+    index = json.loads(pipeline.to_json_string())
+    index.pop("_name_or_path", None)
+    with replacing(folder / "model_index.json") as path:
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")

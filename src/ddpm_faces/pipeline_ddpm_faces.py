@@ -49,14 +49,14 @@ CODE_FILES = {
     "DDPMFacesScheduler": "scheduling_ddpm_faces",
 }
 # The settings of a pipeline, which `model_index.json` holds beside the components.
-SETTINGS = ("weights", "guidance_scale", "presets", "default_preset")
+SETTINGS = ("weights", "guidance_scale", "guidance_interval", "presets", "default_preset")
 # Upper bounds for the configurations of diffusers' components, which diffusers does not check: an untrusted file must
 # not exhaust the memory. The components of this package check their own configurations.
 MAX_NUMBER = {"unet": 16_384, "guide": 16_384, "student": 16_384, "scheduler": 1_000_000}
 MAX_LAYERS_PER_BLOCK, MAX_BLOCKS, MAX_PRESETS = 64, 12, 32
 MODEL_COMPONENTS = ("unet", "guide", "student")
-# Format of a saved folder. Formats with a higher number are refused. Format 2 added the guide, format 3 presets and
-# the student.
+# Format of a saved folder. Formats with a higher number are refused. Format 2 added the guide, format 3 presets, the
+# student and the guidance interval.
 FORMAT_VERSION = 3
 
 # The settings of a preset: arguments of the call, and arguments of `DDPMFacesScheduler` in place of the model's.
@@ -118,6 +118,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
             Weaker network for autoguidance (https://huggingface.co/papers/2406.02507), trained on images of the same
             shape with the same noise schedule; see [`set_guide`].
         guidance_scale (`float`, defaults to 1.0): Default `guidance_scale` of `__call__`.
+        guidance_interval (`tuple[int, int]`, *optional*):
+            The lowest and the highest timestep at which the guide is used; by default, it always is.
         student ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`], *optional*):
             Network that was distilled from this model and its guide, for very few steps. A preset uses it.
         presets (`dict[str, dict]`, *optional*): Ways to sample, by name; see [`set_presets`].
@@ -125,7 +127,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     Raises:
         ValueError: The guide has another image shape or other classes; `guidance_scale` is negative, or is not 1
-            although there is no guide; or a preset has a setting that is not allowed.
+            although there is no guide; `guidance_interval` is not within 0 to T - 1, or there is no guide; or a preset
+            has a setting that is not allowed.
     """
 
     model_cpu_offload_seq = "guide->unet->student"
@@ -140,20 +143,27 @@ class DDPMFacesPipeline(DiffusionPipeline):
         weights: str | None = None,
         guide: ModelMixin | None = None,
         guidance_scale: float = 1.0,
+        guidance_interval: Sequence[int] | None = None,
         student: ModelMixin | None = None,
         presets: dict[str, dict[str, Any]] | None = None,
         default_preset: str | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, guide=guide, student=student)
-        self.register_to_config(weights=weights, guidance_scale=guidance_scale)
+        self.register_to_config(weights=weights)
         self.check_guide(guide, guidance_scale)
+        self.set_guidance(guidance_scale, guidance_interval)
         if student is not None and _image_shape(student) != self.image_shape:
             ours, theirs = self.image_shape, _image_shape(student)
             raise ValueError(f"`student` must be of images of the shape {ours}, as this model, got {theirs}.")
         self.set_presets(presets, default_preset)
 
-    def set_guide(self, guide: "DDPMFacesPipeline | None", guidance_scale: float = 1.0) -> None:
+    def set_guide(
+        self,
+        guide: "DDPMFacesPipeline | None",
+        guidance_scale: float = 1.0,
+        guidance_interval: Sequence[int] | None = None,
+    ) -> None:
         """Set the weaker model that guides this one (autoguidance), or remove it with `None`.
 
         The weaker network tends to make the same mistakes, only larger. Each step therefore extrapolates from the
@@ -162,16 +172,20 @@ class DDPMFacesPipeline(DiffusionPipeline):
             guide + guidance_scale (unet - guide)
 
         A good guide is a small network that was trained on the same images for a short time. Each step evaluates both
-        networks. The guide is saved and published with the pipeline. `ddpm-faces evaluate MODEL DATA --guide GUIDE
+        networks, unless its timestep is outside `guidance_interval` (https://huggingface.co/papers/2404.07724). The
+        guide is saved and published with the pipeline. `ddpm-faces evaluate MODEL DATA --guide GUIDE
         --guidance-scale 1.2` measures the gain.
 
         Args:
             guide ([`DDPMFacesPipeline`], *optional*): Pipeline of the weaker model. Its network is shared, not copied.
             guidance_scale (`float`, defaults to 1.0): 1 turns guidance off; 1.2 to 1.5 are typical.
+            guidance_interval (`tuple[int, int]`, *optional*):
+                The lowest and the highest timestep at which the guide is used; by default, it always is.
 
         Raises:
-            ValueError: The guide differs in image shape, noise schedule or prediction type; or `guidance_scale` is
-                negative, or is not 1 although there is no guide.
+            ValueError: The guide differs in image shape, noise schedule or prediction type; `guidance_scale` is
+                negative, or is not 1 although there is no guide; or `guidance_interval` is not within 0 to T - 1, or
+                there is no guide.
         """
         if guide is not None:
             if not isinstance(guide, DDPMFacesPipeline):
@@ -187,8 +201,24 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 raise ValueError("`guide` must be trained as this model was, with the same noise at each timestep.")
         network = None if guide is None else guide.unet
         self.check_guide(network, guidance_scale)
+        self._check_interval(network, guidance_interval)
         self.register_modules(guide=network and network.to(self.unet.device))
-        self.register_to_config(guidance_scale=guidance_scale)
+        self.set_guidance(guidance_scale, guidance_interval)
+
+    def set_guidance(self, guidance_scale: float = 1.0, guidance_interval: Sequence[int] | None = None) -> None:
+        """Set how the guide is used.
+
+        Args:
+            guidance_scale (`float`, defaults to 1.0): See [`set_guide`].
+            guidance_interval (`tuple[int, int]`, *optional*): See [`set_guide`].
+
+        Raises:
+            ValueError: As [`set_guide`] does.
+        """
+        self.check_guide(self.guide, guidance_scale)
+        self._check_interval(self.guide, guidance_interval)
+        interval = None if guidance_interval is None else list(guidance_interval)
+        self.register_to_config(guidance_scale=guidance_scale, guidance_interval=interval)
 
     @property
     def presets(self) -> dict[str, dict[str, Any]]:
@@ -465,6 +495,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
         # Without a guide or presets, earlier versions of the package can load the folder.
         if self.guide is None:
             del index["guide"], index["guidance_scale"]
+        has_interval = index["guidance_interval"] is not None
+        if not has_interval:
+            del index["guidance_interval"]
         if self.student is None:
             del index["student"]
         has_presets = bool(index["presets"]) or index["default_preset"] is not None or self.student is not None
@@ -476,7 +509,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 if name == "unet":
                     index["auto_map"] = {"AutoModel": ".".join(index[name])}  # where diffusers looks for it
         index["_class_name"] = [CODE_FILES["DDPMFacesPipeline"], "DDPMFacesPipeline"]
-        index["_format_version"] = 3 if has_presets else 1 if self.guide is None else 2
+        index["_format_version"] = 3 if has_presets or has_interval else 1 if self.guide is None else 2
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -616,6 +649,19 @@ class DDPMFacesPipeline(DiffusionPipeline):
         if classes not in (None, known):
             raise ValueError(f"`guide` must have no classes or as many as this model, {known}, got {classes}.")
 
+    def _check_interval(self, guide: ModelMixin | None, interval: Any) -> None:
+        if interval is None:
+            return
+        if guide is None:
+            raise ValueError(f"`guidance_interval` must be None for a model without a guide, got {interval!r}.")
+        last = self.scheduler.config.num_train_timesteps - 1
+        are_integers = isinstance(interval, list | tuple) and all(type(limit) is int for limit in interval)
+        if not are_integers or len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= last:
+            raise ValueError(
+                f"`guidance_interval` must be two timesteps from 0 to {last}, the lower one first, or None; got "
+                f"{interval!r}."
+            )
+
     def _scheduler_is_of(self, names: Collection[str]) -> bool:
         return any(cls.__name__ in names for cls in type(self.scheduler).__mro__)
 
@@ -706,6 +752,12 @@ class DDPMFacesPipeline(DiffusionPipeline):
         labels = {} if class_labels is None else {"class_labels": class_labels}
         unet = getattr(self, network)  # `components` inspects the signature of the class at each call
         output = unet(sample.to(unet.dtype), timestep, **labels).sample.float()
+        interval = self.config.guidance_interval
+        weight: float | torch.Tensor = guidance_scale
+        if interval is not None:
+            is_guided = torch.as_tensor((interval[0] <= timestep) & (timestep <= interval[1]), device=sample.device)
+            weight = torch.where(is_guided, guidance_scale, 1.0).view(-1, 1, 1, 1)
+            guidance_scale = guidance_scale if is_guided.any() else 1.0
         if guidance_scale == 1:
             return output
         if self.guide.config.get("num_class_embeds") is None:
@@ -713,7 +765,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         worse = self.guide(sample.to(self.guide.dtype), timestep, **labels).sample.float()
         channels = sample.shape[1]
         prediction, variance = output.tensor_split([channels], dim=1)
-        return torch.cat([worse[:, :channels].lerp(prediction, guidance_scale), variance], dim=1)
+        return torch.cat([worse[:, :channels].lerp(prediction, weight), variance], dim=1)
 
     @torch.no_grad()
     def __call__(
@@ -951,7 +1003,8 @@ def _is_installed() -> bool:
 
 def _parts(index: dict[str, Any]) -> dict[str, list]:
     """The entries of `model_index.json` that name a component's library and class."""
-    return {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and not k.startswith("_")}
+    pairs = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and not k.startswith("_")}
+    return {k: v for k, v in pairs.items() if k not in SETTINGS}
 
 
 def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
@@ -985,6 +1038,7 @@ def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
         raise ValueError(f"{json_file}: `presets` must be at most {MAX_PRESETS} dictionaries, got {presets!r:.200}.")
     if not isinstance(default_preset, str | None):
         raise ValueError(f"{json_file}: `default_preset` must be a name or nothing, got {default_preset!r:.200}.")
+    # The constructor checks `guidance_interval`.
     if not isinstance(index.get("guidance_scale", 1.0), int | float):
         raise ValueError(f"{json_file}: `guidance_scale` must be a number, got {index['guidance_scale']!r}.")
 

@@ -130,39 +130,61 @@ def guide(
     folder: Annotated[Path, typer.Argument(help="Folder of a model.")],
     weaker: Annotated[
         str | None,
-        typer.Argument(metavar="[GUIDE]", help="Weaker model, a folder or USER/NAME (required unless --remove)."),
+        typer.Argument(
+            metavar="[GUIDE]", help="Weaker model, a folder or USER/NAME; without it, the model keeps its guide."
+        ),
     ] = None,
     guidance_scale: Annotated[
         float | None,
         typer.Option(help="Scale of the autoguidance, usually 1.2 to 1.5; 1 is off (required unless --remove)."),
     ] = None,
+    guidance_interval: Annotated[
+        tuple[int, int] | None,
+        typer.Option(
+            metavar="LOW HIGH",
+            help="Lowest and highest timestep at which the guide is used (default: all).",
+        ),
+    ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the model's guide.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Add a weaker model as the guide of a model (autoguidance), or remove it.
+    """Add a weaker model as the guide of a model (autoguidance), change how it is used, or remove it.
 
     The guide is saved and published with the model. Evaluate the model again afterwards.
     """
-    from ..guidance import save_guide
+    from ..guidance import save_guidance, save_guide
     from ..models import check_model
 
     check_model(folder)
     if not folder.is_dir():
         raise ValueError(f"`folder` {str(folder)!r} must be an existing folder.")
-    if remove and (weaker is not None or guidance_scale is not None):
-        raise ValueError("`remove` takes neither a guide nor `guidance_scale`; a new guide replaces the old one.")
-    if remove and not (folder / "guide").is_dir():
-        raise ValueError(f"`remove`: {folder} has no guide.")
-    if not remove:
-        if weaker is None:
-            raise ValueError("`guide` must be given, or `--remove` to remove the model's guide.")
-        check_model(weaker)
+    has_guide = (folder / "guide").is_dir()
+    if remove:
+        if not (weaker is guidance_scale is guidance_interval is None):
+            raise ValueError(
+                "`remove` takes neither a guide nor `guidance_scale` or `guidance_interval`; a new guide replaces the "
+                "old one."
+            )
+        if not has_guide:
+            raise ValueError(f"`remove`: {folder} has no guide.")
+        save_guide(folder, None)
+        done = f"The guide of {folder} is removed."
+    else:
+        if weaker is None and not has_guide:
+            raise ValueError(f"`guide` must be given, because {folder} has none.")
+        if weaker is not None:
+            check_model(weaker)
         if guidance_scale is None:
-            raise ValueError("`guidance_scale` must be given with a guide; 1.2 is a good start.")
-    save_guide(folder, weaker, 1.0 if guidance_scale is None else guidance_scale)
-    done = f"{folder} is now guided by {weaker}." if weaker else f"The guide of {folder} is removed."
+            raise ValueError("`guidance_scale` must be given, or `--remove`; 1.2 is a good start.")
+        if weaker is None:
+            save_guidance(folder, guidance_scale, guidance_interval)
+            done = f"{folder} now uses its guide with a scale of {guidance_scale:g}."
+        else:
+            save_guide(folder, weaker, guidance_scale, guidance_interval)
+            done = f"{folder} is now guided by {weaker}."
     text = f"{done} Evaluate it again, and tune its presets: both were made before this change."
-    report({"model": str(folder), "guide": weaker, "guidance_scale": guidance_scale}, text, as_json)
+    values = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval and list(guidance_interval)}
+    report({"model": str(folder), "guide": weaker, **values}, text, as_json)
 
 
 def convert(

@@ -160,6 +160,7 @@ def audit(
             "sigma_min",
             "epsilon_scaling",
             "guidance_scale",
+            "guidance_interval",
             "guide",
             "dtype",
         )

@@ -119,6 +119,8 @@ class Generated:
             provenance |= {"epsilon_scaling": config.epsilon_scaling} if config.epsilon_scaling != 1 else {}
         if recipe.guidance_scale != 1:
             provenance["guidance_scale"] = recipe.guidance_scale
+            interval = self.pipeline.config.guidance_interval
+            provenance |= {"guidance_interval": list(interval)} if interval else {}
             provenance |= {"guide": self.guide_name} if self.guide_name else {}
         if recipe.dtype not in (None, "float32"):
             provenance["dtype"] = recipe.dtype

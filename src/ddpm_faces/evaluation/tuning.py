@@ -168,6 +168,8 @@ def tune(
         "guidance_scale": pipeline.config.guidance_scale if guidance_scale is None else guidance_scale,
         "trajectories": num_trajectories,
     }
+    if pipeline.config.guidance_interval:
+        report["guidance_interval"] = list(pipeline.config.guidance_interval)
     return Tuning(kept, presets, "fast", report)
 
 

@@ -1,5 +1,6 @@
 """The values for the template of the model card."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def template_values(
         "learning rate": config.get("learning_rate"),
         "held-out loss": summary.get("held_out_loss") and f"{summary['held_out_loss']:.4g}",
         "network": f"{_network(pipeline.unet)}{kind}",
-        "guide": pipeline.guide and f"{guide}, guidance scale {pipeline.config.guidance_scale:g}",
+        "guide": pipeline.guide and f"{guide}, {guidance(pipeline.config)}",
         "noise schedule": f"{scheduler.beta_schedule}, T = {scheduler.num_train_timesteps}",
         "prediction type": scheduler.prediction_type,
         "versions": summary.get("versions"),
@@ -91,10 +92,19 @@ def _presets(pipeline: DDPMFacesPipeline) -> list[dict[str, Any]]:
         scheduler, steps, scale, network = pipeline.resolve_preset(name)
         is_tuned = scheduler.config.algorithm != "ddpm" and str(steps) in (scheduler.config.tuned_steps or {})
         details = [scheduler.config.algorithm, *(["tuned to this model"] if is_tuned and network == "unet" else [])]
-        details += ["a distilled network"] if network == "student" else []
-        details += [f"guidance scale {scale:g}"] if pipeline.guide is not None and network == "unet" else []
+        if network == "student":
+            details.append("a distilled network")
+        elif pipeline.guide is not None:
+            details.append(guidance({**pipeline.config, "guidance_scale": scale}))
         rows.append({"name": name, "steps": steps, "details": ", ".join(details)})
     return rows
+
+
+def guidance(settings: Mapping[str, Any]) -> str:
+    """Describe the guidance in the configuration of a pipeline."""
+    interval = settings.get("guidance_interval")
+    where = "" if interval is None else f" at timesteps {interval[0]} to {interval[1]}"
+    return f"guidance scale {settings.get('guidance_scale', 1.0):g}{where}"
 
 
 def _network(network: torch.nn.Module | None) -> str | None:
@@ -143,8 +153,8 @@ def _thousands(number: int | None) -> str | None:
 
 
 def _tuning_conditions(report: dict[str, Any]) -> str:
-    keys = ("n", "n_reference", "image_size", "extractor", "reference", "seeds", "guidance_scale")
-    return _in_words({key: report[key] for key in keys})
+    keys = ("n", "n_reference", "image_size", "extractor", "reference", "seeds", "guidance_scale", "guidance_interval")
+    return _in_words({key: report[key] for key in keys if key in report})
 
 
 def tuning_table(report: dict[str, Any]) -> str:

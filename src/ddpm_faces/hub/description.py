@@ -13,7 +13,7 @@ from .. import __version__
 from ..files import read_json_object
 from ..models import best_device, check_model
 from ..pipeline_ddpm_faces import DDPMFacesPipeline
-from .card_values import duration
+from .card_values import duration, guidance
 
 
 PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "huggingface-hub", "safetensors", "gradio")
@@ -139,7 +139,7 @@ def _guide(folder: Path, index: dict[str, Any]) -> str | None:
     if not index.get("guide") or index["guide"][1] is None:
         return None
     count = _count_parameters(index["guide"][1], read_json_object(folder / "guide" / "config.json"))
-    return f"{count:,} parameters, guidance scale {index.get('guidance_scale', 1.0):g}"
+    return f"{count:,} parameters, {guidance(index)}"
 
 
 def _presets(index: dict[str, Any]) -> str | None:

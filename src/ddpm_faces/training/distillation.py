@@ -236,7 +236,7 @@ def finished_pipeline(
     teacher: DDPMFacesPipeline, student: DDPMFacesUNet, schedules: dict[int, StudentSchedule]
 ) -> DDPMFacesPipeline:
     """Return the teacher's pipeline with the student and its preset, which becomes the default."""
-    settings = {name: teacher.config[name] for name in ("weights", "guidance_scale")}
+    settings = {name: teacher.config[name] for name in ("weights", "guidance_scale", "guidance_interval")}
     presets = {**(teacher.config.presets or {}), "student": student_preset(schedules)}
     components = {**teacher.components, "student": student}
     return DDPMFacesPipeline(**components, **settings, presets=presets, default_preset="student")
