@@ -19,6 +19,7 @@ from ddpm_faces.training.distillation import (
     Teacher,
     draw_noise,
     finished_pipeline,
+    parse_distillation_config,
     student_preset,
     student_schedules,
 )
@@ -236,6 +237,15 @@ def test_student_lands_closer_than_the_teacher_does(folder):
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         DistillationConfig(teacher="x", **fields)
+
+
+def test_configurations_of_training_are_not_offered(capsys):
+    with pytest.raises(SystemExit):
+        parse_distillation_config(["--help"])
+    assert "--config CONFIG A YAML file of fields." in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        parse_distillation_config(["--config", "faces64"])
+    assert capsys.readouterr().err == "error: `--config` must be an existing file, got 'faces64'.\n"
 
 
 def test_a_missing_teacher_is_named(tmp_path):

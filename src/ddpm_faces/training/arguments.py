@@ -66,7 +66,7 @@ def parse_config(
     try:
         if file_args.config is not None:
             # The file is turned into flags, so that the rules of the command line apply to it.
-            flags = [*_flags_of_yaml(_config_path(file_args.config), cls), *flags]
+            flags = [*_flags_of_yaml(_config_path(file_args.config, cls), cls), *flags]
         flags = [*inherited(flags), *flags]
         values, unknown = parser.parse_known_args(flags)
         if unknown:
@@ -83,19 +83,23 @@ def training_folder() -> Path:
     return next(path for path in (package / "_training", package.parents[1] / "training") if path.is_dir())
 
 
-def config_names() -> list[str]:
-    """Return the names of the included configurations."""
+def config_names(cls: type = TrainingConfig) -> list[str]:
+    """Return the names of the included configurations. There are some for training only."""
+    if cls is not TrainingConfig:
+        return []
     return sorted(path.stem for path in (training_folder() / "configs").glob("*.yaml"))
 
 
-def _config_path(name: str) -> Path:
+def _config_path(name: str, cls: type) -> Path:
     """Return the file of `--config`. A file in the working directory takes precedence over a name."""
     path = Path(os.path.expanduser(name))
     if path.is_file():
         return path
-    if name in config_names():
+    names = config_names(cls)
+    if name in names:
         return training_folder() / "configs" / f"{name}.yaml"
-    raise ValueError(f"`--config` must be one of {', '.join(config_names())}, or an existing file, got {name!r}.")
+    choices = f"one of {', '.join(names)}, or an existing file" if names else "an existing file"
+    raise ValueError(f"`--config` must be {choices}, got {name!r}.")
 
 
 def _hyphenated(flag: str) -> str:
@@ -116,11 +120,9 @@ def _make_parser(cls: type, command: str = "accelerate launch training/train.py"
         usage=f"{command} [--config CONFIG] [--FIELD VALUE ...]",
         formatter_class=partial(Formatter, max_help_position=34),
     )
-    parser.add_argument(
-        "--config",
-        metavar="CONFIG",
-        help=f"One of {', '.join(config_names())}, or a YAML file of fields. Flags on the command line override it.",
-    )
+    names = config_names(cls)
+    choices = f"One of {', '.join(names)}, or a YAML file of fields." if names else "A YAML file of fields."
+    parser.add_argument("--config", metavar="CONFIG", help=f"{choices} Flags on the command line override it.")
     used = {f.metadata["group"] for f in fields(cls)}
     groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items() if name in used}
     types = get_type_hints(cls)

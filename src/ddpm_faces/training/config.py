@@ -17,6 +17,7 @@ GROUPS = {
     "Data": "where the training images come from and how they are prepared",
     "Network": "arguments of DDPMFacesUNet",
     "Diffusion": "arguments of DDPMFacesScheduler, and the loss",
+    "Distillation": "what the student learns",
     "Optimization": "all lengths are in images, so they mean the same at any batch size and on any hardware",
     "Validation": "what is measured and sampled during training; it does not affect what the network learns",
     "Run": "where the run is saved, how it resumes, and when it stops",

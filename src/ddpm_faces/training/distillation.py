@@ -42,13 +42,13 @@ class DistillationConfig:
     """
 
     teacher: str | None = _field(
-        None, "Network", "Model to distill, with its guide: a folder or `user/name` on the Hub."
+        None, "Distillation", "Model to distill, with its guide: a folder or `user/name` on the Hub."
     )
     guidance_scale: float | None = _field(
-        None, "Network", "Scale of the teacher's autoguidance (default: that of the model)."
+        None, "Distillation", "Scale of the teacher's autoguidance (default: that of the model)."
     )
-    student_steps: list[int] = _field([4], "Network", "Numbers of steps that the student learns, from 1 to 8.")
-    teacher_steps: int = _field(4, "Network", "Steps that the teacher takes for each step of the student.")
+    student_steps: list[int] = _field([4], "Distillation", "Numbers of steps that the student learns, from 1 to 8.")
+    teacher_steps: int = _field(4, "Distillation", "Steps that the teacher takes for each step of the student.")
 
     seed: int = _field(0, "Optimization", "Seed of the noise that the images start from.")
     train_batch_size: int = _field(
