@@ -594,6 +594,22 @@ def test_guide_is_used_within_its_interval(pipeline, interval):
     assert not torch.allclose(pipeline(2, generator=generators(0, 1), output_type="pt").images, images)
 
 
+def test_interval_of_a_preset(pipeline):
+    pipeline.set_guide(a_guide(), 1.5, (5, 14))
+    pipeline.set_presets({"late": {"num_inference_steps": 20, "algorithm": "ddpm", "guidance_interval": [0, 2]}})
+    images = {
+        name: pipeline(2, generator=generators(0, 1), output_type="pt", preset=name).images
+        for name in ("exact", "late")
+    }
+    pipeline.set_guide(DDPMFacesPipeline(pipeline.guide, pipeline.scheduler), 1.5, (0, 2))
+    assert torch.equal(images["late"], pipeline(2, generator=generators(0, 1), output_type="pt").images)
+    assert not torch.allclose(images["late"], images["exact"])
+    with pytest.raises(
+        ValueError, match=r"`presets\['late'\]`: `guidance_interval` must be two timesteps .* got \[3, 2\]"
+    ):
+        pipeline.set_presets({"late": {"num_inference_steps": 20, "guidance_interval": [3, 2]}})
+
+
 def test_interval_is_saved_with_the_guide(bare_client, pipeline, tmp_path):
     pipeline.set_guide(a_guide(), 1.5, (5, 14))
     expected = pipeline(2, generator=generators(0, 1), output_type="pt").images

@@ -95,7 +95,7 @@ class Recipe:
             steps = min(DEFAULT_STEPS, total) if preset is None else None
         if steps is not None and steps > total:
             raise ValueError(f"`steps` must be at most {total}, as in training, got {steps}.")
-        scheduler, steps, scale, network = pipeline.resolve_preset(preset, steps, self.guidance_scale)
+        scheduler, steps, scale, network, _ = pipeline.resolve_preset(preset, steps, self.guidance_scale)
         if self._solver_options and preset is not None and scheduler.config.algorithm != "dpmsolver++":
             name = next(iter(self._solver_options))
             raise ValueError(f"`{name}` needs DPM-Solver++, but the preset {preset!r} means another sampler.")
@@ -152,7 +152,7 @@ def with_own_scheduler(pipeline: DDPMFacesPipeline) -> DDPMFacesPipeline:
 def with_sampler(pipeline: DDPMFacesPipeline, recipe: Recipe) -> DDPMFacesPipeline:
     """Return a copy of a pipeline with the scheduler and the dtype of a resolved recipe, without a progress bar."""
     pipeline = with_own_scheduler(pipeline)
-    scheduler, _, _, network = pipeline.resolve_preset(recipe.preset, recipe.steps, recipe.guidance_scale)
+    scheduler, _, _, network, _ = pipeline.resolve_preset(recipe.preset, recipe.steps, recipe.guidance_scale)
     if recipe._solver_options:  # tuned steps bring their own
         scheduler = fast_solver(scheduler, recipe.sigma_min, recipe.epsilon_scaling)
     pipeline = pipeline.with_scheduler(scheduler)

@@ -60,7 +60,7 @@ MODEL_COMPONENTS = ("unet", "guide", "student")
 FORMAT_VERSION = 3
 
 # The settings of a preset: arguments of the call, and arguments of `DDPMFacesScheduler` in place of the model's.
-PRESET_CALL_SETTINGS = ("num_inference_steps", "guidance_scale", "network")
+PRESET_CALL_SETTINGS = ("num_inference_steps", "guidance_scale", "guidance_interval", "network")
 PRESET_SCHEDULER_SETTINGS = (
     "algorithm",
     "timestep_spacing",
@@ -84,12 +84,14 @@ class Sampling(NamedTuple):
         num_inference_steps (`int`): Number of denoising steps.
         guidance_scale (`float`): Scale of the autoguidance.
         network (`str`): The component that predicts, `"unet"` or `"student"`.
+        guidance_interval (`Sequence[int]`, *optional*): Lowest and highest timestep at which the guide is used.
     """
 
     scheduler: SchedulerMixin
     num_inference_steps: int
     guidance_scale: float
     network: str = "unet"
+    guidance_interval: Sequence[int] | None = None
 
 
 class _Call(NamedTuple):
@@ -119,7 +121,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
             shape with the same noise schedule; see [`set_guide`].
         guidance_scale (`float`, defaults to 1.0): Default `guidance_scale` of `__call__`.
         guidance_interval (`tuple[int, int]`, *optional*):
-            The lowest and the highest timestep at which the guide is used; by default, it always is.
+            The lowest and the highest timestep at which the guide is used, unless a preset says otherwise; by default,
+            it always is.
         student ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`], *optional*):
             Network that was distilled from this model and its guide, for very few steps. A preset uses it.
         presets (`dict[str, dict]`, *optional*): Ways to sample, by name; see [`set_presets`].
@@ -201,7 +204,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 raise ValueError("`guide` must be trained as this model was, with the same noise at each timestep.")
         network = None if guide is None else guide.unet
         self.check_guide(network, guidance_scale)
-        self._check_interval(network, guidance_interval)
+        self._check_interval(guidance_interval, network is not None)
         self.register_modules(guide=network and network.to(self.unet.device))
         self.set_guidance(guidance_scale, guidance_interval)
 
@@ -216,7 +219,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             ValueError: As [`set_guide`] does.
         """
         self.check_guide(self.guide, guidance_scale)
-        self._check_interval(self.guide, guidance_interval)
+        self._check_interval(guidance_interval, self.guide is not None)
         interval = None if guidance_interval is None else list(guidance_interval)
         self.register_to_config(guidance_scale=guidance_scale, guidance_interval=interval)
 
@@ -230,9 +233,10 @@ class DDPMFacesPipeline(DiffusionPipeline):
     def set_presets(self, presets: dict[str, dict[str, Any]] | None, default_preset: str | None = None) -> None:
         """Set the ways to sample from this model, which are saved and published with it.
 
-        A preset is a dictionary. It needs `num_inference_steps`, and may set `guidance_scale`, `network` (`"unet"` or
-        `"student"`) and these arguments of [`DDPMFacesScheduler`]: `algorithm`, `timestep_spacing`, `solver_order`,
-        `sigma_min`, `epsilon_scaling`, `clip_sample` and `tuned_steps`. Whatever it leaves out is as in the pipeline.
+        A preset is a dictionary. It needs `num_inference_steps`, and may set `guidance_scale`, `guidance_interval`,
+        `network` (`"unet"` or `"student"`) and these arguments of [`DDPMFacesScheduler`]: `algorithm`,
+        `timestep_spacing`, `solver_order`, `sigma_min`, `epsilon_scaling`, `clip_sample` and `tuned_steps`. Whatever
+        it leaves out is as in the pipeline.
         `ddpm-faces tune` makes the usual ones, `"fast"` (8 steps) and `"draft"` (6 steps), and makes `"fast"` the
         default.
 
@@ -260,6 +264,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             self._check_steps(settings["num_inference_steps"], f"`presets[{name!r}]['num_inference_steps']`")
             try:
                 _check_scale(settings.get("guidance_scale", 1.0))
+                self._check_interval(settings.get("guidance_interval"))
                 if self.takes_presets:
                     self._scheduler_with(settings)
             except ValueError as error:
@@ -332,7 +337,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
         if network == "student":
             self._check_student(preset, settings, num_inference_steps, guidance_scale)
         scheduler = self._scheduler_with(settings) if settings else copy.deepcopy(self.scheduler)
-        return Sampling(scheduler, num_inference_steps, guidance_scale, network)
+        interval = settings.get("guidance_interval") or self.config.guidance_interval
+        return Sampling(scheduler, num_inference_steps, guidance_scale, network, interval)
 
     def _check_student(
         self, preset: str | None, settings: dict, num_inference_steps: int, guidance_scale: float
@@ -649,10 +655,10 @@ class DDPMFacesPipeline(DiffusionPipeline):
         if classes not in (None, known):
             raise ValueError(f"`guide` must have no classes or as many as this model, {known}, got {classes}.")
 
-    def _check_interval(self, guide: ModelMixin | None, interval: Any) -> None:
+    def _check_interval(self, interval: Any, has_guide: bool = True) -> None:
         if interval is None:
             return
-        if guide is None:
+        if not has_guide:
             raise ValueError(f"`guidance_interval` must be None for a model without a guide, got {interval!r}.")
         last = self.scheduler.config.num_train_timesteps - 1
         are_integers = isinstance(interval, list | tuple) and all(type(limit) is int for limit in interval)
@@ -709,6 +715,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         class_labels: torch.Tensor | None = None,
         network: str = "unet",
+        guidance_interval: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Predict the noise, or the quantity of the scheduler's `prediction_type`, with autoguidance.
 
@@ -721,6 +728,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
             guidance_scale (`float`, defaults to 1.0): As in `__call__`; 1 evaluates the network alone.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class of each image.
             network (`str`, defaults to `"unet"`): The component that predicts, `"unet"` or `"student"`.
+            guidance_interval (`Sequence[int]`, *optional*):
+                Lowest and highest timestep at which the guide is used. Defaults to those of the pipeline.
 
         Returns:
             `torch.Tensor` of the shape of `sample`, or of twice its channels with a learned variance: always float32.
@@ -730,7 +739,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             size = min(batch_size, self._micro_batch_size or _micro_batch_size_on(sample))
             try:
                 predictions = [
-                    self._predict(part, t, guidance_scale, labels, network)
+                    self._predict(part, t, guidance_scale, labels, network, guidance_interval)
                     for part, t, labels in _split(size, sample, timestep, class_labels)
                 ]
                 return predictions[0] if len(predictions) == 1 else torch.cat(predictions)
@@ -748,14 +757,16 @@ class DDPMFacesPipeline(DiffusionPipeline):
         guidance_scale: float,
         class_labels: torch.Tensor | None,
         network: str,
+        guidance_interval: Sequence[int] | None,
     ) -> torch.Tensor:
         labels = {} if class_labels is None else {"class_labels": class_labels}
         unet = getattr(self, network)  # `components` inspects the signature of the class at each call
         output = unet(sample.to(unet.dtype), timestep, **labels).sample.float()
-        interval = self.config.guidance_interval
         weight: float | torch.Tensor = guidance_scale
+        interval = guidance_interval or self.config.guidance_interval
         if interval is not None:
-            is_guided = torch.as_tensor((interval[0] <= timestep) & (timestep <= interval[1]), device=sample.device)
+            lowest, highest = interval
+            is_guided = torch.as_tensor((lowest <= timestep) & (timestep <= highest), device=sample.device)
             weight = torch.where(is_guided, guidance_scale, 1.0).view(-1, 1, 1, 1)
             guidance_scale = guidance_scale if is_guided.any() else 1.0
         if guidance_scale == 1:
@@ -822,7 +833,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         """
         # 0. Check
         sampling = self.resolve_preset(preset, num_inference_steps, guidance_scale)
-        scheduler, num_inference_steps, guidance_scale, network = sampling
+        scheduler, num_inference_steps, guidance_scale, network, interval = sampling
         self.check_inputs(
             batch_size,
             num_inference_steps,
@@ -857,7 +868,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
                 # 3.1 Predict the noise
                 model_input = scheduler.scale_model_input(latents, t)
-                model_output = self.predict(model_input, t, guidance_scale, class_labels, network)
+                model_output = self.predict(model_input, t, guidance_scale, class_labels, network, interval)
                 if not takes_variance:
                     model_output = model_output[:, : latents.shape[1]]
 

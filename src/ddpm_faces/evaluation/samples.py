@@ -95,6 +95,7 @@ class Generated:
         if config.in_channels not in (1, 3):  # `out_channels` may include a variance
             raise ValueError(f"`source` generates images of {config.in_channels} channels; 1 or 3 can be measured.")
         self.unet, self.scheduler = pipeline.unet, pipeline.scheduler  # those of training
+        self.interval = pipeline.resolve_preset(recipe.preset, recipe.steps).guidance_interval
         self.pipeline, self.recipe, self.guide_name = with_sampler(pipeline, recipe), recipe, guide_name
         size = config.sample_size
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
@@ -119,8 +120,7 @@ class Generated:
             provenance |= {"epsilon_scaling": config.epsilon_scaling} if config.epsilon_scaling != 1 else {}
         if recipe.guidance_scale != 1:
             provenance["guidance_scale"] = recipe.guidance_scale
-            interval = self.pipeline.config.guidance_interval
-            provenance |= {"guidance_interval": list(interval)} if interval else {}
+            provenance |= {"guidance_interval": list(self.interval)} if self.interval else {}
             provenance |= {"guide": self.guide_name} if self.guide_name else {}
         if recipe.dtype not in (None, "float32"):
             provenance["dtype"] = recipe.dtype

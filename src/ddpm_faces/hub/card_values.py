@@ -1,6 +1,6 @@
 """The values for the template of the model card."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ def template_values(
     is_drawn = bool(config) and source is None
     guide_images_seen = _thousands(summary.get("guide_images_seen"))
     guide = f"this network after {guide_images_seen} images" if guide_images_seen else _network(pipeline.guide)
+    guided = guidance(pipeline.config.guidance_scale, pipeline.config.guidance_interval)
     training = {
         "training images": ": ".join(filter(None, (source, summary.get("data")))),
         "base model": config.get("pretrained_model_name_or_path"),
@@ -51,7 +52,7 @@ def template_values(
         "learning rate": config.get("learning_rate"),
         "held-out loss": summary.get("held_out_loss") and f"{summary['held_out_loss']:.4g}",
         "network": f"{_network(pipeline.unet)}{kind}",
-        "guide": pipeline.guide and f"{guide}, {guidance(pipeline.config)}",
+        "guide": pipeline.guide and f"{guide}, {guided}",
         "noise schedule": f"{scheduler.beta_schedule}, T = {scheduler.num_train_timesteps}",
         "prediction type": scheduler.prediction_type,
         "versions": summary.get("versions"),
@@ -89,22 +90,21 @@ def _presets(pipeline: DDPMFacesPipeline) -> list[dict[str, Any]]:
         return []
     rows = []
     for name in pipeline.presets:
-        scheduler, steps, scale, network = pipeline.resolve_preset(name)
+        scheduler, steps, scale, network, interval = pipeline.resolve_preset(name)
         is_tuned = scheduler.config.algorithm != "ddpm" and str(steps) in (scheduler.config.tuned_steps or {})
         details = [scheduler.config.algorithm, *(["tuned to this model"] if is_tuned and network == "unet" else [])]
         if network == "student":
             details.append("a distilled network")
         elif pipeline.guide is not None:
-            details.append(guidance({**pipeline.config, "guidance_scale": scale}))
+            details.append(guidance(scale, interval))
         rows.append({"name": name, "steps": steps, "details": ", ".join(details)})
     return rows
 
 
-def guidance(settings: Mapping[str, Any]) -> str:
-    """Describe the guidance in the configuration of a pipeline."""
-    interval = settings.get("guidance_interval")
+def guidance(scale: float, interval: Sequence[int] | None) -> str:
+    """Describe how a model uses its guide."""
     where = "" if interval is None else f" at timesteps {interval[0]} to {interval[1]}"
-    return f"guidance scale {settings.get('guidance_scale', 1.0):g}{where}"
+    return f"guidance scale {scale:g}{where}"
 
 
 def _network(network: torch.nn.Module | None) -> str | None:

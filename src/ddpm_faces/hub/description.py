@@ -139,7 +139,7 @@ def _guide(folder: Path, index: dict[str, Any]) -> str | None:
     if not index.get("guide") or index["guide"][1] is None:
         return None
     count = _count_parameters(index["guide"][1], read_json_object(folder / "guide" / "config.json"))
-    return f"{count:,} parameters, {guidance(index)}"
+    return f"{count:,} parameters, {guidance(index.get('guidance_scale', 1.0), index.get('guidance_interval'))}"
 
 
 def _presets(index: dict[str, Any]) -> str | None:
