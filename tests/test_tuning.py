@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_unet
@@ -50,9 +51,7 @@ def test_tuning_measures_both_and_keeps_the_better(model, data):
     assert (pipeline.presets.keys(), pipeline.scheduler.config.tuned_steps) == ({"exact"}, None)
     fitted = fit_solvers(pipeline, (2, 3), 16, None, 50)
     faces = DrawnFaces(220, resolution=16)
-    real = torch.stack(
-        [torch.tensor(list(faces[i]["image"].getdata())).view(16, 16, 3).permute(2, 0, 1) for i in range(110, 210)]
-    )
+    real = torch.stack([torch.from_numpy(np.array(faces[i]["image"])).permute(2, 0, 1) for i in range(110, 210)])
     assert [row["steps"] for row in tuned.report["rows"]] == [2, 3]
     for row in tuned.report["rows"]:
         number, factor = str(row["steps"]), row["epsilon_scaling"]
