@@ -99,6 +99,19 @@ def test_the_teacher_stops_at_each_level_of_the_student(num_timesteps):
         assert len(teacher.targets(draw_noise(0, 0, 2, (3, 16, 16)), number, None)) == number
 
 
+@pytest.mark.parametrize("sigma_min", [0.02, 0.1, 0.9])
+def test_the_teacher_ends_where_the_solver_of_its_model_ends(sigma_min):
+    pipeline = a_teacher()
+    scheduler = DDPMFacesScheduler(300, sigma_min=sigma_min, **SCHEDULE)
+    schedules = student_schedules(scheduler, [4])
+    teacher = Teacher(pipeline.with_scheduler(scheduler), 1.0, schedules, steps=4)
+    after = teacher.timesteps[4][teacher.stops[4][2] + 1 :]  # the steps after the student's last level
+    levels = teacher.solver.sigmas[:-1].flip(0)[after].tolist()
+    last = schedules[4].sigmas[-1]
+    ratio = min(1.0, sigma_min / last)
+    assert levels == pytest.approx([last * ratio ** (i / 4) for i in (1, 2, 3)] if ratio < 1 else [], rel=0.1)
+
+
 def test_noise_depends_only_on_its_number():
     assert torch.equal(draw_noise(3, 64, 8, (3, 4, 4)), draw_noise(3, 64, 8, (3, 4, 4)))
     assert not torch.equal(draw_noise(3, 64, 8, (3, 4, 4)), draw_noise(3, 72, 8, (3, 4, 4)))

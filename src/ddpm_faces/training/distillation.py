@@ -186,13 +186,16 @@ class Teacher:
         self.pipeline, self.guidance_scale, self.steps = pipeline, guidance_scale, steps
         self.solver = DDPMFacesScheduler.from_config(config, algorithm="dpmsolver++", solver_order=3, tuned_steps=None)
         sigmas = self.solver.sigmas[:-1].flip(0).log()  # of each timestep, rising
+        # From here, the model's own solver goes straight to x_0. Further steps would add the errors of a weak network.
+        lowest = max(sigmas[0].item(), math.log(config.sigma_min))
         self.timesteps: dict[int, list[int]] = {}
         self.stops: dict[int, list[int]] = {}  # the number of steps after which the teacher is at each level
         for number, schedule in schedules.items():
             fine: list[int] = []
             stops = []
             for start, end in itertools.pairwise([*schedule.timesteps, -1]):
-                wanted = torch.linspace(sigmas[start].item(), sigmas[max(end, 0)].item(), steps + 1)[1:-1]
+                last = lowest if end < 0 else sigmas[end].item()
+                wanted = torch.linspace(sigmas[start].item(), last, steps + 1)[1:-1]
                 near = (sigmas - wanted[:, None]).abs().argmin(dim=1).tolist()
                 # The same timestep may be the nearest to several points.
                 fine += [start, *(t for t in dict.fromkeys(near) if end < t < start)]
