@@ -26,6 +26,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
+from ddpm_faces.evaluation.samples import Generated
+from ddpm_faces.generation import Recipe
 from ddpm_faces.solvers import fast_solver
 
 
@@ -596,17 +598,23 @@ def test_guide_is_used_within_its_interval(pipeline, interval):
 
 def test_interval_of_a_preset(pipeline):
     pipeline.set_guide(a_guide(), 1.5, (5, 14))
-    pipeline.set_presets({"late": {"num_inference_steps": 20, "algorithm": "ddpm", "guidance_interval": [0, 2]}})
+    settings = {"num_inference_steps": 6, "algorithm": "dpmsolver++"}
+    pipeline.set_presets({"late": {**settings, "guidance_interval": [0, 2]}, "middle": settings})
     images = {
         name: pipeline(2, generator=generators(0, 1), output_type="pt", preset=name).images
-        for name in ("exact", "late")
+        for name in ("late", "middle")
     }
-    pipeline.set_guide(DDPMFacesPipeline(pipeline.guide, pipeline.scheduler), 1.5, (0, 2))
-    assert torch.equal(images["late"], pipeline(2, generator=generators(0, 1), output_type="pt").images)
-    assert not torch.allclose(images["late"], images["exact"])
-    with pytest.raises(
-        ValueError, match=r"`presets\['late'\]`: `guidance_interval` must be two timesteps .* got \[3, 2\]"
-    ):
+    assert not torch.allclose(images["late"], images["middle"])
+    for name, interval in {"late": [0, 2], "middle": [5, 14]}.items():  # as the commands sample
+        generated = Generated(pipeline, Recipe(2, preset=name).resolve(pipeline))
+        expected = (images[name] * 255).round().to(torch.uint8)
+        assert torch.equal(generated.batches(range(2)), expected)
+        assert generated.provenance(2)["guidance_interval"] == interval
+    pipeline.set_guidance(1.5, (0, 2))
+    assert torch.equal(
+        images["late"], pipeline(2, generator=generators(0, 1), output_type="pt", preset="middle").images
+    )
+    with pytest.raises(ValueError, match=r"`presets\['late'\]`: `guidance_interval` must be .* got \[3, 2\]"):
         pipeline.set_presets({"late": {"num_inference_steps": 20, "guidance_interval": [3, 2]}})
 
 

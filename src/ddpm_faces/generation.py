@@ -152,10 +152,11 @@ def with_own_scheduler(pipeline: DDPMFacesPipeline) -> DDPMFacesPipeline:
 def with_sampler(pipeline: DDPMFacesPipeline, recipe: Recipe) -> DDPMFacesPipeline:
     """Return a copy of a pipeline with the scheduler and the dtype of a resolved recipe, without a progress bar."""
     pipeline = with_own_scheduler(pipeline)
-    scheduler, _, _, network, _ = pipeline.resolve_preset(recipe.preset, recipe.steps, recipe.guidance_scale)
+    scheduler, _, _, network, interval = pipeline.resolve_preset(recipe.preset, recipe.steps, recipe.guidance_scale)
     if recipe._solver_options:  # tuned steps bring their own
         scheduler = fast_solver(scheduler, recipe.sigma_min, recipe.epsilon_scaling)
     pipeline = pipeline.with_scheduler(scheduler)
+    pipeline.register_to_config(guidance_interval=interval)  # with this scheduler, presets no longer apply
     if network == "student":  # the scheduler alone does not know whose steps it takes
         pipeline.register_modules(unet=pipeline.student)
     if recipe.dtype is not None:
