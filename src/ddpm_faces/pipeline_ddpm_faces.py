@@ -154,7 +154,6 @@ class DDPMFacesPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, guide=guide, student=student)
         self.register_to_config(weights=weights)
-        self.check_guide(guide, guidance_scale)
         self.set_guidance(guidance_scale, guidance_interval)
         if student is not None and _image_shape(student) != self.image_shape:
             ours, theirs = self.image_shape, _image_shape(student)
@@ -764,11 +763,11 @@ class DDPMFacesPipeline(DiffusionPipeline):
         output = unet(sample.to(unet.dtype), timestep, **labels).sample.float()
         weight: float | torch.Tensor = guidance_scale
         interval = guidance_interval or self.config.guidance_interval
-        if interval is not None:
-            lowest, highest = interval
-            is_guided = torch.as_tensor((lowest <= timestep) & (timestep <= highest), device=sample.device)
-            weight = torch.where(is_guided, guidance_scale, 1.0).view(-1, 1, 1, 1)
+        if guidance_scale != 1 and interval is not None:
+            # Timesteps are usually on the CPU, where the comparison does not wait for the GPU.
+            is_guided = torch.as_tensor((interval[0] <= timestep) & (timestep <= interval[1]))
             guidance_scale = guidance_scale if is_guided.any() else 1.0
+            weight = torch.where(is_guided, guidance_scale, 1.0).view(-1, 1, 1, 1).to(sample.device)
         if guidance_scale == 1:
             return output
         if self.guide.config.get("num_class_embeds") is None:

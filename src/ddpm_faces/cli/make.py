@@ -160,7 +160,7 @@ def guide(
         raise ValueError(f"`folder` {str(folder)!r} must be an existing folder.")
     has_guide = (folder / "guide").is_dir()
     if remove:
-        if not (weaker is guidance_scale is guidance_interval is None):
+        if weaker is not None or guidance_scale is not None or guidance_interval is not None:
             raise ValueError(
                 "`remove` takes neither a guide nor `guidance_scale` or `guidance_interval`; a new guide replaces the "
                 "old one."

@@ -84,7 +84,7 @@ def training_folder() -> Path:
 
 
 def config_names(cls: type = TrainingConfig) -> list[str]:
-    """Return the names of the included configurations. There are some for training only."""
+    """Return the names of the included configurations of a class. Only training has any."""
     if cls is not TrainingConfig:
         return []
     return sorted(path.stem for path in (training_folder() / "configs").glob("*.yaml"))

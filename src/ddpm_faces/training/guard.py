@@ -58,8 +58,8 @@ class GradientGuard:
         trained = {}
         for name, parameter in self.unet.named_parameters():
             # Adam's second moment is zero only if all gradients were.
-            moment = self.optimizer.state[parameter].get("exp_avg_sq")
-            # Of a sharded parameter, a process has only a part.
+            moment = self.optimizer.state.get(parameter, {}).get("exp_avg_sq")
+            # A process holds only a part of a sharded parameter.
             if parameter.requires_grad and not hasattr(moment, "full_tensor"):
                 trained[name] = moment is not None and bool(moment.any())
         untrained = [name for name, is_trained in trained.items() if not is_trained]
