@@ -601,9 +601,11 @@ def test_info(server, command, model):
     (model / "training_summary.json").write_text(json.dumps(summary))
     code, text = command("info", model)
     assert (code, "[bold]faces[/nothing]" in text) == (0, True), text
+    assert command("guide", model, model, "--guidance-scale", 1.5)[0] == 0
+    damaged_index = json.dumps({**json.loads((model / "model_index.json").read_text()), "guidance_interval": "x"})
     for name, content in (
         ("training_summary.json", '{"data": 1.5}'), ("metrics.json", '{"metrics": [3]}'),
-        ("README.md", "---\na: [\n---\n"), ("unet/config.json", "{}"),
+        ("README.md", "---\na: [\n---\n"), ("unet/config.json", "{}"), ("model_index.json", damaged_index),
     ):  # fmt: skip
         before = (model / name).read_bytes() if (model / name).exists() else None
         (model / name).write_text(content)

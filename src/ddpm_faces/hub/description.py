@@ -37,7 +37,7 @@ def describe_model(model: str | os.PathLike, revision: str | None = None) -> dic
     check_model(model)
     try:
         return _describe(model, revision)
-    except (AttributeError, KeyError, TypeError, yaml.YAMLError) as error:  # the records may be malformed
+    except (AttributeError, LookupError, TypeError, yaml.YAMLError) as error:  # the records may be malformed
         raise ValueError(
             f"`model` {os.fspath(model)!r} has damaged records: {type(error).__name__}: {error}"
         ) from error
