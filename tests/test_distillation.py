@@ -19,6 +19,7 @@ from ddpm_faces.training.distillation import (
     Teacher,
     draw_noise,
     finished_pipeline,
+    initial_student,
     parse_distillation_config,
     student_preset,
     student_schedules,
@@ -202,6 +203,46 @@ def test_interrupted_run_equals_an_uninterrupted_one(folder):
     assert "has a student already: give the model that it was distilled from" in said
     changed = ["--teacher", folder / "teacher", *OPTIONS, "--output_dir", folder / "whole", "--teacher_steps", 3]
     assert "`teacher_steps` must be 2 to resume the run" in launch(*changed, code=2)
+
+
+def test_a_student_is_trained_further(folder):
+    distilled = ["--teacher", folder / "teacher", *OPTIONS]
+    launch(*distilled, "--output_dir", folder / "first", "--max_train_images", 16)
+    further = ["--pretrained_student", folder / "first", *OPTIONS, "--learning_rate", 1e-12]
+    # The model that has the student can be its teacher, too.
+    for teacher in ("teacher", "first"):
+        output = folder / f"from-{teacher}"
+        launch("--teacher", folder / teacher, *further, "--output_dir", output, "--max_train_images", 8)
+        weights = [
+            load_file(path / part / "diffusion_pytorch_model.safetensors")
+            for path, part in ((folder / "first", "student"), (output, "student"), (folder / "teacher", "unet"))
+        ]
+        for name in weights[0]:
+            torch.testing.assert_close(weights[1][name], weights[0][name], atol=1e-9, rtol=0)
+        assert any((weights[1][name] - weights[2][name]).abs().max() > 1e-4 for name in weights[0])
+        assert DDPMFacesPipeline.from_pretrained(output).config.default_preset == "student"
+
+
+def test_a_student_that_does_not_fit_is_refused(folder):
+    teacher = a_teacher()
+    schedules = student_schedules(teacher.scheduler, [2, 4])
+    fitting = finished_pipeline(teacher, tiny_unet(), schedules)
+    assert initial_student(teacher, fitting, schedules) is fitting.student
+    with pytest.raises(ValueError, match="the model has no student"):
+        initial_student(teacher, teacher, schedules)
+    with pytest.raises(ValueError, match=r"`student_steps` must be \[2, 4\], which it has learned, got \[4\]"):
+        initial_student(teacher, fitting, student_schedules(teacher.scheduler, [4]))
+    other = student_schedules(a_teacher(num_timesteps=200).scheduler, [2, 4])
+    with pytest.raises(ValueError, match="must start each of 4 steps at the noise levels of this teacher"):
+        initial_student(teacher, fitting, other)
+    larger = finished_pipeline(teacher, tiny_unet(layers_per_block=2), schedules)
+    with pytest.raises(ValueError, match="must have the architecture of the teacher"):
+        initial_student(teacher, larger, schedules)
+    missing = ["--teacher", folder / "teacher", "--pretrained_student", folder / "nothing"]
+    said = launch(*missing, "--output_dir", folder / "out", code=2)
+    assert "`pretrained_student`" in said
+    assert "nothing" in said
+    assert not (folder / "out" / "log.jsonl").exists()
 
 
 def test_a_full_disk_ends_a_run_only_if_the_checkpoint_is_needed(folder):

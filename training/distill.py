@@ -15,7 +15,6 @@ from ddpm_faces.interruption import handle_interrupts
 if __name__ == "__main__":
     handle_interrupts()  # before the imports below, which take seconds
 
-import copy
 import logging
 import math
 import shutil
@@ -45,6 +44,7 @@ from ddpm_faces.training.distillation import (
     Teacher,
     draw_noise,
     finished_pipeline,
+    initial_student,
     parse_distillation_config,
     student_preset,
     student_schedules,
@@ -120,10 +120,10 @@ def distill(config: DistillationConfig, accelerator: Accelerator) -> None:
             pipeline = with_own_scheduler(load_pipeline(config.teacher, device=accelerator.device))
         except ValueError as error:
             raise ValueError(f"`teacher` cannot be loaded: {error}") from error
-        if pipeline.student is not None:
+        if pipeline.student is not None and config.pretrained_student is None:
             raise ValueError(
                 f"`teacher` {config.teacher!r} has a student already: give the model that it was distilled from, or "
-                "remove the folder `student` and its preset."
+                "pass it as `pretrained_student`, too, to train its student further."
             )
         if not pipeline.takes_presets:
             raise ValueError(f"`teacher` {config.teacher!r} must have a scheduler of 'ddpm', as after training.")
@@ -131,10 +131,15 @@ def distill(config: DistillationConfig, accelerator: Accelerator) -> None:
         pipeline.check_guide(pipeline.guide, scale)
         schedules = student_schedules(pipeline.scheduler, config.student_steps)
         teacher = Teacher(pipeline, scale, schedules, config.teacher_steps)
+        pretrained = config.pretrained_student
+        try:
+            earlier = None if pretrained is None else load_pipeline(pretrained, device=accelerator.device)
+            student = initial_student(pipeline, earlier, schedules)
+        except ValueError as error:
+            raise ValueError(f"`pretrained_student` {pretrained!r} cannot be trained further: {error}") from error
 
-    # 2. Student: a copy of the teacher
+    # 2. Networks
     set_seed(config.seed)
-    student = copy.deepcopy(pipeline.unet)
     teachers = [network for network in (pipeline.unet, pipeline.guide) if network is not None]
     for network in teachers:
         network.requires_grad_(False).eval()

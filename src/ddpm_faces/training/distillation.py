@@ -9,6 +9,7 @@ steps at once: from each of a few noise levels, a single step of DDIM must land 
 Each step starts where the student itself has landed, so that it also learns to correct its errors. No image is needed.
 """
 
+import copy
 import itertools
 import math
 import os
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+import numpy as np
 import torch
 
 from ..generation import with_own_scheduler
@@ -46,6 +48,11 @@ class DistillationConfig:
     )
     guidance_scale: float | None = _field(
         None, "Distillation", "Scale of the teacher's autoguidance (default: that of the model)."
+    )
+    pretrained_student: str | None = _field(
+        None,
+        "Distillation",
+        "Model whose student to train further, with the same numbers of steps (default: start from the teacher).",
     )
     student_steps: list[int] = _field([4], "Distillation", "Numbers of steps that the student learns, from 1 to 8.")
     teacher_steps: int = _field(4, "Distillation", "Steps that the teacher takes for each step of the student.")
@@ -111,7 +118,10 @@ class DistillationConfig:
 
     def check_same_run(self, earlier: dict[str, Any]) -> None:
         """Raise a `ValueError` if a checkpoint with the configuration `earlier` belongs to another distillation."""
-        for name in ("teacher", "guidance_scale", "student_steps", "teacher_steps", "seed", "train_batch_size"):
+        for name in (
+            *("teacher", "guidance_scale", "pretrained_student", "student_steps", "teacher_steps"),
+            *("seed", "train_batch_size"),
+        ):
             if earlier.get(name) != getattr(self, name):
                 raise ValueError(
                     f"`{name}` must be {earlier.get(name)!r} to resume the run in `output_dir` {self.output_dir!r}, "
@@ -227,6 +237,33 @@ def student_preset(schedules: dict[int, StudentSchedule]) -> dict[str, Any]:
         "num_inference_steps": max(schedules),
         "tuned_steps": steps,
     }
+
+
+def initial_student(
+    teacher: DDPMFacesPipeline, pretrained: DDPMFacesPipeline | None, schedules: dict[int, StudentSchedule]
+) -> DDPMFacesUNet:
+    """Return the network to train: the student of `pretrained`, or a copy of the teacher's network.
+
+    Raises:
+        ValueError: `pretrained` has no student, or one that does not fit the teacher or the schedules.
+    """
+    if pretrained is None:
+        return copy.deepcopy(teacher.unet)
+    student = pretrained.student
+    if student is None:
+        raise ValueError("the model has no student.")
+    preset = (pretrained.config.presets or {}).get("student", {})
+    learned = {int(number): entry for number, entry in (preset.get("tuned_steps") or {}).items()}
+    if list(schedules) != sorted(learned, reverse=True):
+        raise ValueError(f"`student_steps` must be {sorted(learned)}, which it has learned, got {sorted(schedules)}.")
+    for number, schedule in schedules.items():
+        levels = learned[number]
+        if levels["timesteps"] != schedule.told or not np.allclose(levels["sigmas"], schedule.sigmas):
+            raise ValueError(f"its student must start each of {number} steps at the noise levels of this teacher.")
+    expected = {name: weight.shape for name, weight in teacher.unet.state_dict().items()}
+    if {name: weight.shape for name, weight in student.state_dict().items()} != expected:
+        raise ValueError("its student must have the architecture of the teacher.")
+    return student
 
 
 def draw_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> torch.Tensor:
