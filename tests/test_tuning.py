@@ -69,6 +69,25 @@ def test_tuning_measures_both_and_keeps_the_better(model, data):
     assert json.loads(json.dumps(tuned.report)) == tuned.report
 
 
+def test_the_guide_is_limited_to_its_interval(data):
+    """Tuning with an interval is tuning a pipeline that has it, and the presets keep it."""
+    torch.manual_seed(3)
+    weaker = DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(20, beta_schedule="squaredcos_cap_v2"))
+    pipeline = DDPMFacesPipeline(tiny_unet(), weaker.scheduler)
+    pipeline.set_guide(weaker, 2.0)
+    pipeline.set_progress_bar_config(disable=True)
+    everywhere = tune(pipeline, data, networks=Plain(), **QUICK)
+    limited = tune(pipeline, data, networks=Plain(), guidance_interval=(4, 14), **QUICK)
+    pipeline.set_guidance(2.0, (4, 14))
+    own = tune(pipeline, data, networks=Plain(), **QUICK)
+    assert limited.report == own.report != everywhere.report
+    assert limited.report["guidance_interval"] == [4, 14]
+    assert [limited.presets[name]["guidance_interval"] for name in ("fast", "draft")] == [[4, 14], [4, 14]]
+    assert "guidance_interval" not in own.presets["fast"]
+    with pytest.raises(ValueError, match="`guidance_interval` must be"):
+        tune(pipeline, data, networks=Plain(), guidance_interval=(14, 4), **QUICK)
+
+
 def test_saved_presets_are_used_and_published(model, tmp_path):
     entry = {"timesteps": [19, 4.5], "weights": [[], [-0.3]], "epsilon_scaling": [1.0, 1.01]}
     solver = {"algorithm": "dpmsolver++", "timestep_spacing": "logsnr"}

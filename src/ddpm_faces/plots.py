@@ -97,10 +97,13 @@ def loss_curve(
     """
     plt = _pyplot()
     window = max(len(losses) // 20, 1)
-    smooth = [sum(losses[max(i - window + 1, 0) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
     fig, axis = plt.subplots(figsize=(6.4, 3.6))
-    axis.plot(images_seen, losses, color="0.75", linewidth=1, label="loss")
-    axis.plot(images_seen, smooth, color="C0", linewidth=1.8, label=f"mean of the last {window} entries")
+    if window == 1:
+        axis.plot(images_seen, losses, color="C0", linewidth=1.8, label="loss")
+    else:
+        smooth = [sum(losses[max(i - window + 1, 0) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+        axis.plot(images_seen, losses, color="0.75", linewidth=1, label="loss")
+        axis.plot(images_seen, smooth, color="C0", linewidth=1.8, label=f"mean of the last {window} entries")
     if held_out is not None and len(held_out[0]):
         axis.plot(*held_out, color="C1", linewidth=1.4, marker="o", markersize=4, label="held-out images")
     # Without a limit, the high losses at the start would flatten the rest of the curve.

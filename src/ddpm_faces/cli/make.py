@@ -9,6 +9,7 @@ from .options import (
     BatchSize,
     Dtype,
     EpsilonScaling,
+    GuidanceInterval,
     GuidanceScale,
     Guide,
     Json,
@@ -219,6 +220,7 @@ def tune(
     ] = 400,
     num_trajectories: Annotated[int, typer.Option(help="Number of images to fit the solvers to.")] = 128,
     guidance_scale: GuidanceScale = None,
+    guidance_interval: GuidanceInterval = None,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
     as_json: Json = False,
@@ -247,6 +249,7 @@ def tune(
         num_images=num_images,
         num_trajectories=num_trajectories,
         guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
         seed=seed,
         batch_size=batch_size,
     )

@@ -30,6 +30,12 @@ GuidanceScale = Annotated[
     float | None,
     typer.Option(help="Scale of the autoguidance, usually 1.2 to 1.5; 1 is off (default: that of the model)."),
 ]
+GuidanceInterval = Annotated[
+    tuple[int, int] | None,
+    typer.Option(
+        metavar="LOW HIGH", help="Lowest and highest timestep at which the guide is used (default: that of the model)."
+    ),
+]
 Preset = Annotated[
     str | None,
     typer.Option(help="Way to sample, such as fast, or exact for all steps of DDPM (default: that of the model)."),

@@ -59,6 +59,7 @@ def tune(
     num_images: int = 400,
     num_trajectories: int = 128,
     guidance_scale: float | None = None,
+    guidance_interval: tuple[int, int] | None = None,
     seed: int = 0,
     batch_size: int = 16,
     networks: MetricNetworks | None = None,
@@ -77,6 +78,8 @@ def tune(
         num_images (`int`, defaults to 400): Number of generated and of real images of each measurement, at least 100.
         num_trajectories (`int`, defaults to 128): See [`fit_solvers`].
         guidance_scale (`float`, *optional*): Scale of the autoguidance; defaults to that of the pipeline.
+        guidance_interval (`tuple[int, int]`, *optional*): Lowest and highest timestep at which the guide is used;
+            defaults to that of the pipeline.
         seed (`int`, defaults to 0): Seed of the first measured image; image i uses `seed + i`.
         batch_size (`int`, defaults to 16): Number of images at once.
         networks ([`MetricNetworks`], *optional*): By default loaded on the device of the pipeline.
@@ -102,6 +105,8 @@ def tune(
     pipeline = _plain(with_own_scheduler(pipeline))
     if not pipeline.takes_presets:
         raise ValueError(f"`pipeline` must have a scheduler of 'ddpm', got {pipeline.scheduler.config.algorithm!r}.")
+    if guidance_interval is not None:
+        pipeline.set_guidance(pipeline.config.guidance_scale, guidance_interval)
     process_state()
     size = pipeline.image_shape[1:]
     real = {}
@@ -152,7 +157,8 @@ def tune(
 
     # 3. Presets
     presets = {
-        name: {**SOLVER, "num_inference_steps": number} | _given(guidance_scale=guidance_scale)
+        name: {**SOLVER, "num_inference_steps": number}
+        | _given(guidance_scale=guidance_scale, guidance_interval=guidance_interval and list(guidance_interval))
         for name, number in (("fast", fast), ("draft", draft))
     }
     height, width = size

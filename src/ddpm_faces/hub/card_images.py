@@ -37,21 +37,20 @@ def draw_grid(pipeline: DDPMFacesPipeline, path: Path, sigma_min: float | None) 
 
 
 def draw_strip(pipeline: DDPMFacesPipeline, path: Path) -> list[int]:
-    """Save two rows of images from noise to face. Return the timestep of each column."""
-    total = pipeline.scheduler.config.num_train_timesteps
-    count = min(_STRIP_FRAMES, total)
-    wanted = {round((i + 1) * total / count) - 1 for i in range(count)}
+    """Save two rows of images from noise to face, by the default preset. Return the timestep of each column."""
     frames, timesteps = [], []
 
-    def keep(_, index: int, timestep: int, values: dict) -> dict:
-        if index in wanted:
+    def keep(pipeline: DDPMFacesPipeline, index: int, timestep: int, values: dict) -> dict:
+        total = pipeline.num_timesteps
+        count = min(_STRIP_FRAMES, total)
+        if index in {round((i + 1) * total / count) - 1 for i in range(count)}:
             frames.append(DDPMFacesPipeline.postprocess(values["latents"]))
             timesteps.append(int(timestep))
         return {}
 
     pipeline.set_progress_bar_config(desc="Generating the denoising strip for the card", leave=False)
     labels = _labels(pipeline, _STRIP_FACES)
-    pipeline(_STRIP_FACES, total, generator=_seeds(_STRIP_FACES), callback_on_step_end=keep, class_labels=labels)
+    pipeline(_STRIP_FACES, generator=_seeds(_STRIP_FACES), callback_on_step_end=keep, class_labels=labels)
     rows: list[Image.Image] = [frame[face] for face in range(_STRIP_FACES) for frame in frames]
     image_grid(rows, columns=len(frames), scale=_scale(rows[0])).save(path)
     return timesteps
