@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import tiny_unet
 from datasets import Dataset
+from PIL import Image
 from test_evaluation import Plain, pixel_features
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DrawnFaces, hub
@@ -118,6 +119,11 @@ def test_saved_presets_are_used_and_published(model, tmp_path):
     assert "`fast` is the default" in card
     assert "| 2 | 12.3 | 23.4 | 0.50 | 0.50 | 1.00 | 1.00 |" in card
     assert 'in 3 steps (`preset="fast"`)' in card
+    steps = loaded.resolve_preset("fast").scheduler
+    steps.set_timesteps(3)
+    assert f"to face, after the timesteps {', '.join(str(int(t)) for t in steps.timesteps)}." in card
+    with Image.open(tmp_path / "published" / "denoising_strip.png") as strip:
+        assert round(strip.width / strip.height * 2) == 3  # two rows
     assert json.loads((tmp_path / "published" / "tuning.json").read_text()) == report
     published = DDPMFacesPipeline.from_pretrained(tmp_path / "published")
     assert published.presets == loaded.presets
