@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_unet
+from forked import run_script
 from safetensors.torch import load_file
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
@@ -203,6 +204,20 @@ def test_interrupted_run_equals_an_uninterrupted_one(folder):
     assert "has a student already: give the model that it was distilled from" in said
     changed = ["--teacher", folder / "teacher", *OPTIONS, "--output_dir", folder / "whole", "--teacher_steps", 3]
     assert "`teacher_steps` must be 2 to resume the run" in launch(*changed, code=2)
+
+
+def test_two_processes_end_well_and_agree_with_one(folder):
+    settings = ["--teacher", folder / "teacher", *OPTIONS, "--max_train_images", 16, "--checkpoint_every_images", 0]
+    arguments = [str(ROOT / "training" / "distill.py"), *map(str, settings), "--output_dir"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    for number in (1, 2):
+        for result in run_script([*arguments, str(folder / f"by-{number}")], environment, number):
+            assert result.returncode == 0, result.stderr
+    one, two = (
+        load_file(folder / f"by-{number}" / "student" / "diffusion_pytorch_model.safetensors") for number in (1, 2)
+    )
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=0)
 
 
 def test_a_student_is_trained_further(folder):

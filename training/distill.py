@@ -325,7 +325,7 @@ def draw_samples(run: Distillation, path: Path) -> None:
 
 def finish(run: Distillation) -> None:
     """Save the model with its student, and the records of the teacher's training."""
-    run.log.close()
+    run.log.bar.close()
     if run.accelerator.is_main_process:
         folder = Path(run.config.output_dir)
         save_pipeline(student_pipeline(run), folder)
@@ -336,6 +336,7 @@ def finish(run: Distillation) -> None:
         draw_samples(run, folder / "samples.png")
         print(f"The model is in {folder}. Its preset student takes {max(run.config.student_steps)} steps.")
     run.accelerator.wait_for_everyone()
+    run.log.close()  # it ends the communication between processes
 
 
 if __name__ == "__main__":
