@@ -349,7 +349,7 @@ def sampling(settings: Settings) -> list[str]:
     cases |= {name: ours(optimized, preset=preset) for name, preset in fast.items()}
     # The quality is that of the sampler, so the optimized pipeline may sample in place of diffusers'.
     same = {
-        name: ours(optimized.with_scheduler(scheduler), num_inference_steps=steps, guidance_scale=1)
+        name: ours(optimized.with_scheduler(scheduler), num_inference_steps=steps, autoguidance_scale=1)
         for name, (scheduler, steps) in theirs.items()
     }
     same["ddpm-faces: as loaded"] = ours(optimized)
@@ -606,7 +606,7 @@ def memory(settings: Settings) -> list[str]:
 def child_sample(program: str, model: str, batch_size: str) -> dict[str, float]:
     pipeline = DDPMFacesPipeline.from_pretrained(model)
     if program == "ddpm-faces":
-        pipeline(int(batch_size), num_inference_steps=2, guidance_scale=1)
+        pipeline(int(batch_size), num_inference_steps=2, autoguidance_scale=1)
     else:
         DDPMPipeline(pipeline.unet, DDPMScheduler())(int(batch_size), num_inference_steps=2)
     return {"memory": _peak_memory()}

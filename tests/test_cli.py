@@ -147,39 +147,48 @@ def test_guide(command, model, tmp_path):
     weaker = DDPMFacesPipeline(tiny_unet(block_out_channels=(4, 8)), DDPMFacesScheduler(num_train_timesteps=20))
     weaker.save_pretrained(tmp_path / "weaker")
     for scale in (1.5, 1.25):  # the second replaces the first
-        code, text = command("guide", model, tmp_path / "weaker", "--guidance-scale", scale)
+        code, text = command("guide", model, tmp_path / "weaker", "--autoguidance-scale", scale)
         assert code == 0, text
         pipeline = DDPMFacesPipeline.from_pretrained(model)
-        assert pipeline.config.guidance_scale == scale
+        assert pipeline.config.autoguidance_scale == scale
         expected = weaker.unet.state_dict()
         assert all(torch.equal(weight, expected[name]) for name, weight in pipeline.guide.state_dict().items())
     assert str(tmp_path) not in (model / "model_index.json").read_text()
     assert weights.stat().st_mtime_ns == before
     for arguments, says in (
-        ((model, tmp_path / "weaker"), "`guidance_scale` must be given, or `--remove`; 1.2 is a good start."),
-        ((model, tmp_path / "weaker", "--guidance-scale", -1), "`guidance_scale` must be a number of at least 0"),
-        ((model, tmp_path / "none", "--guidance-scale", 1.5), "none"),
-        ((model,), "`guidance_scale` must be given, or `--remove`; 1.2 is a good start."),
+        ((model, tmp_path / "weaker"), "`autoguidance_scale` must be given, or `--remove`; 1.2 is a good start."),
         (
-            (tmp_path / "weaker", "--guidance-scale", 1.5),
+            (model, tmp_path / "weaker", "--autoguidance-scale", -1),
+            "`autoguidance_scale` must be a number of at least 0",
+        ),
+        ((model, tmp_path / "none", "--autoguidance-scale", 1.5), "none"),
+        ((model,), "`autoguidance_scale` must be given, or `--remove`; 1.2 is a good start."),
+        (
+            (tmp_path / "weaker", "--autoguidance-scale", 1.5),
             f"`guide` must be given, because {tmp_path}/weaker",
         ),
-        ((model, "--guidance-scale", 1.5, "--guidance-interval", 5, 20), "`guidance_interval` must be two timesteps"),
-        ((model, "--remove", "--guidance-interval", 5, 6), "`remove` takes neither a guide nor `guidance_scale` or"),
-        ((model, tmp_path / "weaker", "--remove"), "`remove` takes neither a guide nor `guidance_scale`"),
-        ((model, "--guidance-scale", 1.5, "--remove"), "`remove` takes neither a guide nor `guidance_scale`"),
+        (
+            (model, "--autoguidance-scale", 1.5, "--guidance-interval", 5, 20),
+            "`guidance_interval` must be two timesteps",
+        ),
+        (
+            (model, "--remove", "--guidance-interval", 5, 6),
+            "`remove` takes neither a guide nor `autoguidance_scale` or",
+        ),
+        ((model, tmp_path / "weaker", "--remove"), "`remove` takes neither a guide nor `autoguidance_scale`"),
+        ((model, "--autoguidance-scale", 1.5, "--remove"), "`remove` takes neither a guide nor `autoguidance_scale`"),
         ((tmp_path / "weaker", "--remove"), "`remove`: " + str(tmp_path / "weaker") + " has no guide."),
-        ((tmp_path, model, "--guidance-scale", 1.5), "holds no model (no model_index.json)"),
+        ((tmp_path, model, "--autoguidance-scale", 1.5), "holds no model (no model_index.json)"),
     ):
         code, text = command("guide", *arguments)
         assert (code, says in text, len(text.splitlines())) == (2, True, 1), text
-    assert DDPMFacesPipeline.from_pretrained(model).config.guidance_scale == 1.25
-    code, text = command("guide", model, "--guidance-scale", 1.5, "--guidance-interval", 5, 14)
+    assert DDPMFacesPipeline.from_pretrained(model).config.autoguidance_scale == 1.25
+    code, text = command("guide", model, "--autoguidance-scale", 1.5, "--guidance-interval", 5, 14)
     assert (code, f"{model} now uses its guide with a scale of 1.5." in text) == (0, True), text
     config = DDPMFacesPipeline.from_pretrained(model).config
-    assert (config.guidance_scale, config.guidance_interval) == (1.5, [5, 14])
+    assert (config.autoguidance_scale, config.guidance_interval) == (1.5, [5, 14])
     code, text = command("info", model)
-    assert "guidance scale 1.5 at timesteps 5 to 14" in text
+    assert "autoguidance scale 1.5 at timesteps 5 to 14" in text
     code, text = command("guide", model, "--remove")
     assert code == 0, text
     assert text.startswith(f"The guide of {model} is removed. Evaluate it again")
@@ -260,14 +269,14 @@ def test_evaluate(command, model, faces, tmp_path):
         "error: `sigma_min` needs DPM-Solver++, but the preset 'exact' means another sampler.\n",
     )
     code, text = command("evaluate", model, faces, "--num-images", 20, "--steps", 2, "--guide", model,
-                         "--guidance-scale", 1.5, "--epsilon-scaling", 1.01)  # fmt: skip
+                         "--autoguidance-scale", 1.5, "--epsilon-scaling", 1.01)  # fmt: skip
     assert code == 0, text
     figure = json.loads((model / "metrics.json").read_text())["metrics"][0]
-    assert (figure["guide"], figure["guidance_scale"], figure["epsilon_scaling"]) == (model.name, 1.5, 1.01)
-    code, text = command("evaluate", model, faces, "--guidance-scale", 1.5)
-    assert (code, text) == (2, "error: `guidance_scale` must be 1 for a model without a guide, got 1.5.\n")
-    code, text = command("evaluate", faces, faces, "--guidance-scale", 1.5)
-    assert (code, "error: `guidance_scale` needs a pipeline, but" in text) == (2, True)
+    assert (figure["guide"], figure["autoguidance_scale"], figure["epsilon_scaling"]) == (model.name, 1.5, 1.01)
+    code, text = command("evaluate", model, faces, "--autoguidance-scale", 1.5)
+    assert (code, text) == (2, "error: `autoguidance_scale` must be 1 for a model without a guide, got 1.5.\n")
+    code, text = command("evaluate", faces, faces, "--autoguidance-scale", 1.5)
+    assert (code, "error: `autoguidance_scale` needs a pipeline, but" in text) == (2, True)
     code, text = command("evaluate", model, faces, "--seed", 10**20)
     assert (code, f"`seed` must be an integer from 0 to {2**62}, got {10**20}" in text) == (2, True)
     for option, name in (("--num-images", "num_images"), ("--steps", "num_inference_steps"),
@@ -298,14 +307,14 @@ def test_audit(command, model, tmp_path):
     assert memorisation["verdict"].startswith("No more copies than among held-out real faces")
     assert "On 8 held-out faces the loss is higher by" in memorisation["verdict"]
     assert Image.open(model / "audit.png").width > 400
-    guidance = ["--guide", model, "--guidance-scale", 1.5]
+    guidance = ["--guide", model, "--autoguidance-scale", 1.5]
     code, text = command("audit", model, tmp_path / "set", "--steps", 2, *guidance, *options)
     assert code == 0, text
     for report in (
         json.loads((model / "audit.json").read_text()),
         json.loads((model / "metrics.json").read_text())["memorisation"],
     ):
-        assert (report["guide"], report["guidance_scale"]) == (model.name, 1.5)
+        assert (report["guide"], report["autoguidance_scale"]) == (model.name, 1.5)
 
     # Images in a folder, which are copies
     (tmp_path / "copies").mkdir()
@@ -442,8 +451,8 @@ def test_invalid_generation_is_refused(command, model, tmp_path):
         ((model, "--preset", "exact", "--sigma-min", 0.1), "`sigma_min` needs DPM-Solver++, but the preset 'exact'"),
         ((model, "--sigma-min", 2), "`sigma_min` must lie in (0, 1), got 2.0"),
         ((model, "--batch-size", 0), "`batch_size` must be an integer from 1 to 2147483647, got 0"),
-        ((model, "--guide", model), "`guidance_scale` must be given with `guide`"),
-        ((model, "--guidance-scale", 2), "`guidance_scale` must be 1 for a model without a guide"),
+        ((model, "--guide", model), "`autoguidance_scale` must be given with `guide`"),
+        ((model, "--autoguidance-scale", 2), "`autoguidance_scale` must be 1 for a model without a guide"),
         ((model, "--class-label", 1), "this model has no classes"),
         ((model, "--output", tmp_path / "faces.jpg"), "`output` must end in .png for a grid, or name a folder"),
         ((model, "--output", "-"), "`output` must name a file or a folder, got '-'"),
@@ -601,7 +610,7 @@ def test_info(server, command, model):
     (model / "training_summary.json").write_text(json.dumps(summary))
     code, text = command("info", model)
     assert (code, "[bold]faces[/nothing]" in text) == (0, True), text
-    assert command("guide", model, model, "--guidance-scale", 1.5)[0] == 0
+    assert command("guide", model, model, "--autoguidance-scale", 1.5)[0] == 0
     damaged_index = json.dumps({**json.loads((model / "model_index.json").read_text()), "guidance_interval": "x"})
     for name, content in (
         ("training_summary.json", '{"data": 1.5}'), ("metrics.json", '{"metrics": [3]}'),

@@ -15,6 +15,7 @@ from forked import run_script
 from safetensors.torch import load_file
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
+from ddpm_faces.pipeline_ddpm_faces import Guidance
 from ddpm_faces.training.distillation import (
     DistillationConfig,
     Teacher,
@@ -73,13 +74,13 @@ def test_targets_are_on_the_probability_flow(scale):
     pipeline = a_teacher(guided=True)
     schedules = student_schedules(pipeline.scheduler, [3])
     noise = draw_noise(0, 0, 4, (3, 16, 16))
-    targets = Teacher(pipeline, scale, schedules, steps=16).targets(noise, 3, None)
+    targets = Teacher(pipeline, Guidance(1.0, scale), schedules, steps=16).targets(noise, 3, None)
     # a reference in 150 steps of DDIM from the same level
     ddim = DDPMFacesScheduler.from_config(pipeline.scheduler.config, algorithm="ddim", clip_sample=False)
     ddim.set_timesteps(timesteps=range(schedules[3].timesteps[0], -1, -1))
     x, found = noise, {}
     for t in ddim.timesteps:
-        x = ddim.step(pipeline.predict(x, t, scale), t, x).prev_sample
+        x = ddim.step(pipeline.predict(x, t, guidance=Guidance(1.0, scale)), t, x).prev_sample
         found[int(t) - 1] = x
     for target, t, sigma in zip(
         targets, [*schedules[3].timesteps[1:], -1], [*schedules[3].sigmas[1:], 0], strict=True
@@ -93,7 +94,7 @@ def test_targets_are_on_the_probability_flow(scale):
 def test_the_teacher_stops_at_each_level_of_the_student(num_timesteps):
     pipeline = a_teacher(num_timesteps=num_timesteps)
     schedules = student_schedules(pipeline.scheduler, [2, 3])
-    teacher = Teacher(pipeline, 1.0, schedules, steps=8)
+    teacher = Teacher(pipeline, Guidance(), schedules, steps=8)
     for number, schedule in schedules.items():
         fine, stops = [*teacher.timesteps[number], -1], teacher.stops[number]
         assert fine == sorted(set(fine), reverse=True)
@@ -106,7 +107,7 @@ def test_the_teacher_ends_where_the_solver_of_its_model_ends(sigma_min):
     pipeline = a_teacher()
     scheduler = DDPMFacesScheduler(300, sigma_min=sigma_min, **SCHEDULE)
     schedules = student_schedules(scheduler, [4])
-    teacher = Teacher(pipeline.with_scheduler(scheduler), 1.0, schedules, steps=4)
+    teacher = Teacher(pipeline.with_scheduler(scheduler), Guidance(), schedules, steps=4)
     after = teacher.timesteps[4][teacher.stops[4][2] + 1 :]  # the steps after the student's last level
     levels = teacher.solver.sigmas[:-1].flip(0)[after].tolist()
     last = schedules[4].sigmas[-1]
@@ -152,13 +153,13 @@ result = pipeline(2, generator=generators, output_type="pt").images.tolist()
         assert outcome.value == pixels.tolist(), outcome.output
     with pytest.raises(ValueError, match="must be one of those that the student learned, 2, 3, got 4"):
         finished(preset="student", num_inference_steps=4)
-    with pytest.raises(ValueError, match="`guidance_scale` must be 1 for the student"):
-        finished(preset="student", guidance_scale=1.5)
+    with pytest.raises(ValueError, match="`autoguidance_scale` must be 1 for the student"):
+        finished(preset="student", autoguidance_scale=1.5)
     without = DDPMFacesPipeline.from_pretrained(tmp_path, student=None)
     with pytest.raises(ValueError, match="`preset` 'student' needs the model's `student`, which was not loaded"):
         without()
     # other numbers of steps are those of the teacher
-    same = DDPMFacesPipeline(pipeline.unet, pipeline.scheduler, guide=pipeline.guide, guidance_scale=1.5)
+    same = DDPMFacesPipeline(pipeline.unet, pipeline.scheduler, guide=pipeline.guide, autoguidance_scale=1.5)
     five = [one(1, 5, torch.Generator().manual_seed(0), output_type="pt").images for one in (finished, same)]
     assert torch.equal(*five)
 
@@ -179,7 +180,7 @@ OPTIONS = ["--train_batch_size", 8, "--student_steps", 2, 3, "--teacher_steps", 
 def test_interrupted_run_equals_an_uninterrupted_one(folder):
     teacher = ["--teacher", folder / "teacher", *OPTIONS, "--checkpoint_every_images", 16, "--log_every_images", 16]
     said = launch(*teacher, "--output_dir", folder / "whole", "--max_train_images", 48, "--sample_every_images", 32)
-    assert "with a guidance scale of 1.5 into 3 and 2 steps" in said
+    assert "with `guidance_scale` 1 and `autoguidance_scale` 1.5 into 3 and 2 steps" in said
     assert "Its preset student takes 3 steps" in said
     assert (folder / "whole" / "samples" / "0000000032.png").is_file()
     assert (folder / "whole" / "samples.png").is_file()

@@ -126,18 +126,18 @@ def test_guidance(folder, tmp_path):
     guide.save_pretrained(tmp_path / "weaker")
     arguments = {"num_images": 20, "num_inference_steps": 4, "networks": Plain()}
     alone = evaluate(pipeline, str(folder), **arguments)
-    guided = evaluate(pipeline, str(folder), **arguments, guide=tmp_path / "weaker", guidance_scale=1.5)
-    assert (pipeline.guide, pipeline.config.guidance_scale) == (None, 1)
+    guided = evaluate(pipeline, str(folder), **arguments, guide=tmp_path / "weaker", autoguidance_scale=1.5)
+    assert (pipeline.guide, pipeline.config.autoguidance_scale) == (None, 1)
     assert guided["channels"] != alone["channels"]
     figure = guided["metrics"][0]
-    assert (figure["guidance_scale"], figure["guide"]) == (1.5, "weaker")
-    assert not {"guidance_scale", "guide"} & alone["metrics"][0].keys()
+    assert (figure["autoguidance_scale"], figure["guide"]) == (1.5, "weaker")
+    assert not {"autoguidance_scale", "guide"} & alone["metrics"][0].keys()
 
     pipeline.set_guide(guide, 1.5)
     own = evaluate(pipeline, str(folder), **arguments)
     assert own["channels"] == guided["channels"]
-    assert own["metrics"][0]["guidance_scale"] == 1.5
-    without = evaluate(pipeline, str(folder), **arguments, guidance_scale=1)
+    assert own["metrics"][0]["autoguidance_scale"] == 1.5
+    without = evaluate(pipeline, str(folder), **arguments, autoguidance_scale=1)
     assert without["metrics"] == alone["metrics"]
     exact = {**arguments, "preset": "exact"}
     assert evaluate(pipeline, str(folder), **exact)["channels"] != evaluate(tiny(), str(folder), **exact)["channels"]
@@ -390,10 +390,10 @@ class Never(MetricNetworks):
         ({"sigma_min": 0.1}, "`sigma_min` needs DPM-Solver\\+\\+, but the preset 'exact' means another sampler"),
         ({"epsilon_scaling": 1.01}, "`epsilon_scaling` needs DPM-Solver\\+\\+, but the preset 'exact'"),
         ({"sigma_min": 1, "num_inference_steps": 3}, "`sigma_min` must lie in \\(0, 1\\), got 1"),
-        ({"guidance_scale": 1.5}, "`guidance_scale` must be 1 for a model without a guide, got 1.5"),
-        ({"guidance_scale": -1}, "`guidance_scale` must be a number of at least 0, got -1"),
-        ({"guide": tiny()}, "`guide` needs a `guidance_scale`"),
-        ({"guide": tiny(channels=1), "guidance_scale": 1.5}, "`guide` must be of images of the shape"),
+        ({"autoguidance_scale": 1.5}, "`autoguidance_scale` must be 1 for a model without a guide, got 1.5"),
+        ({"autoguidance_scale": -1}, "`autoguidance_scale` must be a number of at least 0, got -1"),
+        ({"guide": tiny()}, "`guide` needs a `autoguidance_scale`"),
+        ({"guide": tiny(channels=1), "autoguidance_scale": 1.5}, "`guide` must be of images of the shape"),
         ({"seed": -1}, "`seed` must be an integer from 0 to .*, got -1"),
         ({"batch_size": 0}, "`batch_size` must be an integer from 1 to .*, got 0"),
         ({"num_likelihood_images": 1}, "`num_likelihood_images` must be 0 or an integer of at least 2, got 1"),

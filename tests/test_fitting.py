@@ -9,6 +9,7 @@ from conftest import tiny_unet
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
 from ddpm_faces.fitting import cheapest_path, fit_solvers, follow, straight_step_errors
+from ddpm_faces.pipeline_ddpm_faces import Guidance
 
 
 class TwoFaces(torch.nn.Module):
@@ -69,7 +70,7 @@ def solve(pipeline, num_steps, latents, **settings):
 
 
 def test_trajectories_are_solutions(exact):
-    found = follow(exact, 20, 1.0, batch_size=8, seed=5)
+    found = follow(exact, 20, Guidance(), batch_size=8, seed=5)
     assert len(found.timesteps) == 60
     assert found.states.shape == (61, 20, 3, 16, 16)
     torch.testing.assert_close(found.states[0].float(), noises(20, 5), atol=2e-3, rtol=0)
@@ -82,7 +83,7 @@ def test_trajectories_are_solutions(exact):
 
 
 def test_error_of_a_straight_step(exact):
-    found = follow(exact, 16, 1.0, 16, seed=0)
+    found = follow(exact, 16, Guidance(), 16, seed=0)
     errors = straight_step_errors(found)
     ddim = DDPMFacesScheduler.from_config(exact.scheduler.config, algorithm="ddim", clip_sample=False)
     for start, end in ((0, 20), (20, 41), (50, 60)):
@@ -138,7 +139,8 @@ def test_guide_and_classes_take_part():
     pipeline.set_guide(guide, 1.5)
     guided = fit_solvers(pipeline, [3], num_trajectories=16)
     assert guided != alone
-    assert fit_solvers(pipeline, [3], num_trajectories=16, guidance_scale=1.0) == alone
+    pipeline.set_guidance(autoguidance_scale=1.0)
+    assert fit_solvers(pipeline, [3], num_trajectories=16) == alone
     DDPMFacesScheduler(30, tuned_steps=guided)  # accepts them
 
 
@@ -151,7 +153,6 @@ def test_guide_and_classes_take_part():
         ({"num_steps": [10]}, "`num_steps` must be below 9 for this model, got 10"),
         ({"num_trajectories": 15}, "`num_trajectories` must be an integer from 16 to .*, got 15"),
         ({"batch_size": 0}, "`batch_size` must be an integer from 1 to .*, got 0"),
-        ({"guidance_scale": 1.5}, "`guidance_scale` must be 1 for a model without a guide, got 1.5"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -16,34 +16,42 @@ def a_guide(seed: int) -> DDPMFacesPipeline:
 def test_summary_forgets_the_previous_guide_and_samples(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     summary = tmp_path / "training_summary.json"
-    summary.write_text(json.dumps({"images_seen": 96, "guide_images_seen": 24, "guidance_scale": 1.5}))
+    summary.write_text(json.dumps({"images_seen": 96, "guide_images_seen": 24, "autoguidance_scale": 1.5}))
     save_guide(tmp_path, None)
-    assert json.loads(summary.read_text()) == {"images_seen": 96, "guide_images_seen": None, "guidance_scale": None}
+    assert json.loads(summary.read_text()) == {
+        "images_seen": 96,
+        "guide_images_seen": None,
+        "autoguidance_scale": None,
+    }
 
 
 def test_guidance_changes_without_the_weights(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     save_guide(tmp_path, a_guide(1), 1.5)
     summary = tmp_path / "training_summary.json"
-    summary.write_text(json.dumps({"guide_images_seen": 24, "guidance_scale": 1.5}))
+    summary.write_text(json.dumps({"guide_images_seen": 24, "autoguidance_scale": 1.5}))
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    save_guidance(tmp_path, 1.25, (3, 17))
+    save_guidance(tmp_path, autoguidance_scale=1.25, guidance_interval=(3, 17))
     config = DDPMFacesPipeline.from_pretrained(tmp_path).config
-    assert (config.guidance_scale, config.guidance_interval) == (1.25, [3, 17])
+    assert (config.autoguidance_scale, config.guidance_interval) == (1.25, [3, 17])
     # The samples in the folder have another guidance, but the guide is the same.
-    assert json.loads(summary.read_text()) == {"guide_images_seen": 24, "guidance_scale": None}
+    assert json.loads(summary.read_text()) == {
+        "guide_images_seen": 24,
+        "guidance_scale": None,
+        "autoguidance_scale": None,
+    }
     changed = {path.name for path, time in files.items() if path.stat().st_mtime_ns != time}
     assert changed == {"model_index.json", "training_summary.json"}
-    save_guidance(tmp_path, 1.25)
+    save_guidance(tmp_path, autoguidance_scale=1.25)
     assert DDPMFacesPipeline.from_pretrained(tmp_path).config.guidance_interval is None
 
 
 def test_guidance_of_a_model_without_a_guide_is_refused(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="`guidance_scale` must be 1 for a model without a guide, got 1.5"):
-        save_guidance(tmp_path, 1.5)
+    with pytest.raises(ValueError, match="`autoguidance_scale` must be 1 for a model without a guide, got 1.5"):
+        save_guidance(tmp_path, autoguidance_scale=1.5)
     with pytest.raises(ValueError, match="`guidance_interval` must be None for a model without a guide"):
-        save_guidance(tmp_path, 1.0, (3, 4))
+        save_guidance(tmp_path, guidance_interval=(3, 4))
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
@@ -60,7 +68,7 @@ def test_damaged_summary_is_named_before_anything_is_written(pipeline, tmp_path,
 
 def guide_of(folder) -> tuple[torch.Tensor | None, float]:
     pipeline = DDPMFacesPipeline.from_pretrained(folder)
-    return pipeline.guide and pipeline.guide.conv_in.weight, pipeline.config.guidance_scale
+    return pipeline.guide and pipeline.guide.conv_in.weight, pipeline.config.autoguidance_scale
 
 
 @pytest.mark.parametrize("step", ["commit", "replacing", "delete"])

@@ -224,7 +224,7 @@ def test_card_images_come_from_the_published_weights(tmp_path, is_guided):
     with torch.no_grad():
         pipeline.unet.conv_out.weight.mul_(300)  # so that half precision makes a difference
     if is_guided:
-        pipeline.set_guide(DDPMFacesPipeline(tiny_unet(), pipeline.scheduler), guidance_scale=1.5)
+        pipeline.set_guide(DDPMFacesPipeline(tiny_unet(), pipeline.scheduler), autoguidance_scale=1.5)
     hub.export(pipeline, tmp_path, "owner/faces")
     published = Image.open(tmp_path / "samples.png")
     pipeline.scheduler = fast_solver(pipeline.scheduler)
@@ -248,11 +248,11 @@ def test_guide_is_published(server, client, bare_client, published, folder, tmp_
     torch.manual_seed(1)
     pipeline = DDPMFacesPipeline.from_pretrained(folder)
     guide = DDPMFacesPipeline(tiny_unet(block_out_channels=(4, 8)), DDPMFacesScheduler(num_train_timesteps=20))
-    pipeline.set_guide(guide, guidance_scale=1.5)
+    pipeline.set_guide(guide, autoguidance_scale=1.5)
     home = shutil.copytree(folder, tmp_path / "home")
     pipeline.save_pretrained(home)  # into the output folder of the training run, which has more records
     metrics = json.loads((home / "metrics.json").read_text())
-    metrics["metrics"].append({**metrics["metrics"][0], "steps": 19, "guidance_scale": 1.5})
+    metrics["metrics"].append({**metrics["metrics"][0], "steps": 19, "autoguidance_scale": 1.5})
     (home / "metrics.json").write_text(json.dumps(metrics))
     code = "result = hub.push(folder, 'owner/guided')"
     outcome = client.run(code, OWNER_TOKEN, is_checked=True, folder=str(home))
@@ -264,9 +264,9 @@ def test_guide_is_published(server, client, bare_client, published, folder, tmp_
     }  # fmt: skip
     assert load(files[weights[1]])["conv_in.weight"].dtype == torch.bfloat16
     card = files["README.md"].decode()
-    assert "| guide | DDPMFacesUNet, 0.0 M parameters, guidance scale 1.5 |" in card
-    assert "steps 20; guidance scale 1 |" in card  # of a metric that was measured without the guide
-    assert "steps 19; guidance scale 1.5 |" in card
+    assert "| guide | DDPMFacesUNet, 0.0 M parameters |\n| guidance | autoguidance scale 1.5 |" in card
+    assert "steps 20; autoguidance scale 1 |" in card  # of a metric that was measured without the guide
+    assert "steps 19; autoguidance scale 1.5 |" in card
     assert "seeds 0, 1, 2 and so on, in 20 steps of DPM-Solver++" in card  # the training samples had no guide
     expected = pipeline(2, generator=torch.Generator().manual_seed(0), output_type="pt").images.double()
     for code, by in (
@@ -333,10 +333,10 @@ def test_presets_and_student_are_published(server, client, bare_client, tmp_path
 def test_training_samples_are_published_only_with_the_same_guide(folder, tmp_path, changed):
     home = shutil.copytree(folder, tmp_path / "home")
     pipeline = DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=50))
-    pipeline.set_guide(DDPMFacesPipeline(tiny_unet(), pipeline.scheduler), guidance_scale=1.5)
+    pipeline.set_guide(DDPMFacesPipeline(tiny_unet(), pipeline.scheduler), autoguidance_scale=1.5)
     pipeline.save_pretrained(home)
     summary = json.loads((home / "training_summary.json").read_text())
-    summary |= {"guide_images_seen": 24_000, "guidance_scale": 1.5}  # as in a training run that kept a guide
+    summary |= {"guide_images_seen": 24_000, "autoguidance_scale": 1.5}  # as in a training run that kept a guide
     (home / "training_summary.json").write_text(json.dumps(summary))
     config = yaml.safe_load((home / "training_config.yaml").read_text())
     (home / "training_config.yaml").write_text(yaml.safe_dump({**config, "sample_sigma_min": 0.5}))
@@ -349,7 +349,7 @@ def test_training_samples_are_published_only_with_the_same_guide(folder, tmp_pat
     picture = Image.open(exported / "samples.png")
     if changed is None:
         assert picture.getpixel((0, 0)) == (255, 0, 0)
-        assert "| guide | this network after 24,000 images, guidance scale 1.5 |" in card
+        assert "| guide | this network after 24,000 images |\n| guidance | autoguidance scale 1.5 |" in card
         return
     assert "this network after" not in card
     pipeline = DDPMFacesPipeline.from_pretrained(home)
@@ -360,7 +360,7 @@ def test_training_samples_are_published_only_with_the_same_guide(folder, tmp_pat
 
 def test_guide_whose_weights_are_not_finite_is_not_published(folder, tmp_path):
     pipeline = DDPMFacesPipeline.from_pretrained(folder)
-    pipeline.set_guide(DDPMFacesPipeline(tiny_unet(), pipeline.scheduler), guidance_scale=1.5)
+    pipeline.set_guide(DDPMFacesPipeline(tiny_unet(), pipeline.scheduler), autoguidance_scale=1.5)
     with torch.no_grad():
         pipeline.guide.conv_in.weight[0] = float("inf")
     with pytest.raises(ValueError, match="weights are not finite: conv_in.weight"):
@@ -1105,7 +1105,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         ("unet/config.json", {"block_out_channels": [8000, 16000]}, "shape"),
         ("unet/config.json", {"new_trick": 1}, "does not know: new_trick. It belongs to another network"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "`num_train_timesteps` must be at most"),
-        ("model_index.json", {"_format_version": 4}, "saved in format 4, by a later version of ddpm-faces"),
+        ("model_index.json", {"_format_version": 5}, "saved in format 5, by a later version of ddpm-faces"),
         ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, "of another kind of pipeline: it has vae"),
         ("model_index.json", b'{"_class_name": "DDPMPipeline"}', "of another kind of pipeline: it has no unet"),
         ("model_index.json", {"unet": ["../../evil", "DDPMFacesUNet"]}, "`unet` must name a library and a class"),
@@ -1116,8 +1116,12 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         ("model_index.json", {"scheduler": ["diffusers", ["DDPMScheduler"]]}, "`scheduler` must name a library"),
         ("model_index.json", {"weights": ["diffusers", "UNet2DModel"]}, "`weights` must be 'ema', 'raw' or nothing"),
         ("model_index.json", {"guide": ["os", "system"]}, "`guide` must name a library and a class"),
-        ("model_index.json", {"guidance_scale": 1.5}, "`guidance_scale` must be 1 for a model without a guide"),
-        ("model_index.json", {"guidance_scale": ["a", "b"]}, "`guidance_scale` must be a number"),
+        (
+            "model_index.json",
+            {"autoguidance_scale": 1.5},
+            "`autoguidance_scale` must be 1 for a model without a guide",
+        ),
+        ("model_index.json", {"autoguidance_scale": ["a", "b"]}, "`autoguidance_scale` must be a number"),
         ("model_index.json", b"[]", "must contain a JSON object"),
         ("unet/config.json", b"[1]", "must contain a JSON object"),
         ("scheduler/scheduler_config.json", b"[1]", "must contain a JSON object"),

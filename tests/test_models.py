@@ -29,7 +29,7 @@ def test_shipped_model_generates_faces_in_eight_steps():
 
 def test_shipped_guide_is_small_and_has_the_measured_scale():
     pipeline = DDPMFacesPipeline.from_pretrained(MODEL)
-    assert pipeline.config.guidance_scale == 1.2
+    assert pipeline.config.autoguidance_scale == 1.2
     assert pipeline.guide.num_parameters() < pipeline.unet.num_parameters() / 10
 
 
@@ -40,7 +40,7 @@ def test_shipped_model_is_small_and_its_card_is_complete():
     assert head["license"] == "cc-by-nc-sa-4.0"
     assert "not measured" not in card.lower()
     for metric in read_metrics(MODEL / "metrics.json")["metrics"]:
-        assert (metric["n"], metric["steps"], metric["guidance_scale"]) == (400, 300, 1.2)
+        assert (metric["n"], metric["steps"], metric["autoguidance_scale"]) == (400, 300, 1.2)
         assert metric["real_faces"] is not None
     assert value("face_rate") >= 0.95
 

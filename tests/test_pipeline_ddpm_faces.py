@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
 from ddpm_faces.evaluation.samples import Generated
 from ddpm_faces.generation import Recipe
+from ddpm_faces.pipeline_ddpm_faces import Guidance
 from ddpm_faces.solvers import fast_solver
 
 
@@ -36,7 +37,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 
 def values(pipeline) -> tuple[int, float]:
-    return pipeline.num_timesteps, pipeline.guidance_scale
+    return pipeline.num_timesteps, pipeline.autoguidance_scale
 
 
 def quiet(pipeline):
@@ -163,16 +164,16 @@ def test_preset_may_turn_guidance_off():
     pipeline = quiet(DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=20)))
     pipeline.set_guide(a_guide(), 1.5)
     pipeline.set_presets(
-        {"draft": {"num_inference_steps": 3, "guidance_scale": 1.0}, "fast": {"num_inference_steps": 3}}
+        {"draft": {"num_inference_steps": 3, "autoguidance_scale": 1.0}, "fast": {"num_inference_steps": 3}}
     )
     plain = quiet(DDPMFacesPipeline(pipeline.unet, pipeline.scheduler))
     plain.set_presets({"fast": {"num_inference_steps": 3}})
     assert torch.equal(pixels(pipeline, preset="draft"), pixels(plain, preset="fast"))
-    assert torch.equal(pixels(pipeline, preset="draft", guidance_scale=1.5), pixels(pipeline, preset="fast"))
+    assert torch.equal(pixels(pipeline, preset="draft", autoguidance_scale=1.5), pixels(pipeline, preset="fast"))
     assert not torch.equal(pixels(pipeline, preset="draft"), pixels(pipeline, preset="fast"))
-    pipeline.set_presets({"fast": {"num_inference_steps": 3, "guidance_scale": 1.2}}, "fast")
+    pipeline.set_presets({"fast": {"num_inference_steps": 3, "autoguidance_scale": 1.2}}, "fast")
     alone = quiet(DDPMFacesPipeline(pipeline.unet, pipeline.scheduler, presets=pipeline.config.presets))
-    with pytest.raises(ValueError, match="`guidance_scale` must be 1 for a model without a guide, got 1.2"):
+    with pytest.raises(ValueError, match="`autoguidance_scale` must be 1 for a model without a guide, got 1.2"):
         alone(preset="fast")
 
 
@@ -191,7 +192,7 @@ def test_presets_travel(client, pipeline, tmp_path):
     pipeline.set_presets({**PRESETS, "tuned": {"algorithm": "dpmsolver++", "num_inference_steps": 3}}, "tuned")
     expected = pixels(pipeline)
     pipeline.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["_format_version"] == 3
+    assert json.loads((tmp_path / "model_index.json").read_text())["_format_version"] == 4
     for script in (WITH_THE_PACKAGE, WITHOUT):
         outcome = client.run(script, folder=str(tmp_path))
         assert outcome.value == expected.tolist(), outcome.output
@@ -223,7 +224,11 @@ def test_folder_without_presets_is_as_before(pipeline, tmp_path):
         ({"fast": {"num_inference_steps": 2.5}}, None, r"\['num_inference_steps'\]` must be an integer"),
         ({"fast": {"num_inference_steps": 2, "order": 3}}, None, "may set num_inference_steps, .*, got 'order'"),
         ({"fast": {"num_inference_steps": 2, "algorithm": "euler"}}, None, "`algorithm` must be one of .*got 'euler'"),
-        ({"fast": {"num_inference_steps": 2, "guidance_scale": -1}}, None, "`guidance_scale` must be a number"),
+        (
+            {"fast": {"num_inference_steps": 2, "autoguidance_scale": -1}},
+            None,
+            "`autoguidance_scale` must be a number",
+        ),
         ({"fast": {"num_inference_steps": 2}}, "quick", "`default_preset` must be one of exact, fast, got 'quick'"),
     ],
 )
@@ -309,7 +314,7 @@ def test_prediction_is_guided_and_keeps_the_variance():
     x = torch.randn(2, 3, 16, 16)
     ours, worse = (network(x, 7).sample for network in (pipeline.unet, pipeline.guide))
     expected = torch.cat([1.5 * ours[:, :3] - 0.5 * worse[:, :3], ours[:, 3:]], dim=1)
-    torch.testing.assert_close(pipeline.predict(x, 7, guidance_scale=1.5), expected)
+    torch.testing.assert_close(pipeline.predict(x, 7, guidance=Guidance(autoguidance_scale=1.5)), expected)
     torch.testing.assert_close(pipeline.predict(x, 7), ours)
 
 
@@ -457,10 +462,10 @@ def test_callback_sees_and_replaces_latents(pipeline):
 
 
 def test_callback_reads_the_values_of_its_call(pipeline):
-    pipeline.set_guide(a_guide(), guidance_scale=1.25)
+    pipeline.set_guide(a_guide(), autoguidance_scale=1.25)
     seen = []
     for scale in (1.5, None):
-        pipeline(1, 4, guidance_scale=scale, callback_on_step_end=lambda pipe, *_: seen.append(values(pipe)) or {})
+        pipeline(1, 4, autoguidance_scale=scale, callback_on_step_end=lambda pipe, *_: seen.append(values(pipe)) or {})
     assert seen == [(4, 1.5)] * 4 + [(4, 1.25)] * 4
     assert values(pipeline) == (20, 1.25)  # the defaults, outside of a call
 
@@ -559,12 +564,12 @@ def test_guidance_extrapolates_from_the_guide(learns_variance, scale, is_fast):
     unet = tiny_unet(out_channels=6 if learns_variance else 3)
     scheduler = DDPMFacesScheduler(20, variance_type="learned_range" if learns_variance else "fixed_small")
     pipeline = quiet(DDPMFacesPipeline(unet, fast_solver(scheduler) if is_fast else scheduler))
-    pipeline.set_guide(a_guide(), guidance_scale=scale)
+    pipeline.set_guide(a_guide(), autoguidance_scale=scale)
     expected = quiet(DDPMFacesPipeline(unet, pipeline.scheduler))
     expected.unet = Combined(unet, pipeline.guide, scale)
     images = pipeline(2, 6, generators(0, 1), output_type="pt").images
     torch.testing.assert_close(images, expected(2, 6, generators(0, 1), output_type="pt").images, atol=1e-5, rtol=0)
-    alone = pipeline(2, 6, generators(0, 1), output_type="pt", guidance_scale=1).images
+    alone = pipeline(2, 6, generators(0, 1), output_type="pt", autoguidance_scale=1).images
     expected.unet = unet
     assert torch.equal(alone, expected(2, 6, generators(0, 1), output_type="pt").images)
     assert not torch.allclose(images, alone, atol=0.01)
@@ -587,11 +592,11 @@ def test_guide_is_used_within_its_interval(pipeline, interval):
     # Each image of a batch may have its own timestep.
     timesteps = torch.tensor([interval[0], 0, 10, interval[1]])
     x = torch.randn(4, *pipeline.image_shape)
-    together = pipeline.predict(x, timesteps, 1.5)
-    single = torch.cat([pipeline.predict(x[i : i + 1], timesteps[i], 1.5) for i in range(4)])
+    together = pipeline.predict(x, timesteps, guidance=Guidance(1.0, 1.5))
+    single = torch.cat([pipeline.predict(x[i : i + 1], timesteps[i], guidance=Guidance(1.0, 1.5)) for i in range(4)])
     torch.testing.assert_close(together, single, atol=1e-5, rtol=0)
 
-    pipeline.set_guidance(1.5)
+    pipeline.set_guidance(autoguidance_scale=1.5)
     assert pipeline.config.guidance_interval is None
     assert not torch.allclose(pipeline(2, generator=generators(0, 1), output_type="pt").images, images)
 
@@ -610,7 +615,7 @@ def test_interval_of_a_preset(pipeline):
         expected = (images[name] * 255).round().to(torch.uint8)
         assert torch.equal(generated.batches(range(2)), expected)
         assert generated.provenance(2)["guidance_interval"] == interval
-    pipeline.set_guidance(1.5, (0, 2))
+    pipeline.set_guidance(1.0, 1.5, (0, 2))
     assert torch.equal(
         images["late"], pipeline(2, generator=generators(0, 1), output_type="pt", preset="middle").images
     )
@@ -622,7 +627,7 @@ def test_interval_is_saved_with_the_guide(bare_client, pipeline, tmp_path):
     pipeline.set_guide(a_guide(), 1.5, (5, 14))
     expected = pipeline(2, generator=generators(0, 1), output_type="pt").images
     pipeline.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["_format_version"] == 3
+    assert json.loads((tmp_path / "model_index.json").read_text())["_format_version"] == 4
     loaded = quiet(DDPMFacesPipeline.from_pretrained(tmp_path))
     assert loaded.config.guidance_interval == [5, 14]
     assert torch.equal(loaded(2, generator=generators(0, 1), output_type="pt").images, expected)
@@ -645,15 +650,15 @@ def test_unsuitable_intervals_are_refused(pipeline, interval):
     with pytest.raises(ValueError, match=message):
         pipeline.set_guide(a_guide(), 1.5, interval)
     with pytest.raises(ValueError, match=message):
-        pipeline.set_guidance(1.5, interval)
-    settings = pipeline.guide, pipeline.config.guidance_scale, pipeline.config.guidance_interval
+        pipeline.set_guidance(1.0, 1.5, interval)
+    settings = pipeline.guide, pipeline.config.autoguidance_scale, pipeline.config.guidance_interval
     assert settings == (kept.unet, 1.25, [2, 3])
 
 
 def test_interval_needs_a_guide(pipeline):
     for change in (
         lambda: pipeline.set_guide(None, 1.0, (2, 3)),
-        lambda: pipeline.set_guidance(1.0, (2, 3)),
+        lambda: pipeline.set_guidance(guidance_interval=(2, 3)),
         lambda: DDPMFacesPipeline(pipeline.unet, pipeline.scheduler, guidance_interval=(2, 3)),
     ):
         with pytest.raises(
@@ -665,7 +670,7 @@ def test_interval_needs_a_guide(pipeline):
 def test_guide_alone_and_no_guide(pipeline):
     guide = a_guide()
     pipeline.set_guide(guide)
-    of_guide = pipeline(2, generator=generators(0, 1), output_type="pt", guidance_scale=0).images
+    of_guide = pipeline(2, generator=generators(0, 1), output_type="pt", autoguidance_scale=0).images
     expected = quiet(guide)(2, generator=generators(0, 1), output_type="pt").images
     torch.testing.assert_close(of_guide, expected, atol=1e-5, rtol=0)
     guide.unet.forward = None  # without guidance, the guide is not evaluated
@@ -688,7 +693,7 @@ def test_guidance_leads_away_from_the_guides_mistakes():
 
     scheduler = DDPMFacesScheduler(20)
     pipeline = quiet(DDPMFacesPipeline(tiny_unet(), scheduler))
-    pipeline.set_guide(a_guide(), guidance_scale=1.5)
+    pipeline.set_guide(a_guide(), autoguidance_scale=1.5)
     pipeline.unet, pipeline.guide = OnePicture(0.2), OnePicture(-0.2)
     images = pipeline(2, generator=generators(0, 1), output_type="latent").images
     torch.testing.assert_close(images, torch.full_like(images, 1.5 * 0.2 - 0.5 * -0.2), atol=1e-5, rtol=0)
@@ -707,21 +712,160 @@ def test_classes_of_a_guide():
         pipeline.set_guide(a_guide(num_class_embeds=3), 1.5)
 
 
+# Classifier-free guidance
+
+
+def a_class_model(**unet) -> DDPMFacesPipeline:
+    torch.manual_seed(3)
+    network = tiny_unet(num_class_embeds=2, null_class=True, **unet)
+    return quiet(DDPMFacesPipeline(network, DDPMFacesScheduler(20)))
+
+
+class ClassGuided(Stub):
+    """The networks with all their guidance, one image at a time."""
+
+    def __init__(self, unet, scale, guide=None, autoguidance_scale=1.0, interval=(0, 19)):
+        super().__init__()
+        self.unet, self.guide = unet, guide
+        self.scale, self.autoguidance_scale, self.interval = scale, autoguidance_scale, interval
+        self.config = unet.config
+
+    def forward(self, sample, timestep, class_labels):
+        outputs = []
+        for x, label in zip(sample, class_labels, strict=True):
+            own = self.unet(x[None], timestep, label[None]).sample
+            output = own
+            if self.interval[0] <= timestep <= self.interval[1]:
+                output = own + (self.scale - 1) * (own - self.unet(x[None], timestep).sample)
+                if self.guide is not None:
+                    output = output + (self.autoguidance_scale - 1) * (own - self.guide(x[None], timestep).sample)
+            outputs.append(output)
+        return UNet2DOutput(torch.cat(outputs))
+
+
+@pytest.mark.parametrize(
+    ("scale", "autoguidance_scale", "interval"), [(3.0, None, None), (0.5, None, (5, 14)), (2.5, 1.5, (5, 14))]
+)
+def test_classifier_free_guidance(scale, autoguidance_scale, interval):
+    pipeline = a_class_model()
+    if autoguidance_scale is not None:
+        pipeline.set_guide(a_guide(), autoguidance_scale)
+    pipeline.set_guidance(1.0, autoguidance_scale or 1.0, interval)
+    call = {"generator": generators(0, 1, 2), "output_type": "pt", "class_labels": [0, 1, 0]}
+    expected = quiet(DDPMFacesPipeline(pipeline.unet, pipeline.scheduler))
+    expected.unet = ClassGuided(pipeline.unet, scale, pipeline.guide, autoguidance_scale or 1.0, interval or (0, 19))
+    batches = []
+    hook = pipeline.unet.register_forward_pre_hook(lambda module, arguments: batches.append(len(arguments[0])))
+    images = pipeline(3, guidance_scale=scale, **call).images
+    hook.remove()
+    low, high = interval or (0, 19)
+    assert batches == [6 if low <= t <= high else 3 for t in reversed(range(20))]  # both halves in one batch
+    call["generator"] = generators(0, 1, 2)
+    torch.testing.assert_close(images, expected(3, **call).images, atol=1e-4, rtol=0)
+
+    # Each image of a batch may have its own timestep.
+    x, labels, timesteps = torch.randn(3, *pipeline.image_shape), torch.tensor([0, 1, 0]), torch.tensor([2, 9, 19])
+    guidance = Guidance(scale, autoguidance_scale or 1.0)
+    together = pipeline.predict(x, timesteps, labels, guidance)
+    single = [pipeline.predict(x[i : i + 1], timesteps[i], labels[i : i + 1], guidance) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(single), atol=1e-5, rtol=0)
+
+
+def test_classes_may_be_left_out_with_a_null_class():
+    """The images are those of the label after the last class, and there is nothing to guide."""
+    pipeline = a_class_model()
+    images = pipeline(2, generator=generators(0, 1), output_type="pt").images
+    guided = pipeline(2, generator=generators(0, 1), output_type="pt", guidance_scale=3).images
+    assert torch.equal(images, guided)
+    x = torch.randn(2, *pipeline.image_shape)
+    assert torch.equal(pipeline.predict(x, 5), pipeline.predict(x, 5, torch.tensor([2, 2])))
+    assert not torch.allclose(pipeline.predict(x, 5), pipeline.predict(x, 5, torch.tensor([0, 1])))
+
+
+def test_default_guidance_scale_travels(bare_client, tmp_path):
+    pipeline = a_class_model()
+    assert "guidance_scale" not in json.loads(pipeline.to_json_string())
+    pipeline.set_guidance(guidance_scale=2.5)
+    assert (pipeline.guidance_scale, pipeline.do_classifier_free_guidance) == (2.5, True)
+    call = {"generator": generators(0, 1), "output_type": "pt", "class_labels": [0, 1]}
+    expected = pipeline(2, **call).images
+    call["generator"] = generators(0, 1)
+    assert torch.equal(pipeline(2, guidance_scale=2.5, **call).images, expected)
+    pipeline.set_presets({"plain": {"num_inference_steps": 20, "algorithm": "ddpm", "guidance_scale": 1.0}})
+    assert pipeline.resolve_preset("plain").guidance.guidance_scale == 1.0
+    pipeline.set_presets(None)
+    pipeline.save_pretrained(tmp_path)
+    assert DDPMFacesPipeline.from_pretrained(tmp_path).config.guidance_scale == 2.5
+    outcome = bare_client.run(WITHOUT.replace("output_type", "class_labels=[0, 1], output_type"), folder=str(tmp_path))
+    assert outcome.value == expected.tolist(), outcome.output
+
+    seen = []
+
+    def note(pipeline, i, t, values):
+        seen.append((pipeline.guidance_scale, pipeline.autoguidance_scale, pipeline.do_classifier_free_guidance))
+        return {}
+
+    pipeline(1, 2, class_labels=[0], guidance_scale=1, callback_on_step_end=note)
+    assert seen == [(1, 1.0, False)] * 2
+
+
+@pytest.mark.parametrize(
+    ("unet", "message"),
+    [
+        ({}, "`guidance_scale` must be 1 for this model, got 2: it has no classes. `autoguidance_scale` is the scale"),
+        ({"num_class_embeds": 2}, "got 2: it was trained without `condition_dropout`"),
+    ],
+)
+def test_classifier_free_guidance_needs_a_null_class(unet, message):
+    pipeline = quiet(DDPMFacesPipeline(tiny_unet(**unet), DDPMFacesScheduler(20)))
+    labels = [0] if unet else None
+    with pytest.raises(ValueError, match=message):
+        pipeline(1, class_labels=labels, guidance_scale=2)
+    with pytest.raises(ValueError, match=message):
+        pipeline.set_guidance(guidance_scale=2)
+    for scale in (-1, float("nan"), float("inf"), "2", True):
+        with pytest.raises(ValueError, match="`guidance_scale` must be a number of at least 0, got"):
+            pipeline(1, class_labels=labels, guidance_scale=scale)
+
+
+def test_guidance_of_earlier_formats_keeps_its_meaning(bare_client, pipeline, tmp_path):
+    """Before format 4, `guidance_scale` was the scale of autoguidance."""
+    pipeline.set_guide(a_guide(), 1.25)
+    pipeline.set_presets({"fast": {"num_inference_steps": 20, "autoguidance_scale": 1.5}}, "fast")
+    expected = pipeline(2, generator=generators(0, 1), output_type="pt").images
+    pipeline.save_pretrained(tmp_path)
+    path = tmp_path / "model_index.json"
+    index = json.loads(path.read_text())
+    index["_format_version"] = 3
+    index["guidance_scale"] = index.pop("autoguidance_scale")
+    index["presets"]["fast"]["guidance_scale"] = index["presets"]["fast"].pop("autoguidance_scale")
+    path.write_text(json.dumps(index))
+    loaded = quiet(DDPMFacesPipeline.from_pretrained(tmp_path))
+    assert (loaded.config.guidance_scale, loaded.config.autoguidance_scale) == (1.0, 1.25)
+    assert loaded.presets["fast"]["autoguidance_scale"] == 1.5
+    assert torch.equal(loaded(2, generator=generators(0, 1), output_type="pt").images, expected)
+    outcome = bare_client.run(WITHOUT, folder=str(tmp_path))
+    assert outcome.value == expected.tolist(), outcome.output
+
+
+# Saving the guide
+
+
 def test_guide_is_saved_with_the_pipeline(bare_client, pipeline, tmp_path):
     before = pipeline.to_json_string()
-    pipeline.set_guide(a_guide(), guidance_scale=1.25)
+    pipeline.set_guide(a_guide(), autoguidance_scale=1.25)
     expected = pipeline(2, generator=generators(0, 1), output_type="pt").images
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["_format_version"] == 2  # earlier versions of this package refuse this format with a message
+    assert index["_format_version"] == 4  # earlier versions of this package refuse this format with a message
     loaded = quiet(DDPMFacesPipeline.from_pretrained(tmp_path))
-    assert loaded.config.guidance_scale == 1.25
+    assert loaded.config.autoguidance_scale == 1.25
     assert torch.equal(loaded(2, generator=generators(0, 1), output_type="pt").images, expected)
     outcome = bare_client.run(WITHOUT, folder=str(tmp_path))
     assert outcome.value == expected.tolist(), outcome.output
 
     loaded.set_guide(None)
-    assert loaded.config.guidance_scale == 1
+    assert loaded.config.autoguidance_scale == 1
     without = json.loads(loaded.to_json_string())
     without.pop("_name_or_path")
     assert without == json.loads(before)  # the format that earlier versions load
@@ -742,7 +886,7 @@ def test_publishing_without_the_package_says_what_to_install(bare_client, pipeli
 def test_networks_are_kept_when_the_scheduler_is_replaced(pipeline):
     pipeline.set_guide(a_guide(), 1.5)
     fast = pipeline.with_scheduler(fast_solver(pipeline.scheduler))
-    assert (fast.unet, fast.guide, fast.config.guidance_scale) == (pipeline.unet, pipeline.guide, 1.5)
+    assert (fast.unet, fast.guide, fast.config.autoguidance_scale) == (pipeline.unet, pipeline.guide, 1.5)
     assert type(pipeline.scheduler) is DDPMFacesScheduler
 
 
@@ -759,12 +903,12 @@ def test_networks_are_kept_when_the_scheduler_is_replaced(pipeline):
             "a `prediction_type` of 'epsilon', got 'v_prediction'",
         ),
         (lambda: tiny_unet(), 1.5, "`guide` must be a DDPMFacesPipeline or None, got DDPMFacesUNet"),
-        (a_guide, -0.1, "`guidance_scale` must be a number of at least 0, got -0.1"),
-        (a_guide, float("nan"), "`guidance_scale` must be a number of at least 0, got nan"),
-        (a_guide, float("inf"), "`guidance_scale` must be a number of at least 0, got inf"),
-        (a_guide, True, "`guidance_scale` must be a number of at least 0, got True"),
-        (a_guide, "2", "`guidance_scale` must be a number of at least 0, got '2'"),
-        (lambda: None, 1.5, "`guidance_scale` must be 1 for a model without a guide, got 1.5"),
+        (a_guide, -0.1, "`autoguidance_scale` must be a number of at least 0, got -0.1"),
+        (a_guide, float("nan"), "`autoguidance_scale` must be a number of at least 0, got nan"),
+        (a_guide, float("inf"), "`autoguidance_scale` must be a number of at least 0, got inf"),
+        (a_guide, True, "`autoguidance_scale` must be a number of at least 0, got True"),
+        (a_guide, "2", "`autoguidance_scale` must be a number of at least 0, got '2'"),
+        (lambda: None, 1.5, "`autoguidance_scale` must be 1 for a model without a guide, got 1.5"),
     ],
 )  # fmt: skip
 def test_unsuitable_guides_are_refused(pipeline, guide, scale, message):
@@ -772,7 +916,7 @@ def test_unsuitable_guides_are_refused(pipeline, guide, scale, message):
     pipeline.set_guide(kept, 1.25)
     with pytest.raises(ValueError, match=message):
         pipeline.set_guide(guide(), scale)
-    assert (pipeline.guide, pipeline.config.guidance_scale) == (kept.unet, 1.25)
+    assert (pipeline.guide, pipeline.config.autoguidance_scale) == (kept.unet, 1.25)
 
 
 def test_guide_with_a_scheduler_without_betas_is_refused():
@@ -796,8 +940,8 @@ def test_guide_with_a_scheduler_without_betas_is_refused():
         ({"generator": 0}, "must be a torch.Generator, .* got 0"),
         ({"eta": 1.5}, r"`eta` must lie in \[0, 1\], got 1.5"),
         ({"latents": torch.zeros(1, 3, 16, 8)}, r"shape \(1, 3, 16, 16\), got \(1, 3, 16, 8\)"),
-        ({"guidance_scale": 1.5}, "`guidance_scale` must be 1 for a model without a guide, got 1.5"),
-        ({"guidance_scale": -1}, "`guidance_scale` must be a number of at least 0, got -1"),
+        ({"autoguidance_scale": 1.5}, "`autoguidance_scale` must be 1 for a model without a guide, got 1.5"),
+        ({"autoguidance_scale": -1}, "`autoguidance_scale` must be a number of at least 0, got -1"),
         ({"output_type": "jpeg"}, "'pil', 'np', 'pt', 'latent', got 'jpeg'"),
         ({"class_labels": [0]}, "has no classes"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"got \['noise'\]"),
@@ -890,12 +1034,12 @@ def test_training_mode_is_restored_after_an_error(pipeline):
 @pytest.mark.parametrize("with_guide", [False, True])
 def test_from_pipe(pipeline, with_guide):
     if with_guide:
-        pipeline = DDPMFacesPipeline(pipeline.unet, pipeline.scheduler, guide=tiny_unet(), guidance_scale=1.5)
+        pipeline = DDPMFacesPipeline(pipeline.unet, pipeline.scheduler, guide=tiny_unet(), autoguidance_scale=1.5)
     pipeline.unet.to(torch.bfloat16)
     copy = DDPMFacesPipeline.from_pipe(pipeline)
     assert copy.unet is pipeline.unet
     assert copy.guide is pipeline.guide
-    assert copy.config.guidance_scale == pipeline.config.guidance_scale
+    assert copy.config.autoguidance_scale == pipeline.config.autoguidance_scale
     assert copy.unet.dtype == torch.bfloat16
     assert DDPMFacesPipeline.from_pipe(DDPMPipeline(copy.unet, pipeline.scheduler)).unet is pipeline.unet
 
@@ -920,7 +1064,7 @@ def saved_by_287d241(tmp_path_factory) -> Path:
 def test_an_earlier_folder_loads_with_the_package(saved_by_287d241, name, weights, scale):
     loaded = quiet(DDPMFacesPipeline.from_pretrained(saved_by_287d241 / name))
     assert type(loaded.scheduler) is DDPMFacesScheduler
-    assert (loaded.config.weights, loaded.guidance_scale) == (weights, scale)
+    assert (loaded.config.weights, loaded.autoguidance_scale) == (weights, scale)
     assert (loaded.guide is not None) == (name == "guided")
     images = loaded(2, generator=generators(0, 1), output_type="pt").images
     expected = load_file(saved_by_287d241 / f"{name}.safetensors")["images"]

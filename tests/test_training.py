@@ -288,7 +288,7 @@ def test_validation_and_samples_do_not_affect_training(finished, tmp_path):
 def test_early_ema_becomes_the_guide(finished, tmp_path):
     """The guide survives an interruption, is used for samples, and is saved. The training does not change."""
     run = tmp_path / "run"
-    settings = {"guidance_scale": 1.5, "guide_images": 30, "checkpoints_total_limit": 9}
+    settings = {"autoguidance_scale": 1.5, "guide_images": 30, "checkpoints_total_limit": 9}
     fail(
         run, 1, {"in_step": {"at": 24, "signal": "SIGUSR1"}}, **settings
     )  # before the tasks that are due after 32 images
@@ -298,7 +298,7 @@ def test_early_ema_becomes_the_guide(finished, tmp_path):
     assert_equal_weights(weights(run), weights(finished))
 
     pipeline = DDPMFacesPipeline.from_pretrained(run)
-    assert pipeline.config.guidance_scale == 1.5
+    assert pipeline.config.autoguidance_scale == 1.5
     assert_equal_weights(pipeline.guide.state_dict(), load_file(run / "checkpoint-0000000032" / "ema.safetensors"))
     expected = image_grid(pipeline(1, generator=torch.Generator().manual_seed(0)).images, scale=8)
     drawn = Image.open(run / "samples.png").crop((0, 0, *expected.size))
@@ -306,27 +306,27 @@ def test_early_ema_becomes_the_guide(finished, tmp_path):
     for name in ("0000000048.png", "0000000096.png"):
         assert (run / "samples" / name).read_bytes() != (finished / "samples" / name).read_bytes()
     summary = json.loads((run / "training_summary.json").read_text())
-    assert (summary["guide_images_seen"], summary["guidance_scale"]) == (32, 1.5)
+    assert (summary["guide_images_seen"], summary["autoguidance_scale"]) == (32, 1.5)
 
 
 def test_guide_without_ema_and_after_guidance_is_switched_off(tmp_path):
     run = tmp_path / "run"
-    fail(run, 1, {"in_step": {"at": 72}}, guidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
-    output = succeed(run, guidance_scale=1, use_ema="false", checkpoints_total_limit=9)
-    assert "`guidance_scale` was 1.5 and is 1.0: the learned weights are not affected" in output
+    fail(run, 1, {"in_step": {"at": 72}}, autoguidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
+    output = succeed(run, autoguidance_scale=1, use_ema="false", checkpoints_total_limit=9)
+    assert "`autoguidance_scale` was 1.5 and is 1.0: the learned weights are not affected" in output
     assert DDPMFacesPipeline.from_pretrained(run).guide is None
     # The last checkpoint has no guide, so none is restored. The one after 64 images has the guide of a quarter.
-    output = succeed(run, guidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
+    output = succeed(run, autoguidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
     assert "Note: The run kept no guide after 24 images, and it is past that point." in output
     assert "Note: the pipeline has no guide, because the run kept none after 24 images" in output
-    assert json.loads((run / "training_summary.json").read_text())["guidance_scale"] == 1
+    assert json.loads((run / "training_summary.json").read_text())["autoguidance_scale"] == 1
     shutil.rmtree(run / "checkpoint-0000000096")
-    succeed(run, guidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
+    succeed(run, autoguidance_scale=1.5, use_ema="false", checkpoints_total_limit=9)
     guide = DDPMFacesPipeline.from_pretrained(run).guide.state_dict()
     assert_equal_weights(guide, load_file(run / "checkpoint-0000000064" / "guide.safetensors"))
-    succeed(run, guidance_scale=1, use_ema="false", checkpoints_total_limit=9)
+    succeed(run, autoguidance_scale=1, use_ema="false", checkpoints_total_limit=9)
     assert not (run / "guide").exists()
-    succeed(tmp_path / "last", max_train_images=96, guidance_scale=1.5, guide_images=90, use_ema="false")
+    succeed(tmp_path / "last", max_train_images=96, autoguidance_scale=1.5, guide_images=90, use_ema="false")
     assert DDPMFacesPipeline.from_pretrained(tmp_path / "last").guide is None  # it would equal the network itself
 
 
@@ -615,7 +615,7 @@ def test_layout_changes_only_rounding(tmp_path, reference, num_processes, device
 def test_sharded_over_processes(tmp_path, reference):
     """FSDP shards parameters, gradients, moments and EMA. They are saved, resumed, and complete in the pipeline."""
     run = tmp_path / "run"
-    settings = {**INVARIANT, "guidance_scale": 1.5}
+    settings = {**INVARIANT, "autoguidance_scale": 1.5}
     fail(run, 2, {"fsdp": True, "in_step": {"at": 72}}, launch_config="fsdp.yaml", **settings)
     assert not (list_checkpoints(run)[-1] / "model.safetensors").exists()
     assert "after 64 images" in succeed(run, 2, {"fsdp": True}, launch_config="fsdp.yaml", **settings)
@@ -867,7 +867,7 @@ def test_run_stops_on_copies_with_the_last_clean_weights(tmp_path):
     run = tmp_path / "run"
     output = succeed(
         run, faults={"copies": {"from": 40}}, audit_every_images=16, stop_on_copies=True, checkpoints_total_limit=1,
-        guidance_scale=1.5, guide_images=33, **ASSESSED,
+        autoguidance_scale=1.5, guide_images=33, **ASSESSED,
     )  # fmt: skip
     found = {entry["images_seen"]: entry["copies_found"] for entry in read_log(run, "copies_found")}
     assert found == {16: 0, 32: 0, 48: 1}
@@ -895,7 +895,7 @@ def test_samples_are_evaluated_and_audited_during_training(tmp_path):
     run = tmp_path / "run"
     succeed(
         run, num_processes=2, faults={"copies": {"from": 40}}, audit_every_images=32, evaluate_every_images=32,
-        variance_type="learned_range", guidance_scale=1.5, **{**ASSESSED, "num_evaluation_samples": 101},
+        variance_type="learned_range", autoguidance_scale=1.5, **{**ASSESSED, "num_evaluation_samples": 101},
     )  # fmt: skip
     assert {entry["images_seen"]: entry["copies_found"] for entry in read_log(run, "copies_found")} == {32: 0, 64: 1}
     entries = read_log(run, "evaluation")
@@ -980,7 +980,9 @@ def test_earlier_run_is_not_overwritten(finished, tmp_path):
 
 
 def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path):
-    output = succeed(tmp_path / "run", dry_run="true", checkpoint_every_images=0, guidance_scale=1.2, guide_images=90)
+    output = succeed(
+        tmp_path / "run", dry_run="true", checkpoint_every_images=0, autoguidance_scale=1.2, guide_images=90
+    )
     assert "Everything works" in output
     assert "checkpoints  never" in output
     assert re.search(r"run +96 images in 12 steps of 8", output)

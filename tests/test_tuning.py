@@ -50,7 +50,7 @@ def test_tuning_measures_both_and_keeps_the_better(model, data):
     pipeline.set_progress_bar_config(disable=True)
     tuned = tune(pipeline, data, networks=Plain(), seed=7, **QUICK)
     assert (pipeline.presets.keys(), pipeline.scheduler.config.tuned_steps) == ({"exact"}, None)
-    fitted = fit_solvers(pipeline, (2, 3), 16, None, 50)
+    fitted = fit_solvers(pipeline, (2, 3), 16, 50)
     faces = DrawnFaces(220, resolution=16)
     real = torch.stack([torch.from_numpy(np.array(faces[i]["image"])).permute(2, 0, 1) for i in range(110, 210)])
     assert [row["steps"] for row in tuned.report["rows"]] == [2, 3]
@@ -79,7 +79,7 @@ def test_the_guide_is_limited_to_its_interval(data):
     pipeline.set_progress_bar_config(disable=True)
     everywhere = tune(pipeline, data, networks=Plain(), **QUICK)
     limited = tune(pipeline, data, networks=Plain(), guidance_interval=(4, 14), **QUICK)
-    pipeline.set_guidance(2.0, (4, 14))
+    pipeline.set_guidance(1.0, 2.0, (4, 14))
     own = tune(pipeline, data, networks=Plain(), **QUICK)
     assert limited.report == own.report != everywhere.report
     assert limited.report["guidance_interval"] == [4, 14]
@@ -96,7 +96,7 @@ def test_saved_presets_are_used_and_published(model, tmp_path):
     report = {
         "rows": [{"steps": 2, "tuned": row, "even": {**row, "frechet_distance": 23.45}, "kept": "tuned"}],
         "n": 100, "n_reference": 100, "image_size": "16x16", "extractor": "pixels", "reference": "set, test",
-        "seeds": "0 to 99", "guidance_scale": 1.0,
+        "seeds": "0 to 99", "autoguidance_scale": 1.0,
     }  # fmt: skip
     presets = {"fast": {**solver, "num_inference_steps": 3}, "draft": {**solver, "num_inference_steps": 2}}
     pipeline = DDPMFacesPipeline.from_pretrained(model)

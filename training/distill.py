@@ -21,6 +21,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +31,7 @@ from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
 from ddpm_faces.files import replacing
 from ddpm_faces.generation import with_own_scheduler
 from ddpm_faces.models import load_pipeline
+from ddpm_faces.pipeline_ddpm_faces import Guidance
 from ddpm_faces.plots import image_grid
 from ddpm_faces.training.checkpoint import (
     CheckpointIO,
@@ -127,10 +129,13 @@ def distill(config: DistillationConfig, accelerator: Accelerator) -> None:
             )
         if not pipeline.takes_presets:
             raise ValueError(f"`teacher` {config.teacher!r} must have a scheduler of 'ddpm', as after training.")
-        scale = pipeline.config.guidance_scale if config.guidance_scale is None else config.guidance_scale
-        pipeline.check_guide(pipeline.guide, scale)
+        asked = {"guidance_scale": config.guidance_scale, "autoguidance_scale": config.autoguidance_scale}
+        scales: dict[str, Any] = {
+            name: pipeline.config[name] if scale is None else scale for name, scale in asked.items()
+        }
+        pipeline.set_guidance(**scales, guidance_interval=pipeline.config.guidance_interval)
         schedules = student_schedules(pipeline.scheduler, config.student_steps)
-        teacher = Teacher(pipeline, scale, schedules, config.teacher_steps)
+        teacher = Teacher(pipeline, Guidance(**scales), schedules, config.teacher_steps)
         pretrained = config.pretrained_student
         try:
             earlier = None if pretrained is None else load_pipeline(pretrained, device=accelerator.device)
@@ -174,7 +179,8 @@ def distill(config: DistillationConfig, accelerator: Accelerator) -> None:
                 config.save(path)
         log.open()
         steps = " and ".join(map(str, config.student_steps))
-        accelerator.print(f"Distilling {config.teacher} with a guidance scale of {scale:g} into {steps} steps.")
+        guided = " and ".join(f"`{name}` {scale:g}" for name, scale in scales.items())
+        accelerator.print(f"Distilling {config.teacher} with {guided} into {steps} steps.")
         loop(run, guard)
     finally:
         preemption.close()

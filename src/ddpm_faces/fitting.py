@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .checks import check_integer, check_seed
 from .generation import with_own_scheduler
-from .pipeline_ddpm_faces import SOLVER, DDPMFacesPipeline, evaluating
+from .pipeline_ddpm_faces import SOLVER, DDPMFacesPipeline, Guidance, evaluating
 from .scheduling_ddpm_faces import DDPMFacesScheduler
 
 
@@ -65,18 +65,16 @@ def fit_solvers(
     pipeline: DDPMFacesPipeline,
     num_steps: Sequence[int] = (4, 5, 6, 8, 10),
     num_trajectories: int = 128,
-    guidance_scale: float | None = None,
     batch_size: int = 16,
     seed: int = 2**31,
 ) -> dict[str, dict[str, Any]]:
     """Fit solvers to a model, one for each number of steps.
 
     Args:
-        pipeline ([`DDPMFacesPipeline`]): The model. It is not changed.
+        pipeline ([`DDPMFacesPipeline`]): The model, guided as in its configuration. It is not changed.
         num_steps (`Sequence[int]`, defaults to `(4, 5, 6, 8, 10)`): Numbers of steps, each from 2 to 20.
         num_trajectories (`int`, defaults to 128):
             Number of images to learn from, at least 16. Large images are fewer, so that they fit into 1 GiB.
-        guidance_scale (`float`, *optional*): Scale of the autoguidance; defaults to that of the pipeline.
         batch_size (`int`, defaults to 16): Number of images at once.
         seed (`int`, defaults to 2**31): Seed of the first image, far from the seeds that people use.
 
@@ -93,13 +91,12 @@ def fit_solvers(
     grid = min(GRID, pipeline.scheduler.config.num_train_timesteps - 1)  # the last timestep may be pure noise
     if max(numbers) >= grid:
         raise ValueError(f"`num_steps` must be below {grid} for this model, got {max(numbers)}.")
-    scale = pipeline.config.guidance_scale if guidance_scale is None else guidance_scale
-    pipeline.check_guide(pipeline.guide, scale)
+    guidance = Guidance(**{name: pipeline.config[name] for name in Guidance._fields})
     with evaluating(pipeline.unet, pipeline.guide):
-        exact = follow(pipeline, num_trajectories, scale, batch_size, seed)
+        exact = follow(pipeline, num_trajectories, guidance, batch_size, seed)
         errors = straight_step_errors(exact)
         return {
-            str(number): fit(pipeline, exact, cheapest_path(errors, number), scale, batch_size)
+            str(number): fit(pipeline, exact, cheapest_path(errors, number), guidance, batch_size)
             for number in tqdm(numbers, desc="Fitting solvers", unit="solver", disable=None, leave=False)
         }
 
@@ -112,7 +109,7 @@ def check_num_steps(num_steps: Sequence[int]) -> list[int]:
 
 
 def follow(
-    pipeline: DDPMFacesPipeline, num_images: int, guidance_scale: float, batch_size: int, seed: int
+    pipeline: DDPMFacesPipeline, num_images: int, guidance: Guidance, batch_size: int, seed: int
 ) -> Trajectories:
     """Follow the probability flow from `num_images` noises in small steps of third order."""
     config = with_own_scheduler(pipeline).scheduler.config
@@ -131,7 +128,7 @@ def follow(
             x = torch.stack(noises).to(device)
             for index, t in enumerate(solver.timesteps):
                 states[index, part] = x.cpu().half()
-                output = pipeline.predict(x, t, guidance_scale, None if labels is None else labels[part])
+                output = pipeline.predict(x, t, None if labels is None else labels[part], guidance)
                 x, x_0 = solver.step(output, t, x, return_dict=False)
                 predictions[index, part] = x_0.cpu().half()
             states[grid, part] = x.cpu().half()
@@ -178,7 +175,7 @@ def cheapest_path(errors: torch.Tensor, num_steps: int) -> list[int]:
 
 
 def fit(
-    pipeline: DDPMFacesPipeline, exact: Trajectories, path: Sequence[int], guidance_scale: float, batch_size: int
+    pipeline: DDPMFacesPipeline, exact: Trajectories, path: Sequence[int], guidance: Guidance, batch_size: int
 ) -> dict[str, Any]:
     """Fit the weights and divisors of a solver that visits the points `path` of the grid.
 
@@ -202,7 +199,7 @@ def fit(
         for part in torch.arange(len(noisy)).split(batch_size):
             x = noisy[part].to(pipeline.unet.device) / math.hypot(1, sigma)
             labels = None if exact.class_labels is None else exact.class_labels[part]
-            output = pipeline.predict(x, exact.timesteps[start], guidance_scale, labels)[:, : x.shape[1]]
+            output = pipeline.predict(x, exact.timesteps[start], labels, guidance)[:, : x.shape[1]]
             x_0[part] = denoiser.predict_original_sample(output, exact.timesteps[start], x).cpu()
 
         weights, excess = _fit_step(noisy, x_0, earlier, ratio, exact.noisy(end))

@@ -42,7 +42,8 @@ class Recipe:
             those of DPM-Solver++.
         sigma_min (`float`, *optional*): For DPM-Solver++, see [`DDPMFacesScheduler`].
         epsilon_scaling (`float`, *optional*): For DPM-Solver++, see [`DDPMFacesScheduler`].
-        guidance_scale (`float`, *optional*): Scale of the autoguidance. Defaults to that of the pipeline.
+        guidance_scale (`float`, *optional*): Scale of classifier-free guidance. Defaults to that of the pipeline.
+        autoguidance_scale (`float`, *optional*): Scale of autoguidance. Defaults to that of the pipeline.
         class_labels (`list[int]`, *optional*): Classes, in turn. Defaults to all classes of the model, in turn.
         dtype (`str`, *optional*):
             Precision of the networks, `"float32"` or `"bfloat16"`; `"auto"` is bfloat16 where the device has
@@ -59,6 +60,7 @@ class Recipe:
     sigma_min: float | None = None
     epsilon_scaling: float | None = None
     guidance_scale: float | None = None
+    autoguidance_scale: float | None = None
     class_labels: Sequence[int] | None = None
     dtype: str | None = None
 
@@ -95,12 +97,14 @@ class Recipe:
             steps = min(DEFAULT_STEPS, total) if preset is None else None
         if steps is not None and steps > total:
             raise ValueError(f"`steps` must be at most {total}, as in training, got {steps}.")
-        scheduler, steps, scale, network, _ = pipeline.resolve_preset(preset, steps, self.guidance_scale)
+        scheduler, steps, guidance, network = pipeline.resolve_preset(
+            preset, steps, self.guidance_scale, self.autoguidance_scale
+        )
         if self._solver_options and preset is not None and scheduler.config.algorithm != "dpmsolver++":
             name = next(iter(self._solver_options))
             raise ValueError(f"`{name}` needs DPM-Solver++, but the preset {preset!r} means another sampler.")
         if network == "unet":
-            pipeline.check_guide(pipeline.guide, scale)
+            pipeline.check_guidance(guidance)
         num_classes = pipeline.unet.config.get("num_class_embeds")
         labels = self.class_labels or (None if num_classes is None else list(range(num_classes)))
         if labels and num_classes is None:
@@ -110,7 +114,11 @@ class Recipe:
         dtype = self.dtype
         if dtype == "auto":
             dtype = str(fastest_dtype(pipeline.unet)).removeprefix("torch.")
-        return replace(self, preset=preset, steps=steps, guidance_scale=scale, class_labels=labels, dtype=dtype)
+        scales: dict[str, Any] = {
+            "guidance_scale": guidance.guidance_scale,
+            "autoguidance_scale": guidance.autoguidance_scale,
+        }
+        return replace(self, preset=preset, steps=steps, **scales, class_labels=labels, dtype=dtype)
 
 
 def generate(pipeline: DDPMFacesPipeline, recipe: Recipe, batch_size: int = 64) -> Iterator[Image.Image]:
@@ -152,11 +160,15 @@ def with_own_scheduler(pipeline: DDPMFacesPipeline) -> DDPMFacesPipeline:
 def with_sampler(pipeline: DDPMFacesPipeline, recipe: Recipe) -> DDPMFacesPipeline:
     """Return a copy of a pipeline with the scheduler and the dtype of a resolved recipe, without a progress bar."""
     pipeline = with_own_scheduler(pipeline)
-    scheduler, _, _, network, interval = pipeline.resolve_preset(recipe.preset, recipe.steps, recipe.guidance_scale)
+    scheduler, _, guidance, network = pipeline.resolve_preset(
+        *(recipe.preset, recipe.steps, recipe.guidance_scale, recipe.autoguidance_scale)
+    )
     if recipe._solver_options:  # tuned steps bring their own
         scheduler = fast_solver(scheduler, recipe.sigma_min, recipe.epsilon_scaling)
     pipeline = pipeline.with_scheduler(scheduler)
-    pipeline.register_to_config(guidance_interval=interval)  # with this scheduler, presets no longer apply
+    pipeline.register_to_config(
+        guidance_interval=guidance.guidance_interval
+    )  # with this scheduler, presets no longer apply
     if network == "student":  # the scheduler alone does not know whose steps it takes
         pipeline.register_modules(unet=pipeline.student)
     if recipe.dtype is not None:
@@ -187,6 +199,7 @@ def sample(
         generator=[torch.Generator().manual_seed(recipe.seed + i) for i in indices],
         class_labels=labels and [labels[i % len(labels)] for i in indices],
         guidance_scale=recipe.guidance_scale,
+        autoguidance_scale=recipe.autoguidance_scale,
         **settings,
     )
 

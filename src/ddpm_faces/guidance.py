@@ -15,7 +15,7 @@ from .pipeline_ddpm_faces import DDPMFacesPipeline
 def save_guide(
     folder: str | os.PathLike,
     guide: str | os.PathLike | DDPMFacesPipeline | None,
-    guidance_scale: float = 1.0,
+    autoguidance_scale: float = 1.0,
     guidance_interval: Sequence[int] | None = None,
 ) -> None:
     """Write a guide into the folder of a pipeline, replacing an existing guide, or remove the guide.
@@ -27,7 +27,7 @@ def save_guide(
         folder (`str` or `os.PathLike`): Folder of a pipeline, from training, `save_pretrained` or a download.
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*):
             Weaker model: a pipeline, its folder or its name on the Hub. `None` removes the guide.
-        guidance_scale (`float`, defaults to 1.0): As in [`DDPMFacesPipeline.set_guide`].
+        autoguidance_scale (`float`, defaults to 1.0): As in [`DDPMFacesPipeline.set_guide`].
         guidance_interval (`tuple[int, int]`, *optional*): As in [`DDPMFacesPipeline.set_guide`].
 
     Raises:
@@ -39,7 +39,7 @@ def save_guide(
     pipeline = _load(folder)
     if guide is not None and not isinstance(guide, DDPMFacesPipeline):
         guide = load_pipeline(guide, device="cpu")
-    pipeline.set_guide(guide, guidance_scale, guidance_interval)
+    pipeline.set_guide(guide, autoguidance_scale, guidance_interval)
     told = _summary(folder)
     if guide is not None:
         unfinished = unfinished_path(folder / "guide")
@@ -50,20 +50,24 @@ def save_guide(
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     # The summary describes the previous guide and samples.
-    _write(folder, pipeline, told and {**told, "guide_images_seen": None, "guidance_scale": None})
+    _write(folder, pipeline, told and {**told, "guide_images_seen": None, "autoguidance_scale": None})
     if guide is None and (folder / "guide").is_dir():
         delete(folder / "guide")
 
 
 def save_guidance(
-    folder: str | os.PathLike, guidance_scale: float, guidance_interval: Sequence[int] | None = None
+    folder: str | os.PathLike,
+    guidance_scale: float | None = None,
+    autoguidance_scale: float | None = None,
+    guidance_interval: Sequence[int] | None = None,
 ) -> None:
-    """Change how the pipeline in a folder uses its guide. No weights change.
+    """Change how the pipeline in a folder is guided by default. No weights change.
 
     Args:
-        folder (`str` or `os.PathLike`): Folder of a pipeline with a guide.
-        guidance_scale (`float`): As in [`DDPMFacesPipeline.set_guide`].
-        guidance_interval (`tuple[int, int]`, *optional*): As in [`DDPMFacesPipeline.set_guide`].
+        folder (`str` or `os.PathLike`): Folder of a pipeline.
+        guidance_scale (`float`, *optional*): As in [`DDPMFacesPipeline.set_guidance`]; by default unchanged.
+        autoguidance_scale (`float`, *optional*): As in [`DDPMFacesPipeline.set_guidance`]; by default unchanged.
+        guidance_interval (`tuple[int, int]`, *optional*): As in [`DDPMFacesPipeline.set_guidance`].
 
     Raises:
         ValueError: The folder contains no pipeline, its training_summary.json cannot be read, or
@@ -71,9 +75,11 @@ def save_guidance(
     """
     folder = Path(folder)
     pipeline = _load(folder)
-    pipeline.set_guidance(guidance_scale, guidance_interval)
+    asked = {"guidance_scale": guidance_scale, "autoguidance_scale": autoguidance_scale}
+    scales: dict[str, Any] = {name: pipeline.config[name] if scale is None else scale for name, scale in asked.items()}
+    pipeline.set_guidance(**scales, guidance_interval=guidance_interval)
     told = _summary(folder)
-    _write(folder, pipeline, told and {**told, "guidance_scale": None})  # it describes the previous samples
+    _write(folder, pipeline, told and {**told, **dict.fromkeys(scales)})  # it describes the previous samples
 
 
 def _load(folder: Path) -> DDPMFacesPipeline:

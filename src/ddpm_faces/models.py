@@ -41,7 +41,7 @@ def check_model(model: str | os.PathLike) -> None:
 def load_pipeline(
     model: str | os.PathLike,
     guide: str | os.PathLike | None = None,
-    guidance_scale: float | None = None,
+    autoguidance_scale: float | None = None,
     device: str | torch.device | None = None,
 ) -> DDPMFacesPipeline:
     """Load a pipeline, and optionally a weaker pipeline that guides it.
@@ -49,7 +49,7 @@ def load_pipeline(
     Args:
         model (`str` or `os.PathLike`): A folder, or "user/name" on the Hub.
         guide (`str` or `os.PathLike`, *optional*): Weaker pipeline, see [`DDPMFacesPipeline.set_guide`].
-        guidance_scale (`float`, *optional*): Required with `guide`.
+        autoguidance_scale (`float`, *optional*): Required with `guide`.
         device (`str` or `torch.device`, *optional*): Device of the networks. Defaults to the fastest one.
 
     Raises:
@@ -60,11 +60,11 @@ def load_pipeline(
     check_model(model)
     if guide is None:
         return _load(model).to(device)
-    if guidance_scale is None:
-        raise ValueError("`guidance_scale` must be given with `guide`; 1.2 is a good start.")
+    if autoguidance_scale is None:
+        raise ValueError("`autoguidance_scale` must be given with `guide`; 1.2 is a good start.")
     check_model(guide)
     pipeline = _load(model)
-    pipeline.set_guide(_load(guide), guidance_scale)
+    pipeline.set_guide(_load(guide), autoguidance_scale)
     return pipeline.to(device)
 
 

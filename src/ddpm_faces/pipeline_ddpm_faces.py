@@ -49,18 +49,25 @@ CODE_FILES = {
     "DDPMFacesScheduler": "scheduling_ddpm_faces",
 }
 # The settings of a pipeline, which `model_index.json` holds beside the components.
-SETTINGS = ("weights", "guidance_scale", "guidance_interval", "presets", "default_preset")
+SETTINGS = (
+    *("weights", "guidance_scale", "autoguidance_scale", "guidance_interval"),
+    *("presets", "default_preset"),
+)
 # Upper bounds for the configurations of diffusers' components, which diffusers does not check: an untrusted file must
 # not exhaust the memory. The components of this package check their own configurations.
 MAX_NUMBER = {"unet": 16_384, "guide": 16_384, "student": 16_384, "scheduler": 1_000_000}
 MAX_LAYERS_PER_BLOCK, MAX_BLOCKS, MAX_PRESETS = 64, 12, 32
 MODEL_COMPONENTS = ("unet", "guide", "student")
 # Format of a saved folder. Formats with a higher number are refused. Format 2 added the guide, format 3 presets, the
-# student and the guidance interval.
-FORMAT_VERSION = 3
+# student and the guidance interval. Format 4 added classifier-free guidance with the name `guidance_scale`, which was
+# the scale of autoguidance before.
+FORMAT_VERSION = 4
 
 # The settings of a preset: arguments of the call, and arguments of `DDPMFacesScheduler` in place of the model's.
-PRESET_CALL_SETTINGS = ("num_inference_steps", "guidance_scale", "guidance_interval", "network")
+PRESET_CALL_SETTINGS = (
+    *("num_inference_steps", "guidance_scale", "autoguidance_scale", "guidance_interval"),
+    "network",
+)
 PRESET_SCHEDULER_SETTINGS = (
     "algorithm",
     "timestep_spacing",
@@ -76,29 +83,51 @@ EXACT = "exact"
 SOLVER = {"algorithm": "dpmsolver++", "timestep_spacing": "logsnr"}
 
 
+class Guidance(NamedTuple):
+    """How predictions are guided.
+
+    Both scales may act at once. With the prediction D of the network for the condition, D_0 without a condition and
+    D_g of the guide, the guided prediction is
+
+        D + (guidance_scale - 1) (D - D_0) + (autoguidance_scale - 1) (D - D_g)
+
+    Args:
+        guidance_scale (`float`, defaults to 1.0):
+            Scale of classifier-free guidance (https://huggingface.co/papers/2207.12598); 1 is off.
+        autoguidance_scale (`float`, defaults to 1.0): Scale of autoguidance, see [`set_guide`]; 1 is off.
+        guidance_interval (`Sequence[int]`, *optional*):
+            Lowest and highest timestep with guidance (https://huggingface.co/papers/2404.07724); by default all.
+    """
+
+    guidance_scale: float = 1.0
+    autoguidance_scale: float = 1.0
+    guidance_interval: Sequence[int] | None = None
+
+
+UNGUIDED = Guidance()
+
+
 class Sampling(NamedTuple):
     """The settings of a call, from [`DDPMFacesPipeline.resolve_preset`].
 
     Args:
         scheduler (`SchedulerMixin`): A copy: it stores the current step, and threads may share a pipeline.
         num_inference_steps (`int`): Number of denoising steps.
-        guidance_scale (`float`): Scale of the autoguidance.
+        guidance ([`Guidance`]): How predictions are guided.
         network (`str`): The component that predicts, `"unet"` or `"student"`.
-        guidance_interval (`Sequence[int]`, *optional*): Lowest and highest timestep at which the guide is used.
     """
 
     scheduler: SchedulerMixin
     num_inference_steps: int
-    guidance_scale: float
+    guidance: Guidance
     network: str = "unet"
-    guidance_interval: Sequence[int] | None = None
 
 
 class _Call(NamedTuple):
     """The values of a call that a callback can read from the pipeline."""
 
     num_timesteps: int
-    guidance_scale: float
+    guidance: Guidance
 
 
 # The calls in progress, by the `id` of their pipeline. Each thread has its own context, so calls in different threads
@@ -119,19 +148,19 @@ class DDPMFacesPipeline(DiffusionPipeline):
         guide ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`], *optional*):
             Weaker network for autoguidance (https://huggingface.co/papers/2406.02507), trained on images of the same
             shape with the same noise schedule; see [`set_guide`].
-        guidance_scale (`float`, defaults to 1.0): Default `guidance_scale` of `__call__`.
+        autoguidance_scale (`float`, defaults to 1.0): Default `autoguidance_scale` of `__call__`.
         guidance_interval (`tuple[int, int]`, *optional*):
-            The lowest and the highest timestep at which the guide is used, unless a preset says otherwise; by default,
-            it always is.
+            The lowest and the highest timestep with guidance, unless a preset says otherwise; by default all.
         student ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`], *optional*):
             Network that was distilled from this model and its guide, for very few steps. A preset uses it.
         presets (`dict[str, dict]`, *optional*): Ways to sample, by name; see [`set_presets`].
         default_preset (`str`, *optional*): Preset of a call that names neither a preset nor a number of steps.
+        guidance_scale (`float`, defaults to 1.0): Default `guidance_scale` of `__call__`.
 
     Raises:
-        ValueError: The guide has another image shape or other classes; `guidance_scale` is negative, or is not 1
-            although there is no guide; `guidance_interval` is not within 0 to T - 1, or there is no guide; or a preset
-            has a setting that is not allowed.
+        ValueError: The guide has another image shape or other classes; a scale is negative, or is not 1 although the
+            model has nothing to guide it; `guidance_interval` is not within 0 to T - 1, or nothing guides the model;
+            or a preset has a setting that is not allowed.
     """
 
     model_cpu_offload_seq = "guide->unet->student"
@@ -145,16 +174,17 @@ class DDPMFacesPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         weights: str | None = None,
         guide: ModelMixin | None = None,
-        guidance_scale: float = 1.0,
+        autoguidance_scale: float = 1.0,
         guidance_interval: Sequence[int] | None = None,
         student: ModelMixin | None = None,
         presets: dict[str, dict[str, Any]] | None = None,
         default_preset: str | None = None,
+        guidance_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, guide=guide, student=student)
         self.register_to_config(weights=weights)
-        self.set_guidance(guidance_scale, guidance_interval)
+        self.set_guidance(guidance_scale, autoguidance_scale, guidance_interval)
         if student is not None and _image_shape(student) != self.image_shape:
             ours, theirs = self.image_shape, _image_shape(student)
             raise ValueError(f"`student` must be of images of the shape {ours}, as this model, got {theirs}.")
@@ -163,7 +193,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
     def set_guide(
         self,
         guide: "DDPMFacesPipeline | None",
-        guidance_scale: float = 1.0,
+        autoguidance_scale: float = 1.0,
         guidance_interval: Sequence[int] | None = None,
     ) -> None:
         """Set the weaker model that guides this one (autoguidance), or remove it with `None`.
@@ -171,23 +201,22 @@ class DDPMFacesPipeline(DiffusionPipeline):
         The weaker network tends to make the same mistakes, only larger. Each step therefore extrapolates from the
         guide's prediction past the one of this pipeline (https://huggingface.co/papers/2406.02507, eq. 3):
 
-            guide + guidance_scale (unet - guide)
+            guide + autoguidance_scale (unet - guide)
 
         A good guide is a small network that was trained on the same images for a short time. Each step evaluates both
         networks, unless its timestep is outside `guidance_interval` (https://huggingface.co/papers/2404.07724). The
         guide is saved and published with the pipeline. `ddpm-faces evaluate MODEL DATA --guide GUIDE
-        --guidance-scale 1.2` measures the gain.
+        --autoguidance-scale 1.2` measures the gain.
 
         Args:
             guide ([`DDPMFacesPipeline`], *optional*): Pipeline of the weaker model. Its network is shared, not copied.
-            guidance_scale (`float`, defaults to 1.0): 1 turns guidance off; 1.2 to 1.5 are typical.
-            guidance_interval (`tuple[int, int]`, *optional*):
-                The lowest and the highest timestep at which the guide is used; by default, it always is.
+            autoguidance_scale (`float`, defaults to 1.0): 1 turns guidance off; 1.2 to 1.5 are typical.
+            guidance_interval (`tuple[int, int]`, *optional*): See [`set_guidance`].
 
         Raises:
-            ValueError: The guide differs in image shape, noise schedule or prediction type; `guidance_scale` is
+            ValueError: The guide differs in image shape, noise schedule or prediction type; `autoguidance_scale` is
                 negative, or is not 1 although there is no guide; or `guidance_interval` is not within 0 to T - 1, or
-                there is no guide.
+                nothing guides the model.
         """
         if guide is not None:
             if not isinstance(guide, DDPMFacesPipeline):
@@ -202,25 +231,34 @@ class DDPMFacesPipeline(DiffusionPipeline):
             if ours is None or theirs is None or not torch.allclose(ours.cpu(), theirs.cpu(), atol=1e-4):
                 raise ValueError("`guide` must be trained as this model was, with the same noise at each timestep.")
         network = None if guide is None else guide.unet
-        self.check_guide(network, guidance_scale)
-        self._check_interval(guidance_interval, network is not None)
+        self.check_guide(network, autoguidance_scale)
+        self._check_interval(guidance_interval, network is not None or self._has_null)
         self.register_modules(guide=network and network.to(self.unet.device))
-        self.set_guidance(guidance_scale, guidance_interval)
+        self.set_guidance(self.config.guidance_scale, autoguidance_scale, guidance_interval)
 
-    def set_guidance(self, guidance_scale: float = 1.0, guidance_interval: Sequence[int] | None = None) -> None:
-        """Set how the guide is used.
+    def set_guidance(
+        self,
+        guidance_scale: float = 1.0,
+        autoguidance_scale: float = 1.0,
+        guidance_interval: Sequence[int] | None = None,
+    ) -> None:
+        """Set how calls are guided by default. See [`Guidance`].
 
         Args:
-            guidance_scale (`float`, defaults to 1.0): See [`set_guide`].
-            guidance_interval (`tuple[int, int]`, *optional*): See [`set_guide`].
+            guidance_scale (`float`, defaults to 1.0): Scale of classifier-free guidance; 1 turns it off.
+            autoguidance_scale (`float`, defaults to 1.0): Scale of autoguidance; 1 turns it off.
+            guidance_interval (`tuple[int, int]`, *optional*):
+                The lowest and the highest timestep with guidance; by default all.
 
         Raises:
-            ValueError: As [`set_guide`] does.
+            ValueError: A scale is negative, or is not 1 although the model has nothing to guide it; or
+                `guidance_interval` is not within 0 to T - 1, or nothing guides the model.
         """
-        self.check_guide(self.guide, guidance_scale)
-        self._check_interval(guidance_interval, self.guide is not None)
+        self.check_guidance(Guidance(guidance_scale, autoguidance_scale, guidance_interval))
         interval = None if guidance_interval is None else list(guidance_interval)
-        self.register_to_config(guidance_scale=guidance_scale, guidance_interval=interval)
+        self.register_to_config(
+            guidance_scale=guidance_scale, autoguidance_scale=autoguidance_scale, guidance_interval=interval
+        )
 
     @property
     def presets(self) -> dict[str, dict[str, Any]]:
@@ -232,10 +270,10 @@ class DDPMFacesPipeline(DiffusionPipeline):
     def set_presets(self, presets: dict[str, dict[str, Any]] | None, default_preset: str | None = None) -> None:
         """Set the ways to sample from this model, which are saved and published with it.
 
-        A preset is a dictionary. It needs `num_inference_steps`, and may set `guidance_scale`, `guidance_interval`,
-        `network` (`"unet"` or `"student"`) and these arguments of [`DDPMFacesScheduler`]: `algorithm`,
-        `timestep_spacing`, `solver_order`, `sigma_min`, `epsilon_scaling`, `clip_sample` and `tuned_steps`. Whatever
-        it leaves out is as in the pipeline.
+        A preset is a dictionary. It needs `num_inference_steps`, and may set `guidance_scale`, `autoguidance_scale`,
+        `guidance_interval`, `network` (`"unet"` or `"student"`) and these arguments of [`DDPMFacesScheduler`]:
+        `algorithm`, `timestep_spacing`, `solver_order`, `sigma_min`, `epsilon_scaling`, `clip_sample` and
+        `tuned_steps`. Whatever it leaves out is as in the pipeline.
         `ddpm-faces tune` makes the usual ones, `"fast"` (8 steps) and `"draft"` (6 steps), and makes `"fast"` the
         default.
 
@@ -262,7 +300,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 raise ValueError(f"`presets[{name!r}]` may set {', '.join(allowed)}, got {unknown[0]!r}.")
             self._check_steps(settings["num_inference_steps"], f"`presets[{name!r}]['num_inference_steps']`")
             try:
-                _check_scale(settings.get("guidance_scale", 1.0))
+                for scale in ("guidance_scale", "autoguidance_scale"):
+                    _check_scale(scale, settings.get(scale, 1.0))
                 self._check_interval(settings.get("guidance_interval"))
                 if self.takes_presets:
                     self._scheduler_with(settings)
@@ -297,6 +336,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         preset: str | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        autoguidance_scale: float | None = None,
     ) -> Sampling:
         """Return the settings of a call with these arguments.
 
@@ -304,6 +344,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             preset (`str`, *optional*): As in `__call__`.
             num_inference_steps (`int`, *optional*): As in `__call__`.
             guidance_scale (`float`, *optional*): As in `__call__`.
+            autoguidance_scale (`float`, *optional*): As in `__call__`.
 
         Raises:
             ValueError: There is no such preset, the scheduler does not take presets, or the preset's network is
@@ -330,17 +371,21 @@ class DDPMFacesPipeline(DiffusionPipeline):
             settings = {**SOLVER, **(fast if fast.get("network", "unet") == "unet" else {})}
         if num_inference_steps is None:
             num_inference_steps = settings.get("num_inference_steps", total)
-        if guidance_scale is None:
-            guidance_scale = settings.get("guidance_scale", self.config.guidance_scale)
+        asked = {"guidance_scale": guidance_scale, "autoguidance_scale": autoguidance_scale}
+        scales: dict[str, Any] = {
+            name: settings.get(name, self.config[name]) if scale is None else scale for name, scale in asked.items()
+        }
+        guidance = Guidance(
+            **scales, guidance_interval=settings.get("guidance_interval") or self.config.guidance_interval
+        )
         network = settings.get("network", "unet")
         if network == "student":
-            self._check_student(preset, settings, num_inference_steps, guidance_scale)
+            self._check_student(preset, settings, num_inference_steps, scales)
         scheduler = self._scheduler_with(settings) if settings else copy.deepcopy(self.scheduler)
-        interval = settings.get("guidance_interval") or self.config.guidance_interval
-        return Sampling(scheduler, num_inference_steps, guidance_scale, network, interval)
+        return Sampling(scheduler, num_inference_steps, guidance, network)
 
     def _check_student(
-        self, preset: str | None, settings: dict, num_inference_steps: int, guidance_scale: float
+        self, preset: str | None, settings: dict, num_inference_steps: int, scales: dict[str, float]
     ) -> None:
         """Raise a `ValueError` if the student cannot take these steps."""
         if self.student is None:
@@ -351,10 +396,11 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 f"`num_inference_steps` must be one of those that the student learned, {', '.join(learned)}, got "
                 f"{num_inference_steps}."
             )
-        if guidance_scale != 1:
-            raise ValueError(
-                f"`guidance_scale` must be 1 for the student, which has learned from a guide, got {guidance_scale}."
-            )
+        for name, scale in scales.items():
+            if scale != 1:
+                raise ValueError(
+                    f"`{name}` must be 1 for the student, which has learned from a guided model, got {scale}."
+                )
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DDPMFacesPipeline":
@@ -385,9 +431,23 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance scale of the call in progress, as for [`num_timesteps`], or the configured one."""
+        """Scale of classifier-free guidance of the call in progress, as for [`num_timesteps`], or the default."""
+        return self._guidance.guidance_scale
+
+    @property
+    def autoguidance_scale(self) -> float:
+        """Scale of autoguidance of the call in progress, as for [`num_timesteps`], or the default."""
+        return self._guidance.autoguidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether classifier-free guidance acts in the call in progress, or by default."""
+        return self.guidance_scale != 1
+
+    @property
+    def _guidance(self) -> Guidance:
         call = self._call
-        return self.config.guidance_scale if call is None else call.guidance_scale
+        return self.resolve_preset().guidance if call is None else call.guidance
 
     @property
     def _call(self) -> _Call | None:
@@ -499,7 +559,10 @@ class DDPMFacesPipeline(DiffusionPipeline):
         index = json.loads(super().to_json_string())
         # Without a guide or presets, earlier versions of the package can load the folder.
         if self.guide is None:
-            del index["guide"], index["guidance_scale"]
+            del index["guide"], index["autoguidance_scale"]
+        has_scale = index["guidance_scale"] != 1
+        if not has_scale:
+            del index["guidance_scale"]
         has_interval = index["guidance_interval"] is not None
         if not has_interval:
             del index["guidance_interval"]
@@ -514,7 +577,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 if name == "unet":
                     index["auto_map"] = {"AutoModel": ".".join(index[name])}  # where diffusers looks for it
         index["_class_name"] = [CODE_FILES["DDPMFacesPipeline"], "DDPMFacesPipeline"]
-        index["_format_version"] = 3 if has_presets or has_interval else 1 if self.guide is None else 2
+        is_plain = self.guide is None and not (has_scale or has_interval or has_presets)
+        index["_format_version"] = 1 if is_plain else FORMAT_VERSION
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -529,6 +593,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{json_file} is not valid JSON: {error}.") from error
         _check_index(index, cls, json_file)
+        index = upgraded(index)
         index["_class_name"] = "DDPMFacesPipeline"
         if _is_installed():
             for name, (_, class_name) in _parts(index).items():
@@ -552,8 +617,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
-        # `auto_map` is for `AutoModel` and not an argument of this class.
-        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+        # `auto_map` is for `AutoModel` and not an argument of this class. Without this package, diffusers reads the file.
+        config_dict = {k: v for k, v in upgraded(config_dict).items() if k != "auto_map"}
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def check_inputs(
         self,
@@ -565,7 +631,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         class_labels: Sequence[int] | torch.Tensor | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
         eta: float,
-        guidance_scale: float = 1.0,
+        guidance: Guidance = UNGUIDED,
     ) -> None:
         """Raise a `ValueError` for invalid arguments of `__call__`, before any work starts."""
         scheduler_name = type(self.scheduler).__name__
@@ -591,12 +657,10 @@ class DDPMFacesPipeline(DiffusionPipeline):
             allowed = ", ".join(map(repr, OUTPUT_TYPES))
             raise ValueError(f"`output_type` must be one of {allowed}, got {output_type!r}.")
         num_classes = self.unet.config.get("num_class_embeds")
-        if (class_labels is None) != (num_classes is None):
-            raise ValueError(
-                f"`class_labels` must be given: this model has {num_classes} classes."
-                if class_labels is None
-                else "`class_labels` must be None: this model has no classes."
-            )
+        if class_labels is None and num_classes is not None and not self._has_null:
+            raise ValueError(f"`class_labels` must be given: this model has {num_classes} classes.")
+        if class_labels is not None and num_classes is None:
+            raise ValueError("`class_labels` must be None: this model has no classes.")
         if class_labels is not None:
             labels = [int(label) for label in class_labels]
             if len(labels) != batch_size or not all(0 <= label < num_classes for label in labels):
@@ -612,7 +676,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             )
         if not 0 <= eta <= 1:
             raise ValueError(f"`eta` must lie in [0, 1], got {eta}.")
-        self.check_guide(self.guide, guidance_scale)
+        self.check_guidance(guidance)
         if not hasattr(self.scheduler, "betas"):
             raise ValueError(
                 f"`scheduler` {scheduler_name} is not defined by betas: it uses its own noise levels, which a network "
@@ -640,12 +704,20 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 f"{name} must be from 1 to {total}, the number of timesteps in training, got {num_inference_steps}."
             )
 
-    def check_guide(self, guide: ModelMixin | None, guidance_scale: float) -> None:
+    def check_guidance(self, guidance: Guidance) -> None:
+        """Raise a `ValueError` if this model cannot be guided in this way."""
+        self._check_null(guidance.guidance_scale)
+        self.check_guide(self.guide, guidance.autoguidance_scale)
+        self._check_interval(guidance.guidance_interval, self.guide is not None or self._has_null)
+
+    def check_guide(self, guide: ModelMixin | None, autoguidance_scale: float) -> None:
         """Raise a `ValueError` if this network cannot guide this pipeline at this scale."""
-        _check_scale(guidance_scale)
+        _check_scale("autoguidance_scale", autoguidance_scale)
         if guide is None:
-            if guidance_scale != 1:
-                raise ValueError(f"`guidance_scale` must be 1 for a model without a guide, got {guidance_scale}.")
+            if autoguidance_scale != 1:
+                raise ValueError(
+                    f"`autoguidance_scale` must be 1 for a model without a guide, got {autoguidance_scale}."
+                )
             return
         ours, theirs = self.image_shape, _image_shape(guide)
         if ours != theirs:
@@ -654,10 +726,26 @@ class DDPMFacesPipeline(DiffusionPipeline):
         if classes not in (None, known):
             raise ValueError(f"`guide` must have no classes or as many as this model, {known}, got {classes}.")
 
-    def _check_interval(self, interval: Any, has_guide: bool = True) -> None:
+    @property
+    def _has_null(self) -> bool:
+        """Whether the network can predict without a condition, in addition to predicting with one."""
+        return bool(self.unet.config.get("null_class"))
+
+    def _check_null(self, guidance_scale: float) -> None:
+        """Raise a `ValueError` if classifier-free guidance of this scale is not possible."""
+        _check_scale("guidance_scale", guidance_scale)
+        if guidance_scale == 1 or self._has_null:
+            return
+        if self.unet.config.get("num_class_embeds") is None:
+            hint = "it has no classes. `autoguidance_scale` is the scale of its guide"
+        else:
+            hint = "it was trained without `condition_dropout`, so it never sees an image without its class"
+        raise ValueError(f"`guidance_scale` must be 1 for this model, got {guidance_scale}: {hint}.")
+
+    def _check_interval(self, interval: Any, is_guided: bool = True) -> None:
         if interval is None:
             return
-        if not has_guide:
+        if not is_guided:
             raise ValueError(f"`guidance_interval` must be None for a model without a guide, got {interval!r}.")
         last = self.scheduler.config.num_train_timesteps - 1
         are_integers = isinstance(interval, list | tuple) and all(type(limit) is int for limit in interval)
@@ -711,12 +799,11 @@ class DDPMFacesPipeline(DiffusionPipeline):
         self,
         sample: torch.Tensor,
         timestep: float | torch.Tensor,
-        guidance_scale: float = 1.0,
         class_labels: torch.Tensor | None = None,
+        guidance: Guidance = UNGUIDED,
         network: str = "unet",
-        guidance_interval: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Predict the noise, or the quantity of the scheduler's `prediction_type`, with autoguidance.
+        """Predict the noise, or the quantity of the scheduler's `prediction_type`, with guidance.
 
         The networks see the batch in parts: on CPUs of a size at which they are fastest, on GPUs of half the size
         whenever the memory is not enough. So the batch may be larger than the networks alone could take.
@@ -724,11 +811,10 @@ class DDPMFacesPipeline(DiffusionPipeline):
         Args:
             sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t.
             timestep (`int`, `float` or `torch.Tensor` of shape `()` or `(batch,)`): t, 0 to T - 1.
-            guidance_scale (`float`, defaults to 1.0): As in `__call__`; 1 evaluates the network alone.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class of each image.
+            guidance ([`Guidance`], *optional*): By default none, so that the network alone predicts. An interval of
+                `None` is that of the pipeline.
             network (`str`, defaults to `"unet"`): The component that predicts, `"unet"` or `"student"`.
-            guidance_interval (`Sequence[int]`, *optional*):
-                Lowest and highest timestep at which the guide is used. Defaults to those of the pipeline.
 
         Returns:
             `torch.Tensor` of the shape of `sample`, or of twice its channels with a learned variance: always float32.
@@ -738,7 +824,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             size = min(batch_size, self._micro_batch_size or _micro_batch_size_on(sample))
             try:
                 predictions = [
-                    self._predict(part, t, guidance_scale, labels, network, guidance_interval)
+                    self._predict(part, t, labels, guidance, network)
                     for part, t, labels in _split(size, sample, timestep, class_labels)
                 ]
                 return predictions[0] if len(predictions) == 1 else torch.cat(predictions)
@@ -753,29 +839,47 @@ class DDPMFacesPipeline(DiffusionPipeline):
         self,
         sample: torch.Tensor,
         timestep: float | torch.Tensor,
-        guidance_scale: float,
         class_labels: torch.Tensor | None,
+        guidance: Guidance,
         network: str,
-        guidance_interval: Sequence[int] | None,
     ) -> torch.Tensor:
-        labels = {} if class_labels is None else {"class_labels": class_labels}
         unet = getattr(self, network)  # `components` inspects the signature of the class at each call
-        output = unet(sample.to(unet.dtype), timestep, **labels).sample.float()
-        weight: float | torch.Tensor = guidance_scale
-        interval = guidance_interval or self.config.guidance_interval
-        if guidance_scale != 1 and interval is not None:
+        scale, autoguidance_scale, interval = guidance
+        if class_labels is None:  # without a condition, there is nothing to guide towards
+            scale = 1.0
+        interval = interval or self.config.guidance_interval
+        is_guided = torch.tensor(True)
+        if interval is not None and (scale, autoguidance_scale) != (1, 1):
             # Timesteps are usually on the CPU, where the comparison does not wait for the GPU.
             is_guided = torch.as_tensor((interval[0] <= timestep) & (timestep <= interval[1]))
-            guidance_scale = guidance_scale if is_guided.any() else 1.0
-            weight = torch.where(is_guided, guidance_scale, 1.0).view(-1, 1, 1, 1).to(sample.device)
-        if guidance_scale == 1:
+            if not is_guided.any():
+                scale = autoguidance_scale = 1.0
+
+        def weight(scale: float) -> torch.Tensor:
+            return torch.where(is_guided, scale, 1.0).view(-1, 1, 1, 1).to(sample.device)
+
+        labels = {} if class_labels is None else {"class_labels": class_labels}
+        unconditional = None
+        if scale == 1 or class_labels is None:
+            output = unet(sample.to(unet.dtype), timestep, **labels).sample.float()
+        else:  # both halves in one batch
+            null = torch.full_like(class_labels, unet.config.num_class_embeds)
+            twice = timestep.repeat(2) if isinstance(timestep, torch.Tensor) and timestep.ndim else timestep
+            both = unet(sample.to(unet.dtype).repeat(2, 1, 1, 1), twice, class_labels=torch.cat([class_labels, null]))
+            output, unconditional = both.sample.float().chunk(2)
+        if unconditional is None and autoguidance_scale == 1:
             return output
-        if self.guide.config.get("num_class_embeds") is None:
-            labels = {}
-        worse = self.guide(sample.to(self.guide.dtype), timestep, **labels).sample.float()
         channels = sample.shape[1]
-        prediction, variance = output.tensor_split([channels], dim=1)
-        return torch.cat([worse[:, :channels].lerp(prediction, weight), variance], dim=1)
+        conditional, variance = output.tensor_split([channels], dim=1)
+        prediction = conditional
+        if autoguidance_scale != 1:
+            if self.guide.config.get("num_class_embeds") is None:
+                labels = {}
+            worse = self.guide(sample.to(self.guide.dtype), timestep, **labels).sample.float()
+            prediction = worse[:, :channels].lerp(conditional, weight(autoguidance_scale))
+        if unconditional is not None:
+            prediction = prediction + (weight(scale) - 1) * (conditional - unconditional[:, :channels])
+        return torch.cat([prediction, variance], dim=1)
 
     @torch.no_grad()
     def __call__(
@@ -792,6 +896,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         eta: float = 0.0,
         guidance_scale: float | None = None,
         preset: str | None = None,
+        autoguidance_scale: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate faces.
 
@@ -810,19 +915,24 @@ class DDPMFacesPipeline(DiffusionPipeline):
             return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipeline, step_index, timestep, {"latents": ...})` after each step. Latents in the
-                dictionary that it returns replace the current ones. It may read `pipeline.num_timesteps` and
-                `pipeline.guidance_scale`.
+                dictionary that it returns replace the current ones. It may read `pipeline.num_timesteps`,
+                `pipeline.guidance_scale` and `pipeline.autoguidance_scale`.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 Names of the tensors that the callback receives.
-            class_labels (`list[int]` or `torch.Tensor`, *optional*): Class of each image, for a model with classes.
+            class_labels (`list[int]` or `torch.Tensor`, *optional*):
+                Class of each image, for a model with classes. Without them, a model that was trained with
+                `condition_dropout` generates images of any class.
             eta (`float`, defaults to 0.0): Noise of DDIM, from 0 to 1. Other schedulers ignore it.
             guidance_scale (`float`, *optional*):
-                Weight of autoguidance, at least 0: 0 is the guide alone, 1 turns guidance off, and larger values move
-                away from the guide. Defaults to that of the preset, or to the pipeline's `guidance_scale`.
+                Scale of classifier-free guidance, at least 0: 1 turns it off, and larger values follow the condition
+                more closely, with less variety. Defaults to that of the preset, or to the pipeline's `guidance_scale`.
             preset (`str`, *optional*):
                 A way to sample, one of `pipeline.presets`: `"exact"` is all T steps of DDPM; a model may have others,
                 such as `"fast"` and `"draft"`. Defaults to the model's own default, or to `"exact"`. With
                 `num_inference_steps`, the preset's algorithm takes that number of steps.
+            autoguidance_scale (`float`, *optional*):
+                Scale of autoguidance, at least 0: 0 is the guide alone, 1 turns it off, and larger values move away
+                from the guide. Defaults to that of the preset, or to the pipeline's `autoguidance_scale`.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, in the form of `output_type`.
@@ -831,8 +941,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
             ValueError: An argument is invalid, or the network and the scheduler are incompatible.
         """
         # 0. Check
-        sampling = self.resolve_preset(preset, num_inference_steps, guidance_scale)
-        scheduler, num_inference_steps, guidance_scale, network, interval = sampling
+        scheduler, num_inference_steps, guidance, network = self.resolve_preset(
+            preset, num_inference_steps, guidance_scale, autoguidance_scale
+        )
         self.check_inputs(
             batch_size,
             num_inference_steps,
@@ -842,7 +953,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             class_labels,
             callback_on_step_end_tensor_inputs,
             eta,
-            guidance_scale,
+            guidance,
         )
 
         # 1. Timesteps. They come before the noise, because some schedulers need them to know their initial scale.
@@ -862,12 +973,12 @@ class DDPMFacesPipeline(DiffusionPipeline):
         latents = self.prepare_latents(batch_size, generator, latents, scheduler.init_noise_sigma)
 
         # 3. Denoise
-        call = _Call(num_timesteps=len(scheduler.timesteps), guidance_scale=guidance_scale)
+        call = _Call(len(scheduler.timesteps), guidance)
         with _calling(self, call), evaluating(self.unet, self.guide, self.student):
             for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
                 # 3.1 Predict the noise
                 model_input = scheduler.scale_model_input(latents, t)
-                model_output = self.predict(model_input, t, guidance_scale, class_labels, network, interval)
+                model_output = self.predict(model_input, t, class_labels, guidance, network)
                 if not takes_variance:
                     model_output = model_output[:, : latents.shape[1]]
 
@@ -976,10 +1087,10 @@ def _split(size: int, sample: torch.Tensor, *others: Any) -> Iterator[tuple]:
         yield sample[part], *(other[part] if yes else other for other, yes in zip(others, is_per_image, strict=True))
 
 
-def _check_scale(guidance_scale: float) -> None:
-    is_number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
-    if not is_number or not 0 <= guidance_scale < math.inf:
-        raise ValueError(f"`guidance_scale` must be a number of at least 0, got {guidance_scale!r}.")
+def _check_scale(name: str, scale: float) -> None:
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not is_number or not 0 <= scale < math.inf:
+        raise ValueError(f"`{name}` must be a number of at least 0, got {scale!r}.")
 
 
 def _image_shape(network: ModelMixin) -> tuple[int, int, int]:
@@ -1017,6 +1128,22 @@ def _parts(index: dict[str, Any]) -> dict[str, list]:
     return {k: v for k, v in pairs.items() if k not in SETTINGS}
 
 
+def upgraded(index: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a `model_index.json` with the names of the current format."""
+    if index.get("_format_version", 1) >= 4:
+        return index
+
+    def renamed(settings: dict[str, Any]) -> dict[str, Any]:
+        return {{"guidance_scale": "autoguidance_scale"}.get(name, name): value for name, value in settings.items()}
+
+    index = {**renamed(index), "_format_version": FORMAT_VERSION}
+    if index.get("presets"):
+        index["presets"] = {
+            name: renamed(preset) if isinstance(preset, dict) else preset for name, preset in index["presets"].items()
+        }
+    return index
+
+
 def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
     """Refuse a file that is not a `model_index.json` of this class, before anything that it names is loaded."""
     if not isinstance(index, dict):
@@ -1049,8 +1176,9 @@ def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
     if not isinstance(default_preset, str | None):
         raise ValueError(f"{json_file}: `default_preset` must be a name or nothing, got {default_preset!r:.200}.")
     # The constructor checks `guidance_interval`.
-    if not isinstance(index.get("guidance_scale", 1.0), int | float):
-        raise ValueError(f"{json_file}: `guidance_scale` must be a number, got {index['guidance_scale']!r}.")
+    for name in ("guidance_scale", "autoguidance_scale"):
+        if not isinstance(index.get(name, 1.0), int | float):
+            raise ValueError(f"{json_file}: `{name}` must be a number, got {index[name]!r}.")
 
 
 def _is_component(name: str, value: Any) -> bool:

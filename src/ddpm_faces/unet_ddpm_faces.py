@@ -102,6 +102,9 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         num_class_embeds (`int`, *optional*): Number of classes, for class-conditional generation.
         augment_dim (`int`, *optional*):
             Length of the augmentation labels, for training on augmented images. Sampling needs no labels.
+        null_class (`bool`, defaults to `False`):
+            Whether the network also predicts without a class, as classifier-free guidance needs
+            (https://huggingface.co/papers/2207.12598). The label `num_class_embeds` then means no class.
 
     Raises:
         ValueError: An argument has a value that is not allowed. The message names the argument and the allowed values.
@@ -133,6 +136,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         num_class_embeds: int | None = None,
         augment_dim: int | None = None,
         patch_size: int = 1,
+        null_class: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(block_types, str) and _is_list(block_out_channels, 2, MAX_LEVELS):
@@ -155,7 +159,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         self.time_embedding = nn.Sequential(*layers)
         self.class_embedding = None
         if num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(num_class_embeds, time_embedding_dim)
+            self.class_embedding = nn.Embedding(num_class_embeds + null_class, time_embedding_dim)
         self.augment_embedding = None
         if augment_dim is not None:  # without bias, so that labels of 0 have no effect
             self.augment_embedding = nn.Linear(augment_dim, time_embedding_dim, bias=False)
@@ -290,6 +294,10 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
                 )
         if config.time_proj_dim % 2:
             raise ValueError(f"`time_proj_dim` must be even, got {config.time_proj_dim}.")
+        if type(config.null_class) is not bool or (config.null_class and config.num_class_embeds is None):
+            raise ValueError(
+                f"`null_class` must be a boolean, and False without `num_class_embeds`, got {config.null_class!r}."
+            )
         if type(config.dropout) not in (int, float) or not 0 <= config.dropout < 1:
             raise ValueError(f"`dropout` must lie in [0, 1), got {config.dropout!r}.")
         widths, block_types = config.block_out_channels, config.block_types
@@ -337,7 +345,8 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
             sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): x_t.
             timestep (`int`, `float` or `torch.Tensor` of shape `()`, `(1,)` or `(batch,)`): t of each image.
             class_labels (`torch.Tensor` of shape `(batch,)`, integer, *optional*):
-                Class of each image, 0 to `num_class_embeds - 1`. Required if the network has classes.
+                Class of each image, 0 to `num_class_embeds - 1`. With a `null_class`, `num_class_embeds` means no
+                class, and labels may be left out; without it, a network with classes requires them.
             return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
             augment_labels (`torch.Tensor` of shape `(batch, augment_dim)`, *optional*):
                 How each image was augmented. Without labels, as with labels of 0, images count as not augmented.
@@ -358,6 +367,8 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         # The dtype of the sample is that of the computation. Layerwise casting may store weights in another one.
         temb = self.time_embedding(t_emb.to(sample.dtype))  # (batch, time_embedding_dim)
         if self.class_embedding is not None:
+            if class_labels is None:
+                class_labels = torch.full_like(timesteps, self.config.num_class_embeds, dtype=torch.int64)
             temb = temb + self.class_embedding(class_labels)
         if self.augment_embedding is not None and augment_labels is not None:
             temb = temb + self.augment_embedding(augment_labels.to(sample.dtype))
@@ -428,13 +439,13 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
                 f"`sample` must have a height and a width that are multiples of {self.size_multiple}, got "
                 f"{sample.shape[2]} x {sample.shape[3]}."
             )
-        if (class_labels is None) != (self.class_embedding is None):
+        if class_labels is None and self.class_embedding is not None and not self.config.null_class:
             raise ValueError(
                 "`class_labels` must be given: this network has classes (`num_class_embeds` is "
                 f"{self.config.num_class_embeds})."
-                if class_labels is None
-                else "`class_labels` must be None: this network has no classes (`num_class_embeds` is None)."
             )
+        if class_labels is not None and self.class_embedding is None:
+            raise ValueError("`class_labels` must be None: this network has no classes (`num_class_embeds` is None).")
         if augment_labels is not None and self.augment_embedding is None:
             raise ValueError(
                 "`augment_labels` must be None: this network has no augmentation labels (`augment_dim` is None)."

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .options import (
+    AutoguidanceScale,
     BatchSize,
     Dtype,
     EpsilonScaling,
@@ -34,6 +35,7 @@ def generate(
     epsilon_scaling: EpsilonScaling = None,
     guide: Guide = None,
     guidance_scale: GuidanceScale = None,
+    autoguidance_scale: AutoguidanceScale = None,
     class_label: Annotated[
         list[int] | None,
         typer.Option(help="Class to generate; repeat the option for several classes (default: all classes, in turn)."),
@@ -60,7 +62,7 @@ def generate(
     from ..generation import Recipe, check_output, generate_to
     from ..models import load_pipeline, model_name
 
-    solver = (preset, steps, sigma_min, epsilon_scaling, guidance_scale)
+    solver = (preset, steps, sigma_min, epsilon_scaling, guidance_scale, autoguidance_scale)
     recipe = Recipe(num_images, seed, *solver, class_label or None, dtype)
     noun = "image" if num_images == 1 else "images"
     if format is not None:
@@ -72,13 +74,13 @@ def generate(
             raise ValueError("`overwrite` cannot be combined with `format`: choose a new folder.")
         check_format(output, format)
         accelerator = Accelerator()
-        pipeline = load_pipeline(model, guide, guidance_scale, accelerator.device)
+        pipeline = load_pipeline(model, guide, autoguidance_scale, accelerator.device)
         files = generate_shards(pipeline, recipe, output, model_name(model), format, shard_size, batch_size)
         if accelerator.is_main_process:
             report({"files": files}, f"{num_images} {noun} in {len(files)} shards: {output}", as_json)
         return
     check_output(output, overwrite)
-    pipeline = load_pipeline(model, guide, guidance_scale)
+    pipeline = load_pipeline(model, guide, autoguidance_scale)
     files = generate_to(pipeline, recipe, output, model_name(model), batch_size, overwrite)
     report({"files": files}, f"{num_images} {noun}: {output}", as_json)
 
@@ -135,23 +137,23 @@ def guide(
             metavar="[GUIDE]", help="Weaker model, a folder or USER/NAME; without it, the model keeps its guide."
         ),
     ] = None,
-    guidance_scale: Annotated[
+    autoguidance_scale: Annotated[
         float | None,
-        typer.Option(help="Scale of the autoguidance, usually 1.2 to 1.5; 1 is off (required unless --remove)."),
+        typer.Option(help="Scale of autoguidance, usually 1.2 to 1.5; 1 is off (required with a guide)."),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Scale of classifier-free guidance, for models with classes; 1 is off.")
     ] = None,
     guidance_interval: Annotated[
         tuple[int, int] | None,
-        typer.Option(
-            metavar="LOW HIGH",
-            help="Lowest and highest timestep at which the guide is used (default: all).",
-        ),
+        typer.Option(metavar="LOW HIGH", help="Lowest and highest timestep with guidance (default: all)."),
     ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the model's guide.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Add a weaker model as the guide of a model (autoguidance), change how it is used, or remove it.
+    """Set how a model is guided: add a weaker model as its guide (autoguidance), remove it, or change the scales.
 
-    The guide is saved and published with the model. Evaluate the model again afterwards.
+    Guide and scales are saved and published with the model. Evaluate the model again afterwards.
     """
     from ..guidance import save_guidance, save_guide
     from ..models import check_model
@@ -160,31 +162,36 @@ def guide(
     if not folder.is_dir():
         raise ValueError(f"`folder` {str(folder)!r} must be an existing folder.")
     has_guide = (folder / "guide").is_dir()
+    values = {
+        "guidance_scale": guidance_scale,
+        "autoguidance_scale": autoguidance_scale,
+        "guidance_interval": guidance_interval and list(guidance_interval),
+    }
+    given = {name: value for name, value in values.items() if value is not None}
     if remove:
-        if weaker is not None or guidance_scale is not None or guidance_interval is not None:
+        if weaker is not None or given:
             raise ValueError(
-                "`remove` takes neither a guide nor `guidance_scale` or `guidance_interval`; a new guide replaces the "
-                "old one."
+                "`remove` takes neither a guide nor a scale or an interval; a new guide replaces the old one."
             )
         if not has_guide:
             raise ValueError(f"`remove`: {folder} has no guide.")
         save_guide(folder, None)
         done = f"The guide of {folder} is removed."
+    elif weaker is not None:
+        check_model(weaker)
+        if autoguidance_scale is None:
+            raise ValueError("`autoguidance_scale` must be given with a guide; 1.2 is a good start.")
+        if guidance_scale is not None:
+            raise ValueError("`guidance_scale` cannot be combined with a guide: set it in a second command.")
+        save_guide(folder, weaker, autoguidance_scale, guidance_interval)
+        done = f"{folder} is now guided by {weaker}."
     else:
-        if weaker is None and not has_guide:
-            raise ValueError(f"`guide` must be given, because {folder} has none.")
-        if weaker is not None:
-            check_model(weaker)
-        if guidance_scale is None:
-            raise ValueError("`guidance_scale` must be given, or `--remove`; 1.2 is a good start.")
-        if weaker is None:
-            save_guidance(folder, guidance_scale, guidance_interval)
-            done = f"{folder} now uses its guide with a scale of {guidance_scale:g}."
-        else:
-            save_guide(folder, weaker, guidance_scale, guidance_interval)
-            done = f"{folder} is now guided by {weaker}."
+        if not given:
+            raise ValueError("Give a guide, `autoguidance_scale`, `guidance_scale` or `--remove`.")
+        save_guidance(folder, guidance_scale, autoguidance_scale, guidance_interval)
+        settings = ", ".join(f"{name} {value}" for name, value in given.items())
+        done = f"{folder} is now guided with {settings}."
     text = f"{done} Evaluate it again, and tune its presets: both were made before this change."
-    values = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval and list(guidance_interval)}
     report({"model": str(folder), "guide": weaker, **values}, text, as_json)
 
 
@@ -220,6 +227,7 @@ def tune(
     ] = 400,
     num_trajectories: Annotated[int, typer.Option(help="Number of images to fit the solvers to.")] = 128,
     guidance_scale: GuidanceScale = None,
+    autoguidance_scale: AutoguidanceScale = None,
     guidance_interval: GuidanceInterval = None,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
@@ -249,6 +257,7 @@ def tune(
         num_images=num_images,
         num_trajectories=num_trajectories,
         guidance_scale=guidance_scale,
+        autoguidance_scale=autoguidance_scale,
         guidance_interval=guidance_interval,
         seed=seed,
         batch_size=batch_size,

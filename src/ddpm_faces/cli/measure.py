@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .options import (
+    AutoguidanceScale,
     BatchSize,
     Dtype,
     EpsilonScaling,
@@ -41,6 +42,7 @@ def evaluate(
     epsilon_scaling: EpsilonScaling = None,
     guide: Guide = None,
     guidance_scale: GuidanceScale = None,
+    autoguidance_scale: AutoguidanceScale = None,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
     dtype: Dtype = "auto",
@@ -77,6 +79,7 @@ def evaluate(
         sigma_min=sigma_min,
         guide=guide,
         guidance_scale=guidance_scale,
+        autoguidance_scale=autoguidance_scale,
         epsilon_scaling=epsilon_scaling,
         dtype=dtype,
         against=others,
@@ -105,6 +108,7 @@ def audit(
     epsilon_scaling: EpsilonScaling = None,
     guide: Guide = None,
     guidance_scale: GuidanceScale = None,
+    autoguidance_scale: AutoguidanceScale = None,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     dtype: Dtype = "auto",
@@ -141,6 +145,7 @@ def audit(
         sigma_min=sigma_min,
         guide=guide,
         guidance_scale=guidance_scale,
+        autoguidance_scale=autoguidance_scale,
         epsilon_scaling=epsilon_scaling,
         dtype=dtype,
     )
@@ -160,6 +165,7 @@ def audit(
             "sigma_min",
             "epsilon_scaling",
             "guidance_scale",
+            "autoguidance_scale",
             "guidance_interval",
             "guide",
             "dtype",

@@ -28,13 +28,17 @@ Guide = Annotated[
 ]
 GuidanceScale = Annotated[
     float | None,
-    typer.Option(help="Scale of the autoguidance, usually 1.2 to 1.5; 1 is off (default: that of the model)."),
+    typer.Option(
+        help="Scale of classifier-free guidance, for models with classes; 1 is off (default: that of the model)."
+    ),
+]
+AutoguidanceScale = Annotated[
+    float | None,
+    typer.Option(help="Scale of autoguidance, usually 1.2 to 1.5; 1 is off (default: that of the model)."),
 ]
 GuidanceInterval = Annotated[
     tuple[int, int] | None,
-    typer.Option(
-        metavar="LOW HIGH", help="Lowest and highest timestep at which the guide is used (default: that of the model)."
-    ),
+    typer.Option(metavar="LOW HIGH", help="Lowest and highest timestep with guidance (default: that of the model)."),
 ]
 Preset = Annotated[
     str | None,

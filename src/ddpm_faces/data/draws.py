@@ -27,12 +27,14 @@ class StepDraws(NamedTuple):
         flips (`torch.Tensor` of shape `(share,)`, `torch.bool`): Whether to mirror each image.
         augmentations (`torch.Tensor` of shape `(share, 13)`): Rows of [`~NonLeakingAugmentation.draw`].
         noise (`torch.Tensor` of shape `(share, channels, height, width)`): N(0, 1).
+        dropouts (`torch.Tensor` of shape `(share,)`): [0, 1). Images below `condition_dropout` lose their condition.
     """
 
     timesteps: torch.Tensor
     flips: torch.Tensor
     augmentations: torch.Tensor
     noise: torch.Tensor
+    dropouts: torch.Tensor
 
     def split(self, size: int) -> list["StepDraws"]:
         """Split into micro-batches of at most `size` images."""
@@ -77,6 +79,7 @@ def draw_step(
     noise_seeds = rng.integers(2**63, size=batch_size)
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     augmentations = NonLeakingAugmentation.draw(batch_size, generator)
+    dropouts = torch.from_numpy(rng.random(batch_size))
 
     # Each image has its own seed. With one seed for all, each process would have to draw the noise of all images.
     seeds, device = noise_seeds[share], torch.device(device)
@@ -87,10 +90,10 @@ def draw_step(
         noise = torch.empty((len(seeds), *sample_shape), device=device)
         for image, image_seed in zip(noise, seeds.tolist(), strict=True):
             image.normal_(generator=generator.manual_seed(image_seed))
-    timesteps, flips, augmentations = (
-        tensor[share].to(device, non_blocking=True) for tensor in (timesteps, flips, augmentations)
+    timesteps, flips, augmentations, dropouts = (
+        tensor[share].to(device, non_blocking=True) for tensor in (timesteps, flips, augmentations, dropouts)
     )
-    return StepDraws(timesteps, flips, augmentations, noise)
+    return StepDraws(timesteps, flips, augmentations, noise, dropouts)
 
 
 def counted_normal(seeds: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

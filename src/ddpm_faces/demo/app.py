@@ -135,8 +135,9 @@ class FaceMaker:
     def _metadata(self, **values: Any) -> PngInfo:
         info = PngInfo()
         values = {"Software": SOFTWARE, "model": self.model, **values}
-        scale = self.pipeline.config.get("guidance_scale", 1.0)
-        values |= {"guidance_scale": scale} if scale != 1 else {}
+        for name in ("guidance_scale", "autoguidance_scale"):
+            scale = self.pipeline.config.get(name, 1.0)
+            values |= {name: scale} if scale != 1 else {}
         for name, value in values.items():
             if value is not None:
                 info.add_text(name, str(value))

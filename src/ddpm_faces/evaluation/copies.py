@@ -117,6 +117,7 @@ def audit_model(
     cache_dir: str | None = None,
     sigma_min: float | None = None,
     guide: str | os.PathLike | DDPMFacesPipeline | None = None,
+    autoguidance_scale: float | None = None,
     guidance_scale: float | None = None,
     epsilon_scaling: float | None = None,
     dtype: str | None = None,
@@ -141,6 +142,7 @@ def audit_model(
         cache_dir (`str`, *optional*): See [`load_faces`].
         sigma_min (`float`, *optional*): For DPM-Solver++, see [`DDPMFacesScheduler`].
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*): See [`open_samples`].
+        autoguidance_scale (`float`, *optional*): See [`open_samples`].
         guidance_scale (`float`, *optional*): See [`open_samples`].
         epsilon_scaling (`float`, *optional*): See [`open_samples`].
         dtype (`str`, *optional*): See [`open_samples`].
@@ -166,7 +168,9 @@ def audit_model(
         )
     accelerator = Accelerator()
     pictures = open_samples(
-        *(source, preset, num_inference_steps, seed, accelerator.device, sigma_min, guide, guidance_scale),
+        *(source, preset, num_inference_steps, seed, accelerator.device, sigma_min, guide),
+        autoguidance_scale=autoguidance_scale,
+        guidance_scale=guidance_scale,
         epsilon_scaling=epsilon_scaling,
         default_preset=None,
         dtype=dtype,

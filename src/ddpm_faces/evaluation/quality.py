@@ -61,6 +61,7 @@ def evaluate(
     num_likelihood_images: int = 0,
     sigma_min: float | None = None,
     guide: str | os.PathLike | DDPMFacesPipeline | None = None,
+    autoguidance_scale: float | None = None,
     guidance_scale: float | None = None,
     epsilon_scaling: float | None = None,
     against: Sequence[dict[str, Any]] | None = None,
@@ -92,6 +93,7 @@ def evaluate(
             with a [`DDPMFacesScheduler`], RGB and no classes, and takes 50 evaluations of the network per image.
         sigma_min (`float`, *optional*): For DPM-Solver++, see [`DDPMFacesScheduler`].
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*): See [`open_samples`].
+        autoguidance_scale (`float`, *optional*): See [`open_samples`].
         guidance_scale (`float`, *optional*): See [`open_samples`].
         epsilon_scaling (`float`, *optional*): See [`open_samples`].
         dtype (`str`, *optional*): See [`open_samples`].
@@ -103,7 +105,7 @@ def evaluate(
         `dict`: Plain values, ready for JSON. `metrics` is a list of dictionaries, each with `name`, `type`, `value`,
         `error` (a standard error) and its provenance: `n`, `n_reference`, `image_size`, `extractor`, `resize`,
         `reference`, `preset`, `sampler`, `steps`, `seeds`, for a solver also `sigma_min` and `epsilon_scaling` (unless
-        it is 1), with guidance `guidance_scale`, in low precision `dtype`, and `real_faces`, the value of the
+        it is 1), with guidance its scales, in low precision `dtype`, and `real_faces`, the value of the
         baseline. `channels` and `reference_channels` are mean and standard deviation of red, green and blue, for
         pixels in [-1, 1].
 
@@ -120,7 +122,10 @@ def evaluate(
 
     # 1. Generated faces
     pictures = open_samples(
-        *(source, preset, num_inference_steps, seed, state.device, sigma_min, guide, guidance_scale, epsilon_scaling),
+        *(source, preset, num_inference_steps, seed, state.device, sigma_min, guide),
+        autoguidance_scale=autoguidance_scale,
+        guidance_scale=guidance_scale,
+        epsilon_scaling=epsilon_scaling,
         dtype=dtype,
     )
     generated = _check_likelihood(num_likelihood_images, pictures) if num_likelihood_images else None

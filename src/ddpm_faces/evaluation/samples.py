@@ -24,6 +24,7 @@ def open_samples(
     device: str | torch.device = "cpu",
     sigma_min: float | None = None,
     guide: str | os.PathLike | DDPMFacesPipeline | None = None,
+    autoguidance_scale: float | None = None,
     guidance_scale: float | None = None,
     epsilon_scaling: float | None = None,
     default_preset: str | None = "exact",
@@ -41,7 +42,8 @@ def open_samples(
         sigma_min (`float`, *optional*): For DPM-Solver++, see [`DDPMFacesScheduler`].
         guide (`str`, `os.PathLike` or [`DDPMFacesPipeline`], *optional*):
             A weaker model for autoguidance, see [`DDPMFacesPipeline.set_guide`]; by default the pipeline's own.
-        guidance_scale (`float`, *optional*): By default that of the pipeline; required with `guide`.
+        autoguidance_scale (`float`, *optional*): By default that of the pipeline; required with `guide`.
+        guidance_scale (`float`, *optional*): By default that of the pipeline.
         epsilon_scaling (`float`, *optional*): For DPM-Solver++, see [`DDPMFacesScheduler`].
         default_preset (`str`, *optional*, defaults to `"exact"`):
             Preset for a model without a default preset; `None` for 20 steps of DPM-Solver++.
@@ -58,15 +60,16 @@ def open_samples(
     check_seed(seed)
     if num_inference_steps is not None:
         check_integer("num_inference_steps", num_inference_steps, 1)
-    if guide is not None and guidance_scale is None:
-        raise ValueError("`guide` needs a `guidance_scale`, such as 1.2.")
+    if guide is not None and autoguidance_scale is None:
+        raise ValueError("`guide` needs an `autoguidance_scale`, such as 1.2.")
     if isinstance(source, DDPMFacesPipeline):
         pipeline = source
     else:
         path = Path(source).expanduser()
         if path.is_dir() and not (path / "model_index.json").exists():
-            if guidance_scale is not None:
-                raise ValueError(f"`guidance_scale` needs a pipeline, but {str(source)!r} is a folder of images.")
+            for name, scale in {"autoguidance_scale": autoguidance_scale, "guidance_scale": guidance_scale}.items():
+                if scale is not None:
+                    raise ValueError(f"`{name}` needs a pipeline, but {str(source)!r} is a folder of images.")
             return PictureFiles(path)
         pipeline = load_pipeline(source, device=device)
     total = pipeline.scheduler.config.num_train_timesteps
@@ -76,14 +79,15 @@ def open_samples(
             f"{num_inference_steps}."
         )
     guide_name = None
-    if guide is not None and guidance_scale is not None:
+    if guide is not None and autoguidance_scale is not None:
         if not isinstance(guide, DDPMFacesPipeline):
             folder = Path(guide).expanduser()
             guide_name = folder.resolve().name if folder.is_dir() else str(guide)
             guide = load_pipeline(guide, device=device)
         pipeline = pipeline.with_scheduler(pipeline.scheduler)  # a copy, so that the caller's pipeline does not change
-        pipeline.set_guide(guide, guidance_scale)
-    recipe = Recipe(1, seed, preset, num_inference_steps, sigma_min, epsilon_scaling, guidance_scale, dtype=dtype)
+        pipeline.set_guide(guide, autoguidance_scale)
+    scales: dict[str, Any] = {"guidance_scale": guidance_scale, "autoguidance_scale": autoguidance_scale}
+    recipe = Recipe(1, seed, preset, num_inference_steps, sigma_min, epsilon_scaling, **scales, dtype=dtype)
     return Generated(pipeline, recipe.resolve(pipeline, default_preset), guide_name)
 
 
@@ -95,7 +99,7 @@ class Generated:
         if config.in_channels not in (1, 3):  # `out_channels` may include a variance
             raise ValueError(f"`source` generates images of {config.in_channels} channels; 1 or 3 can be measured.")
         self.unet, self.scheduler = pipeline.unet, pipeline.scheduler  # those of training
-        self.interval = pipeline.resolve_preset(recipe.preset, recipe.steps).guidance_interval
+        self.interval = pipeline.resolve_preset(recipe.preset, recipe.steps).guidance.guidance_interval
         self.pipeline, self.recipe, self.guide_name = with_sampler(pipeline, recipe), recipe, guide_name
         size = config.sample_size
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
@@ -118,8 +122,12 @@ class Generated:
             provenance["sigma_min"] = config.sigma_min
             # Left out at 1, so that older metrics stay comparable.
             provenance |= {"epsilon_scaling": config.epsilon_scaling} if config.epsilon_scaling != 1 else {}
-        if recipe.guidance_scale != 1:
-            provenance["guidance_scale"] = recipe.guidance_scale
+        scales: dict[str, Any] = {
+            "guidance_scale": recipe.guidance_scale,
+            "autoguidance_scale": recipe.autoguidance_scale,
+        }
+        if any(scale != 1 for scale in scales.values()):
+            provenance |= {name: scale for name, scale in scales.items() if scale != 1}
             provenance |= {"guidance_interval": list(self.interval)} if self.interval else {}
             provenance |= {"guide": self.guide_name} if self.guide_name else {}
         if recipe.dtype not in (None, "float32"):

@@ -15,7 +15,7 @@ from ..data.loading import load_faces
 from ..files import check_writable, replacing
 from ..fitting import check_num_steps, fit_solvers
 from ..generation import Recipe, with_own_scheduler
-from ..pipeline_ddpm_faces import SOLVER, DDPMFacesPipeline
+from ..pipeline_ddpm_faces import SOLVER, DDPMFacesPipeline, Guidance
 from ..scheduling_ddpm_faces import DDPMFacesScheduler
 from .measurements import Measured, MetricNetworks, fingerprint, measure, process_state
 from .metrics import frechet_distance
@@ -59,6 +59,7 @@ def tune(
     num_images: int = 400,
     num_trajectories: int = 128,
     guidance_scale: float | None = None,
+    autoguidance_scale: float | None = None,
     guidance_interval: tuple[int, int] | None = None,
     seed: int = 0,
     batch_size: int = 16,
@@ -77,9 +78,10 @@ def tune(
         draft (`int`, defaults to 6): Steps of the preset `"draft"`, one of `num_steps`.
         num_images (`int`, defaults to 400): Number of generated and of real images of each measurement, at least 100.
         num_trajectories (`int`, defaults to 128): See [`fit_solvers`].
-        guidance_scale (`float`, *optional*): Scale of the autoguidance; defaults to that of the pipeline.
-        guidance_interval (`tuple[int, int]`, *optional*): Lowest and highest timestep at which the guide is used;
-            defaults to that of the pipeline.
+        guidance_scale (`float`, *optional*): Scale of classifier-free guidance; defaults to that of the pipeline.
+        autoguidance_scale (`float`, *optional*): Scale of autoguidance; defaults to that of the pipeline.
+        guidance_interval (`tuple[int, int]`, *optional*): Lowest and highest timestep with guidance; defaults to that
+            of the pipeline.
         seed (`int`, defaults to 0): Seed of the first measured image; image i uses `seed + i`.
         batch_size (`int`, defaults to 16): Number of images at once.
         networks ([`MetricNetworks`], *optional*): By default loaded on the device of the pipeline.
@@ -105,8 +107,12 @@ def tune(
     pipeline = _plain(with_own_scheduler(pipeline))
     if not pipeline.takes_presets:
         raise ValueError(f"`pipeline` must have a scheduler of 'ddpm', got {pipeline.scheduler.config.algorithm!r}.")
-    if guidance_interval is not None:
-        pipeline.set_guidance(pipeline.config.guidance_scale, guidance_interval)
+    guided = _given(
+        guidance_scale=guidance_scale,
+        autoguidance_scale=autoguidance_scale,
+        guidance_interval=guidance_interval and list(guidance_interval),
+    )
+    pipeline.set_guidance(**{name: guided.get(name, pipeline.config[name]) for name in Guidance._fields})
     process_state()
     size = pipeline.image_shape[1:]
     real = {}
@@ -118,7 +124,7 @@ def tune(
     num_images = min(num_images, len(real[split]))
 
     # 1. Fit
-    tuned = fit_solvers(pipeline, numbers, num_trajectories, guidance_scale, batch_size)
+    tuned = fit_solvers(pipeline, numbers, num_trajectories, batch_size)
 
     # 2. Choose the factor on the divisors, measure, and keep what is better than even steps
     networks = networks or MetricNetworks(pipeline.unet.device)
@@ -130,7 +136,7 @@ def tune(
         candidates = [_scaled(tuned[str(number)], factor) for factor in EPSILON_SCALINGS]
         distances = []
         for candidate in candidates:
-            generated = _sampler(pipeline, number, candidate, guidance_scale, CHOICE_SEED)
+            generated = _sampler(pipeline, number, candidate, CHOICE_SEED)
             # Half as many: between the same seeds, differences show early.
             parts = tqdm(
                 torch.arange(num_images // 2).split(batch_size), desc=f"Choosing, {number} steps", disable=None
@@ -138,10 +144,8 @@ def tune(
             features = torch.cat([judge(generated.batches(part.tolist())).float().cpu() for part in parts])
             distances.append(frechet_distance(features, chosen_for))
         best = min(range(len(candidates)), key=distances.__getitem__)
-        even = _measured(pipeline, number, None, guidance_scale, seed, num_images, networks, batch_size, reference)
-        ours = _measured(
-            pipeline, number, candidates[best], guidance_scale, seed, num_images, networks, batch_size, reference
-        )
+        even = _measured(pipeline, number, None, seed, num_images, networks, batch_size, reference)
+        ours = _measured(pipeline, number, candidates[best], seed, num_images, networks, batch_size, reference)
         is_better = ours["frechet_distance"] < even["frechet_distance"]
         if is_better:
             kept[str(number)] = candidates[best]
@@ -157,9 +161,7 @@ def tune(
 
     # 3. Presets
     presets = {
-        name: {**SOLVER, "num_inference_steps": number}
-        | _given(guidance_scale=guidance_scale, guidance_interval=guidance_interval and list(guidance_interval))
-        for name, number in (("fast", fast), ("draft", draft))
+        name: {**SOLVER, "num_inference_steps": number} | guided for name, number in (("fast", fast), ("draft", draft))
     }
     height, width = size
     folder = Path(data).expanduser()
@@ -171,11 +173,13 @@ def tune(
         "extractor": getattr(judge, "name", getattr(judge, "__name__", type(judge).__name__)),
         "reference": f"{folder.resolve().name if folder.is_dir() else data}, {split} ({fingerprint(real[split])})",
         "seeds": f"{seed} to {seed + num_images - 1}",
-        "guidance_scale": pipeline.config.guidance_scale if guidance_scale is None else guidance_scale,
+        "autoguidance_scale": pipeline.config.autoguidance_scale,
         "trajectories": num_trajectories,
     }
     if pipeline.config.guidance_interval:
         report["guidance_interval"] = list(pipeline.config.guidance_interval)
+    if pipeline.config.guidance_scale != 1:
+        report["guidance_scale"] = pipeline.config.guidance_scale
     return Tuning(kept, presets, "fast", report)
 
 
@@ -222,13 +226,11 @@ def _scaled(entry: dict[str, Any], factor: float) -> dict[str, Any]:
     return {**entry, "epsilon_scaling": [first, *(round(divisor * factor, 6) for divisor in others)]}
 
 
-def _sampler(
-    pipeline: DDPMFacesPipeline, steps: int, entry: dict[str, Any] | None, guidance_scale: float | None, seed: int
-) -> Generated:
+def _sampler(pipeline: DDPMFacesPipeline, steps: int, entry: dict[str, Any] | None, seed: int) -> Generated:
     tuned_steps = entry and {str(steps): entry}
     scheduler = DDPMFacesScheduler.from_config(pipeline.scheduler.config, tuned_steps=tuned_steps)
     pipeline = pipeline.with_scheduler(scheduler)
-    recipe = Recipe(1, seed, steps=steps, guidance_scale=guidance_scale).resolve(pipeline)
+    recipe = Recipe(1, seed, steps=steps).resolve(pipeline)
     return Generated(pipeline, recipe)
 
 
@@ -236,14 +238,13 @@ def _measured(
     pipeline: DDPMFacesPipeline,
     steps: int,
     entry: dict[str, Any] | None,
-    guidance_scale: float | None,
     seed: int,
     num_images: int,
     networks: MetricNetworks,
     batch_size: int,
     reference: Measured,
 ) -> dict[str, float]:
-    faces = _sampler(pipeline, steps, entry, guidance_scale, seed)
+    faces = _sampler(pipeline, steps, entry, seed)
     measured = measure(faces.batches, num_images, networks, batch_size, f"Measuring, {steps} steps")
     # The face rate, then the metrics of each feature network in turn: those of the first are kept.
     values: dict[str, float] = {}

@@ -1,11 +1,10 @@
 """The values for the template of the model card."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..pipeline_ddpm_faces import DDPMFacesPipeline
+from ..pipeline_ddpm_faces import DDPMFacesPipeline, Guidance
 
 
 _NOT_AUDITED = "Not measured. Assume that the model can reproduce training images."
@@ -40,7 +39,7 @@ def template_values(
     is_drawn = bool(config) and source is None
     guide_images_seen = _thousands(summary.get("guide_images_seen"))
     guide = f"this network after {guide_images_seen} images" if guide_images_seen else _network(pipeline.guide)
-    guided = guidance(pipeline.config.guidance_scale, pipeline.config.guidance_interval)
+    guidance = Guidance(**{name: pipeline.config[name] for name in Guidance._fields})
     training = {
         "training images": ": ".join(filter(None, (source, summary.get("data")))),
         "base model": config.get("pretrained_model_name_or_path"),
@@ -52,14 +51,15 @@ def template_values(
         "learning rate": config.get("learning_rate"),
         "held-out loss": summary.get("held_out_loss") and f"{summary['held_out_loss']:.4g}",
         "network": f"{_network(pipeline.unet)}{kind}",
-        "guide": pipeline.guide and f"{guide}, {guided}",
+        "guide": pipeline.guide and guide,
+        "guidance": guidance_in_words(guidance, pipeline.guide is not None),
         "noise schedule": f"{scheduler.beta_schedule}, T = {scheduler.num_train_timesteps}",
         "prediction type": scheduler.prediction_type,
         "versions": summary.get("versions"),
     }
     entries = metrics.get("metrics", [])
     if pipeline.guide is not None:  # show for each metric whether it was measured with the guide
-        entries = [{**entry, "guidance_scale": entry.get("guidance_scale", 1)} for entry in entries]
+        entries = [{**entry, "autoguidance_scale": entry.get("autoguidance_scale", 1)} for entry in entries]
     betas = "" if scheduler.beta_schedule != "sigmoid" else ", trained_betas=pipeline.scheduler.betas.tolist()"
     return {
         "title": repo_id.split("/")[-1],
@@ -90,21 +90,24 @@ def _presets(pipeline: DDPMFacesPipeline) -> list[dict[str, Any]]:
         return []
     rows = []
     for name in pipeline.presets:
-        scheduler, steps, scale, network, interval = pipeline.resolve_preset(name)
+        scheduler, steps, guidance, network = pipeline.resolve_preset(name)
         is_tuned = scheduler.config.algorithm != "ddpm" and str(steps) in (scheduler.config.tuned_steps or {})
         details = [scheduler.config.algorithm, *(["tuned to this model"] if is_tuned and network == "unet" else [])]
         if network == "student":
             details.append("a distilled network")
-        elif pipeline.guide is not None:
-            details.append(guidance(scale, interval))
+        elif guided := guidance_in_words(guidance, pipeline.guide is not None):
+            details.append(guided)
         rows.append({"name": name, "steps": steps, "details": ", ".join(details)})
     return rows
 
 
-def guidance(scale: float, interval: Sequence[int] | None) -> str:
-    """Describe how a model uses its guide."""
-    where = "" if interval is None else f" at timesteps {interval[0]} to {interval[1]}"
-    return f"guidance scale {scale:g}{where}"
+def guidance_in_words(guidance: Guidance, has_guide: bool) -> str | None:
+    """Describe how a model is guided, or return `None` if it is not."""
+    scale, autoguidance_scale, interval = guidance
+    scales = [f"guidance scale {scale:g}"] if scale != 1 else []
+    scales += [f"autoguidance scale {autoguidance_scale:g}"] if has_guide else []
+    where = f" at timesteps {interval[0]} to {interval[1]}" if interval else ""
+    return f"{', '.join(scales)}{where}" if scales else None
 
 
 def _network(network: torch.nn.Module | None) -> str | None:
@@ -153,7 +156,17 @@ def _thousands(number: int | None) -> str | None:
 
 
 def _tuning_conditions(report: dict[str, Any]) -> str:
-    keys = ("n", "n_reference", "image_size", "extractor", "reference", "seeds", "guidance_scale", "guidance_interval")
+    keys = (
+        "n",
+        "n_reference",
+        "image_size",
+        "extractor",
+        "reference",
+        "seeds",
+        "guidance_scale",
+        "autoguidance_scale",
+        "guidance_interval",
+    )
     return _in_words({key: report[key] for key in keys if key in report})
 
 

@@ -12,8 +12,8 @@ import yaml
 from .. import __version__
 from ..files import read_json_object
 from ..models import best_device, check_model
-from ..pipeline_ddpm_faces import DDPMFacesPipeline
-from .card_values import duration, guidance
+from ..pipeline_ddpm_faces import DDPMFacesPipeline, Guidance
+from .card_values import duration, guidance_in_words
 
 
 PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "huggingface-hub", "safetensors", "gradio")
@@ -68,6 +68,7 @@ def _describe(model: str | os.PathLike, revision: str | None) -> dict[str, Any]:
         "network": f"{unet.get('_class_name')}, {_count_parameters(index['unet'][1], unet):,} parameters",
         "weights": index.get("weights"),
         "guide": _guide(folder, index),
+        "guidance": _guidance(index),
         "presets": _presets(index),
         "schedule": f"{scheduler['beta_schedule']}, T = {scheduler['num_train_timesteps']}",
         "prediction type": scheduler["prediction_type"],
@@ -139,7 +140,13 @@ def _guide(folder: Path, index: dict[str, Any]) -> str | None:
     if not index.get("guide") or index["guide"][1] is None:
         return None
     count = _count_parameters(index["guide"][1], read_json_object(folder / "guide" / "config.json"))
-    return f"{count:,} parameters, {guidance(index.get('guidance_scale', 1.0), index.get('guidance_interval'))}"
+    return f"{count:,} parameters"
+
+
+def _guidance(index: dict[str, Any]) -> str | None:
+    values: dict[str, Any] = {"guidance_scale": 1.0, "autoguidance_scale": 1.0, "guidance_interval": None}
+    guidance = Guidance(**{name: index.get(name, value) for name, value in values.items()})
+    return guidance_in_words(guidance, bool(index.get("guide")) and index["guide"][1] is not None)
 
 
 def _presets(index: dict[str, Any]) -> str | None:

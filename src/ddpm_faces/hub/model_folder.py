@@ -188,7 +188,8 @@ def export(
         names = ("metrics.json", "training_summary.json", "tuning.json")
         metrics, summary, tuning = (_json_of(home / name, folder / name) for name in names)
         config = _portable_config(home / "training_config.yaml", folder / "training_config.yaml", summary)
-        drawn_as_it_is = summary.get("guidance_scale", 1.0) == full.config.guidance_scale
+        scales = {name: summary.get(name, 1.0) for name in ("guidance_scale", "autoguidance_scale")}
+        drawn_as_it_is = all(full.config[name] == scale for name, scale in scales.items())
         for name in ("samples.png", "loss_curve.png") if drawn_as_it_is else ("loss_curve.png",):
             if (home / name).is_file():
                 copy_pixels(home / name, folder / name)

@@ -22,7 +22,8 @@ class Batch:
 
     Args:
         images (`torch.Tensor` of shape `(share, channels, height, width)`, `torch.uint8`): 0 to 255.
-        labels (`torch.Tensor` of shape `(share,)`, `torch.int64`, *optional*): Class labels.
+        labels (`torch.Tensor` of shape `(share,)`, `torch.int64`, *optional*):
+            Class labels. Those of some images are replaced by the class for no class (`condition_dropout`).
         names (`Sequence[str]`): The file or row of each image.
         draws ([`StepDraws`]): The timestep, noise, flip and augmentation of each image.
         epoch (`int`): The epoch that the step begins in.
@@ -90,5 +91,8 @@ def batches(run: Run) -> Iterator[Batch]:
             device,
             config.low_discrepancy_timesteps,
         )
-        labels = None if labels is None else labels.to(device, non_blocking=True)
+        if labels is not None:
+            labels = labels.to(device, non_blocking=True)
+            if config.condition_dropout:  # the number after the last class means no class
+                labels = labels.where(draws.dropouts >= config.condition_dropout, config.num_class_embeds)
         yield Batch(images, labels, values["names"], draws, epoch)

@@ -166,7 +166,17 @@ def read_state(checkpoint: str | os.PathLike) -> dict[str, Any]:
             f"{checkpoint} was saved by a later version of ddpm-faces (format {version}; this version reads up to "
             f"{FORMAT_VERSION}): update ddpm-faces, or choose another `output_dir`."
         )
-    return state
+    return {**state, "config": _upgraded(state.get("config") or {})}
+
+
+def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a checkpoint with the names and the meaning of the current version."""
+    if "autoguidance_scale" in config:
+        return config
+    config = {**config, "condition_dropout": 0.0}
+    if "guidance_scale" in config:  # the name of the scale of autoguidance in earlier versions
+        config["autoguidance_scale"] = config.pop("guidance_scale")
+    return config
 
 
 def prune_checkpoints(output_dir: str | os.PathLike, keep: int, spared: Collection[Path] = ()) -> None:

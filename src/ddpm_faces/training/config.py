@@ -159,6 +159,12 @@ class TrainingConfig:
         "Diffusion",
         "Spread the timesteps evenly over consecutive images, which makes the gradients less noisy.",
     )
+    condition_dropout: float = _field(
+        0.1,
+        "Diffusion",
+        "Probability of hiding the class of an image, so that the network also learns to do without: classifier-free "
+        "guidance needs this; 0 turns it off.",
+    )
     loss_type: Literal["l2", "l1", "huber"] = _field("l2", "Diffusion", "Loss between prediction and target.")
     snr_gamma: float = _field(
         float("inf"),
@@ -259,6 +265,11 @@ class TrainingConfig:
     guidance_scale: float = _field(
         1.0,
         "Run",
+        "Scale of classifier-free guidance for a model with classes, in samples and as its default; 1: off.",
+    )
+    autoguidance_scale: float = _field(
+        1.0,
+        "Run",
         "Scale of autoguidance by an early EMA, saved as the guide; 1: no guide, 1.2 to 1.5 are typical.",
     )
     guide_images: int | None = _field(
@@ -356,10 +367,25 @@ class TrainingConfig:
                 "`checkpoint_every_images` above 0."
             )
         self._check_assessment()
-        if not 1 <= self.guidance_scale < math.inf:
-            raise ValueError(f"`guidance_scale` must be at least 1 (no guide) and finite, got {self.guidance_scale}.")
-        if self.guide_images is not None and self.guidance_scale == 1:
-            raise ValueError(f"`guide_images` ({self.guide_images}) needs a `guidance_scale` above 1, such as 1.5.")
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(f"`condition_dropout` must lie in [0, 1), got {self.condition_dropout}.")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` must be at least 0 and finite, got {self.guidance_scale}.")
+        if self.guidance_scale != 1 and self.label_column is None:
+            raise ValueError(
+                f"`guidance_scale` ({self.guidance_scale}) needs a `label_column`. For the scale of a guide, set "
+                "`autoguidance_scale`."
+            )
+        if self.guidance_scale != 1 and not self.condition_dropout:
+            raise ValueError(f"`guidance_scale` ({self.guidance_scale}) needs a `condition_dropout` above 0.")
+        if not 1 <= self.autoguidance_scale < math.inf:
+            raise ValueError(
+                f"`autoguidance_scale` must be at least 1 (no guide) and finite, got {self.autoguidance_scale}."
+            )
+        if self.guide_images is not None and self.autoguidance_scale == 1:
+            raise ValueError(
+                f"`guide_images` ({self.guide_images}) needs an `autoguidance_scale` above 1, such as 1.5."
+            )
         if self.guide_images is not None and self.guide_images >= self.max_train_images:
             raise ValueError(
                 f"`guide_images` ({self.guide_images}) must be below `max_train_images` ({self.max_train_images}): a "
@@ -439,7 +465,7 @@ class TrainingConfig:
     @property
     def guide_after_images(self) -> int | None:
         """Number of images after which the EMA is kept as the guide, or `None` if the run keeps no guide."""
-        if self.guidance_scale == 1:
+        if self.autoguidance_scale == 1:
             return None
         return math.ceil(self.max_train_images / 4) if self.guide_images is None else self.guide_images
 
@@ -469,6 +495,7 @@ class TrainingConfig:
             "sample_size": height if height == width else (height, width),
             "out_channels": self.in_channels * (2 if self.variance_type == "learned_range" else 1),
             "augment_dim": AUGMENT_DIM if self.augment_probability else None,
+            "null_class": self.num_class_embeds is not None and self.condition_dropout > 0,
         }
 
     def scheduler_config(self) -> dict:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ..generation import with_own_scheduler
-from ..pipeline_ddpm_faces import SOLVER, DDPMFacesPipeline
+from ..pipeline_ddpm_faces import SOLVER, DDPMFacesPipeline, Guidance
 from ..scheduling_ddpm_faces import DDPMFacesScheduler
 from ..unet_ddpm_faces import DDPMFacesUNet
 from .arguments import parse_config
@@ -47,6 +47,9 @@ class DistillationConfig:
         None, "Distillation", "Model to distill, with its guide: a folder or `user/name` on the Hub."
     )
     guidance_scale: float | None = _field(
+        None, "Distillation", "Scale of the teacher's classifier-free guidance (default: that of the model)."
+    )
+    autoguidance_scale: float | None = _field(
         None, "Distillation", "Scale of the teacher's autoguidance (default: that of the model)."
     )
     pretrained_student: str | None = _field(
@@ -119,7 +122,14 @@ class DistillationConfig:
     def check_same_run(self, earlier: dict[str, Any]) -> None:
         """Raise a `ValueError` if a checkpoint with the configuration `earlier` belongs to another distillation."""
         for name in (
-            *("teacher", "guidance_scale", "pretrained_student", "student_steps", "teacher_steps"),
+            *(
+                "teacher",
+                "guidance_scale",
+                "autoguidance_scale",
+                "pretrained_student",
+                "student_steps",
+                "teacher_steps",
+            ),
             *("seed", "train_batch_size"),
         ):
             if earlier.get(name) != getattr(self, name):
@@ -184,16 +194,16 @@ class Teacher:
 
     Args:
         pipeline ([`DDPMFacesPipeline`]): The model, in evaluation mode.
-        guidance_scale (`float`): Scale of its autoguidance.
+        guidance ([`Guidance`]): How it is guided.
         schedules (`dict[int, StudentSchedule]`): By [`student_schedules`].
         steps (`int`): Steps between two levels of the student; fewer where there are not as many timesteps.
     """
 
     def __init__(
-        self, pipeline: DDPMFacesPipeline, guidance_scale: float, schedules: dict[int, StudentSchedule], steps: int
+        self, pipeline: DDPMFacesPipeline, guidance: Guidance, schedules: dict[int, StudentSchedule], steps: int
     ) -> None:
         config = with_own_scheduler(pipeline).scheduler.config
-        self.pipeline, self.guidance_scale, self.steps = pipeline, guidance_scale, steps
+        self.pipeline, self.guidance, self.steps = pipeline, guidance, steps
         self.solver = DDPMFacesScheduler.from_config(config, algorithm="dpmsolver++", solver_order=3, tuned_steps=None)
         sigmas = self.solver.sigmas[:-1].flip(0).log()  # of each timestep, rising
         # From here, the model's own solver goes straight to x_0. Further steps would add the errors of a weak network.
@@ -218,7 +228,7 @@ class Teacher:
         self.solver.set_timesteps(timesteps=self.timesteps[number])
         targets, x = [], noise
         for count, t in enumerate(self.solver.timesteps, start=1):
-            output = self.pipeline.predict(x, t, self.guidance_scale, class_labels)
+            output = self.pipeline.predict(x, t, class_labels, self.guidance)
             x = self.solver.step(output, t, x).prev_sample
             if count in self.stops[number]:
                 targets.append(x * math.hypot(1, self.solver.sigmas[count].item()))
@@ -234,6 +244,7 @@ def student_preset(schedules: dict[int, StudentSchedule]) -> dict[str, Any]:
         "clip_sample": False,
         "epsilon_scaling": 1.0,
         "guidance_scale": 1.0,
+        "autoguidance_scale": 1.0,
         "num_inference_steps": max(schedules),
         "tuned_steps": steps,
     }
@@ -276,7 +287,7 @@ def finished_pipeline(
     teacher: DDPMFacesPipeline, student: DDPMFacesUNet, schedules: dict[int, StudentSchedule]
 ) -> DDPMFacesPipeline:
     """Return the teacher's pipeline with the student and its preset, which becomes the default."""
-    settings = {name: teacher.config[name] for name in ("weights", "guidance_scale", "guidance_interval")}
+    settings = {name: teacher.config[name] for name in ("weights", *Guidance._fields)}
     presets = {**(teacher.config.presets or {}), "student": student_preset(schedules)}
     components = {**teacher.components, "student": student}
     return DDPMFacesPipeline(**components, **settings, presets=presets, default_preset="student")

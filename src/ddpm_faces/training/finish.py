@@ -47,7 +47,7 @@ def finish(run: Run) -> None:
             scheduler,
             weights="ema" if run.config.use_ema else "raw",
             guide=run.guide and run.network(run.guide.state_dict()),
-            guidance_scale=run.guidance_scale,
+            **run.scales,
         )
         save_pipeline(pipeline, run.output_dir)
         summarize(run, returns_to)
@@ -189,7 +189,7 @@ def summarize(run: Run, returns_to: int | None) -> None:
         "fingerprint": run.data.fingerprint,
         "images_seen": run.state.images_seen if returns_to is None else returns_to,
         "guide_images_seen": None if run.guide is None else run.state.guide_images_seen,
-        "guidance_scale": run.guidance_scale,  # used for samples.png
+        **run.scales,  # used for samples.png
         "skipped_steps": run.state.skipped_steps,
         "held_out_loss": _held_out_loss(run, returns_to),
         "hours": run.seconds / 3600,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -92,8 +92,10 @@ class Run:
         return self.stopped_early or self.stopped_on_copies or self.state.images_seen >= self.last_image
 
     @property
-    def guidance_scale(self) -> float:
-        return 1.0 if self.guide is None else self.config.guidance_scale
+    def scales(self) -> dict[str, Any]:
+        """The scales of guidance in samples, and of the finished pipeline."""
+        autoguidance_scale = 1.0 if self.guide is None else self.config.autoguidance_scale
+        return {"guidance_scale": self.config.guidance_scale, "autoguidance_scale": autoguidance_scale}
 
     @contextmanager
     def evaluating(self, averaged: bool = True) -> Iterator[torch.nn.Module]:

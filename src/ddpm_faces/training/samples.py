@@ -55,7 +55,7 @@ def draw_share(
     mine = [(k * num_processes + run.accelerator.process_index) % num_samples for k in range(per_process)]
     samples = []
     with run.evaluating(averaged) as unet:
-        pipeline = DDPMFacesPipeline(unet, scheduler, guide=run.guide, guidance_scale=run.guidance_scale)
+        pipeline = DDPMFacesPipeline(unet, scheduler, guide=run.guide, **run.scales)
         pipeline.set_progress_bar_config(desc="Sampling", leave=False, disable=not run.accelerator.is_main_process)
         for first in range(0, per_process, run.micro_batch_size):
             numbers = mine[first : first + run.micro_batch_size]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "training_config.yaml"
 LOCK_SECONDS = 60  # a run whose launcher was killed saves and ends within this time
 # Arguments in which the network may differ from the pretrained one.
-FREE_TO_CHANGE = ("sample_size", "dropout", "num_class_embeds", "augment_dim")
+FREE_TO_CHANGE = ("sample_size", "dropout", "num_class_embeds", "null_class", "augment_dim")
 
 
 class SetupError(ValueError):
@@ -140,6 +140,10 @@ def copy_weights(pretrained: DDPMFacesUNet, unet: DDPMFacesUNet) -> None:
     expected, found = unet.state_dict(), pretrained.state_dict()
     same = {k: v for k, v in found.items() if k in expected and v.shape == expected[k].shape}
     new = {k: torch.zeros_like(v) for k, v in expected.items() if k not in same}
+    classes = "class_embedding.weight"
+    if classes in new and classes in found and pretrained.config.num_class_embeds == unet.config.num_class_embeds:
+        count = unet.config.num_class_embeds  # the class for no class comes last
+        new[classes][:count] = found[classes][:count]
     unet.load_state_dict({**same, **new})
 
 
