@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import tiny_unet
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
 from ddpm_faces.data import FaceBatches, FaceDataset
 from ddpm_faces.training import checkpoint
+from ddpm_faces.training.changes import check_same_model
 from ddpm_faces.training.checkpoint import (
     CheckpointIO,
     check_whole,
@@ -16,6 +18,7 @@ from ddpm_faces.training.checkpoint import (
     list_checkpoints,
     newest_whole,
     prune_checkpoints,
+    read_state,
     save_pipeline,
     set_aside,
 )
@@ -207,6 +210,20 @@ def test_checkpoint_of_format_1(saved, tmp_path):
     cut(folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"model.safetensors cannot be read"):
         check_whole(folder)
+
+
+def test_settings_of_earlier_versions_keep_their_meaning(saved, tmp_path):
+    """`guidance_scale` was the scale of the guide, and no class was hidden."""
+    folder = checkpoint_path(tmp_path, 16)
+    state = json.loads((folder / "run_state.json").read_text())
+    assert read_state(folder)["config"] == state["config"]
+    del state["config"]["condition_dropout"], state["config"]["autoguidance_scale"]
+    state["config"] |= {"guidance_scale": 1.5, "label_column": "kind", "num_class_embeds": 3}
+    (folder / "run_state.json").write_text(json.dumps(state))
+    config = read_state(folder)["config"]
+    assert "guidance_scale" not in config
+    assert (config["autoguidance_scale"], config["condition_dropout"]) == (1.5, 0.0)
+    check_same_model(replace(TrainingConfig(), label_column="kind", num_class_embeds=3, condition_dropout=0), folder)
 
 
 def test_ema_switched_on_later_starts_from_the_weights(tmp_path):

@@ -40,6 +40,7 @@ def test_distributions():
     assert draws.timesteps.max() == 299
     assert abs(draws.timesteps.float().mean() - 149.5) < 4 * 86.6 / 64
     assert abs(draws.flips.float().mean() - 0.5) < 4 * 0.5 / 64
+    assert abs(draws.dropouts.mean() - 0.5) < 4 * 12**-0.5 / 64
     pictures = draws.noise.flatten(1)
     assert abs(pictures.mean()) < 4 / pictures.numel() ** 0.5
     assert abs(pictures.std() - 1) < 0.02

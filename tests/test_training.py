@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ALL_CORES
+from conftest import ALL_CORES, tiny_unet
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from diffusers import DiffusionPipeline
@@ -33,6 +33,7 @@ from ddpm_faces.plots import image_grid
 from ddpm_faces.training.checkpoint import list_checkpoints
 from ddpm_faces.training.cores import use_all_cores
 from ddpm_faces.training.preemption import EXIT_NONFINITE, EXIT_PREEMPTED
+from ddpm_faces.training.setup import copy_weights
 
 
 ROOT = Path(__file__).parents[1]
@@ -797,6 +798,33 @@ def test_run_starts_from_a_trained_model(finished, pictures, tmp_path):
     assert_equal_weights(weights(tmp_path / "back"), trained)
     pipeline = DDPMFacesPipeline.from_pretrained(tmp_path / "back")
     assert (pipeline.unet.config.sample_size, pipeline.unet.config.dropout) == ([16, 24], 0.2)
+
+
+@pytest.mark.parametrize("condition_dropout", [0.5, 1e-9, 0])
+def test_classes_are_hidden_at_random(finished, pictures, tmp_path, condition_dropout):
+    """The embedding of a class is trained only by the images that have it. New embeddings start at zero."""
+    guidance = {"guidance_scale": 2.5} if condition_dropout else {}
+    succeed(
+        tmp_path / "run", pretrained_model_name_or_path=finished, train_data_dir=pictures, label_column="folder",
+        condition_dropout=condition_dropout, max_train_images=32, num_validation_images=0, checkpoint_every_images=0,
+        report_to="none", block_out_channels=None, **guidance,
+    )  # fmt: skip
+    pipeline = DDPMFacesPipeline.from_pretrained(tmp_path / "run")
+    embeddings = pipeline.unet.class_embedding.weight
+    assert embeddings[:2].any(dim=1).all()
+    assert pipeline.unet.config.null_class == (condition_dropout > 0)
+    assert len(embeddings) == 2 + (condition_dropout > 0)
+    assert embeddings[2:].any() == (condition_dropout == 0.5)
+    assert pipeline.config.guidance_scale == guidance.get("guidance_scale", 1.0)
+
+
+def test_classes_without_a_null_class_gain_one():
+    known = tiny_unet(num_class_embeds=3)
+    unet = tiny_unet(num_class_embeds=3, null_class=True)
+    copy_weights(known, unet)
+    assert torch.equal(unet.class_embedding.weight[:3], known.class_embedding.weight)
+    assert not unet.class_embedding.weight[3].any()
+    assert torch.equal(unet.conv_in.weight, known.conv_in.weight)
 
 
 def test_resumed_run_no_longer_needs_its_pretrained_model(finished, tmp_path):
