@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
 from ddpm_faces.evaluation.samples import Generated
 from ddpm_faces.generation import Recipe
-from ddpm_faces.pipeline_ddpm_faces import Guidance
+from ddpm_faces.pipeline_ddpm_faces import Condition, Guidance
 from ddpm_faces.solvers import fast_solver
 
 
@@ -766,8 +766,8 @@ def test_classifier_free_guidance(scale, autoguidance_scale, interval):
     # Each image of a batch may have its own timestep.
     x, labels, timesteps = torch.randn(3, *pipeline.image_shape), torch.tensor([0, 1, 0]), torch.tensor([2, 9, 19])
     guidance = Guidance(scale, autoguidance_scale or 1.0)
-    together = pipeline.predict(x, timesteps, labels, guidance)
-    single = [pipeline.predict(x[i : i + 1], timesteps[i], labels[i : i + 1], guidance) for i in range(3)]
+    together = pipeline.predict(x, timesteps, Condition(labels), guidance)
+    single = [pipeline.predict(x[i : i + 1], timesteps[i], Condition(labels[i : i + 1]), guidance) for i in range(3)]
     torch.testing.assert_close(together, torch.cat(single), atol=1e-5, rtol=0)
 
 
@@ -778,8 +778,8 @@ def test_classes_may_be_left_out_with_a_null_class():
     guided = pipeline(2, generator=generators(0, 1), output_type="pt", guidance_scale=3).images
     assert torch.equal(images, guided)
     x = torch.randn(2, *pipeline.image_shape)
-    assert torch.equal(pipeline.predict(x, 5), pipeline.predict(x, 5, torch.tensor([2, 2])))
-    assert not torch.allclose(pipeline.predict(x, 5), pipeline.predict(x, 5, torch.tensor([0, 1])))
+    assert torch.equal(pipeline.predict(x, 5), pipeline.predict(x, 5, Condition(torch.tensor([2, 2]))))
+    assert not torch.allclose(pipeline.predict(x, 5), pipeline.predict(x, 5, Condition(torch.tensor([0, 1]))))
 
 
 def test_default_guidance_scale_travels(bare_client, tmp_path):
@@ -812,7 +812,10 @@ def test_default_guidance_scale_travels(bare_client, tmp_path):
 @pytest.mark.parametrize(
     ("unet", "message"),
     [
-        ({}, "`guidance_scale` must be 1 for this model, got 2: it has no classes. `autoguidance_scale` is the scale"),
+        (
+            {},
+            "`guidance_scale` must be 1 for this model, got 2: it knows neither classes nor texts. `autoguid",
+        ),
         ({"num_class_embeds": 2}, "got 2: it was trained without `condition_dropout`"),
     ],
 )

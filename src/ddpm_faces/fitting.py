@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .checks import check_integer, check_seed
 from .generation import with_own_scheduler
-from .pipeline_ddpm_faces import SOLVER, DDPMFacesPipeline, Guidance, evaluating
+from .pipeline_ddpm_faces import SOLVER, Condition, DDPMFacesPipeline, Guidance, evaluating
 from .scheduling_ddpm_faces import DDPMFacesScheduler
 
 
@@ -128,7 +128,7 @@ def follow(
             x = torch.stack(noises).to(device)
             for index, t in enumerate(solver.timesteps):
                 states[index, part] = x.cpu().half()
-                output = pipeline.predict(x, t, None if labels is None else labels[part], guidance)
+                output = pipeline.predict(x, t, Condition(None if labels is None else labels[part]), guidance)
                 x, x_0 = solver.step(output, t, x, return_dict=False)
                 predictions[index, part] = x_0.cpu().half()
             states[grid, part] = x.cpu().half()
@@ -199,7 +199,7 @@ def fit(
         for part in torch.arange(len(noisy)).split(batch_size):
             x = noisy[part].to(pipeline.unet.device) / math.hypot(1, sigma)
             labels = None if exact.class_labels is None else exact.class_labels[part]
-            output = pipeline.predict(x, exact.timesteps[start], labels, guidance)[:, : x.shape[1]]
+            output = pipeline.predict(x, exact.timesteps[start], Condition(labels), guidance)[:, : x.shape[1]]
             x_0[part] = denoiser.predict_original_sample(output, exact.timesteps[start], x).cpu()
 
         weights, excess = _fit_step(noisy, x_0, earlier, ratio, exact.noisy(end))

@@ -24,8 +24,11 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+
+logger = logging.get_logger(__name__)
 
 # Schedulers that use a predicted variance. All others receive only the prediction.
 VARIANCE_SCHEDULERS = {"DDPMFacesScheduler", "DDPMScheduler", "DDPMParallelScheduler"}
@@ -55,12 +58,17 @@ SETTINGS = (
 )
 # Upper bounds for the configurations of diffusers' components, which diffusers does not check: an untrusted file must
 # not exhaust the memory. The components of this package check their own configurations.
-MAX_NUMBER = {"unet": 16_384, "guide": 16_384, "student": 16_384, "scheduler": 1_000_000}
+MAX_NUMBER = {
+    **dict.fromkeys(("unet", "guide", "student"), 16_384),
+    **dict.fromkeys(("scheduler", "text_encoder"), 1_000_000),
+}
 MAX_LAYERS_PER_BLOCK, MAX_BLOCKS, MAX_PRESETS = 64, 12, 32
 MODEL_COMPONENTS = ("unet", "guide", "student")
+TEXT_COMPONENTS = ("tokenizer", "text_encoder")
+MAX_PROMPT_TOKENS = 77
 # Format of a saved folder. Formats with a higher number are refused. Format 2 added the guide, format 3 presets, the
-# student and the guidance interval. Format 4 added classifier-free guidance with the name `guidance_scale`, which was
-# the scale of autoguidance before.
+# student and the guidance interval. Format 4 added the text encoder, and classifier-free guidance with the name
+# `guidance_scale`, which was the scale of autoguidance before.
 FORMAT_VERSION = 4
 
 # The settings of a preset: arguments of the call, and arguments of `DDPMFacesScheduler` in place of the model's.
@@ -107,6 +115,71 @@ class Guidance(NamedTuple):
 UNGUIDED = Guidance()
 
 
+class Text(NamedTuple):
+    """The texts of a batch, for the network.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(batch, text_embed_dim)`): Their embeddings.
+        is_given (`torch.Tensor` of shape `(batch,)`, `torch.bool`): `False` for images without a text.
+    """
+
+    embeds: torch.Tensor
+    is_given: torch.Tensor
+
+    def part(self, part: slice) -> "Text":
+        """Return the texts of some images of the batch."""
+        return Text(self.embeds[part], self.is_given[part])
+
+    def for_network(self, network: ModelMixin) -> torch.Tensor:
+        """Return the embeddings, with that of no text where there is none."""
+        return torch.where(self.is_given[:, None], self.embeds, network.null_text_embed.to(self.embeds.dtype))
+
+
+class Condition(NamedTuple):
+    """What the images of a batch should show.
+
+    Args:
+        class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class of each image.
+        text ([`Text`], *optional*): Text of each image.
+        negative ([`Text`], *optional*): What guidance leads away from, instead of the prediction without a text.
+    """
+
+    class_labels: torch.Tensor | None = None
+    text: Text | None = None
+    negative: Text | None = None
+
+    def part(self, part: slice) -> "Condition":
+        """Return the condition of some images of the batch."""
+        labels, text, negative = self
+        return Condition(
+            None if labels is None else labels[part],
+            None if text is None else text.part(part),
+            None if negative is None else negative.part(part),
+        )
+
+    def arguments(self, network: ModelMixin) -> dict[str, torch.Tensor]:
+        """Return the arguments of a network, which may know less of the condition."""
+        arguments = {}
+        if self.class_labels is not None and network.config.get("num_class_embeds") is not None:
+            arguments["class_labels"] = self.class_labels
+        if self.text is not None and network.config.get("text_embed_dim") is not None:
+            arguments["text_embeds"] = self.text.for_network(network)
+        return arguments
+
+    def opposite(self, network: ModelMixin) -> dict[str, torch.Tensor]:
+        """Return the arguments of a network for the prediction that guidance leads away from."""
+        arguments = {}
+        if self.class_labels is not None:
+            arguments["class_labels"] = torch.full_like(self.class_labels, network.config.num_class_embeds)
+        if self.text is not None:
+            nothing = Text(self.text.embeds, torch.zeros_like(self.text.is_given))
+            arguments["text_embeds"] = (self.negative or nothing).for_network(network)
+        return arguments
+
+
+NOTHING = Condition()
+
+
 class Sampling(NamedTuple):
     """The settings of a call, from [`DDPMFacesPipeline.resolve_preset`].
 
@@ -136,7 +209,7 @@ _CALLS: ContextVar[dict[int, _Call]] = ContextVar("ddpm_faces_calls")
 
 
 class DDPMFacesPipeline(DiffusionPipeline):
-    """Pipeline for unconditional or class-conditional generation of faces.
+    """Pipeline for the generation of faces, without a condition, of given classes, or from prompts.
 
     Args:
         unet ([`DDPMFacesUNet`] or [`~diffusers.UNet2DModel`]): Network that predicts the noise.
@@ -156,6 +229,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
         presets (`dict[str, dict]`, *optional*): Ways to sample, by name; see [`set_presets`].
         default_preset (`str`, *optional*): Preset of a call that names neither a preset nor a number of steps.
         guidance_scale (`float`, defaults to 1.0): Default `guidance_scale` of `__call__`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer of `text_encoder`.
+        text_encoder ([`~transformers.PreTrainedModel`], *optional*):
+            Encoder of prompts, for a network with a `text_embed_dim`; see [`encode_prompt`].
 
     Raises:
         ValueError: The guide has another image shape or other classes; a scale is negative, or is not 1 although the
@@ -163,10 +239,10 @@ class DDPMFacesPipeline(DiffusionPipeline):
             or a preset has a setting that is not allowed.
     """
 
-    model_cpu_offload_seq = "guide->unet->student"
+    model_cpu_offload_seq = "text_encoder->guide->unet->student"
     _callback_tensor_inputs = ["latents"]
     _micro_batch_size: int | None = None  # known once the memory of a GPU was not enough
-    _optional_components = ["guide", "student"]
+    _optional_components = ["guide", "student", *TEXT_COMPONENTS]
 
     def __init__(
         self,
@@ -180,9 +256,13 @@ class DDPMFacesPipeline(DiffusionPipeline):
         presets: dict[str, dict[str, Any]] | None = None,
         default_preset: str | None = None,
         guidance_scale: float = 1.0,
+        tokenizer: Any = None,
+        text_encoder: Any = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, guide=guide, student=student)
+        self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder)
+        self._check_text_encoder()
         self.register_to_config(weights=weights)
         self.set_guidance(guidance_scale, autoguidance_scale, guidance_interval)
         if student is not None and _image_shape(student) != self.image_shape:
@@ -413,9 +493,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 [`~diffusers.DiffusionPipeline.from_pipe`] would cast them to float32, in the given pipeline as well.
         """
         # diffusers passes a network on only if its class is exactly that of the type hint.
-        networks = {
-            name: pipeline.components[name] for name in MODEL_COMPONENTS if pipeline.components.get(name) is not None
-        }
+        names = (*MODEL_COMPONENTS, *TEXT_COMPONENTS)
+        networks = {name: pipeline.components[name] for name in names if pipeline.components.get(name) is not None}
         if "torch_dtype" not in kwargs and "unet" in networks:
             kwargs.setdefault("dtype", networks["unet"].dtype)
         return super().from_pipe(pipeline, **{**networks, **kwargs})
@@ -519,11 +598,12 @@ class DDPMFacesPipeline(DiffusionPipeline):
         if safe_serialization is not True:
             raise ValueError("`safe_serialization` must be True: other weights are pickles, which can run code.")
         index = json.loads(self.to_json_string())
-        for name in (*MODEL_COMPONENTS, "scheduler"):
+        for name in (*MODEL_COMPONENTS, *TEXT_COMPONENTS, "scheduler"):
             if name in index and not _is_component(name, index[name]):
                 raise ValueError(
                     f"`{name}` {type(self.components[name]).__name__} could not be loaded again, so nothing is saved: "
-                    "use a class of this package, diffusers' UNet2DModel, or a scheduler of diffusers."
+                    "use a class of this package, diffusers' UNet2DModel, a scheduler of diffusers, or a tokenizer "
+                    "and text encoder of transformers."
                 )
         hub = _publisher() if push_to_hub else None
         if hub is not None:  # report problems with publishing before saving
@@ -566,8 +646,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
         has_interval = index["guidance_interval"] is not None
         if not has_interval:
             del index["guidance_interval"]
-        if self.student is None:
-            del index["student"]
+        for name in ("student", *TEXT_COMPONENTS):
+            if getattr(self, name) is None:
+                del index[name]
         has_presets = bool(index["presets"]) or index["default_preset"] is not None or self.student is not None
         if not has_presets:
             del index["presets"], index["default_preset"]
@@ -576,8 +657,10 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 index[name] = [CODE_FILES[type(part).__name__], type(part).__name__]
                 if name == "unet":
                     index["auto_map"] = {"AutoModel": ".".join(index[name])}  # where diffusers looks for it
+        if index.get("tokenizer") == ["transformers", "TokenizersBackend"]:  # its name in all versions of transformers
+            index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
         index["_class_name"] = [CODE_FILES["DDPMFacesPipeline"], "DDPMFacesPipeline"]
-        is_plain = self.guide is None and not (has_scale or has_interval or has_presets)
+        is_plain = self.guide is self.text_encoder is None and not (has_scale or has_interval or has_presets)
         index["_format_version"] = 1 if is_plain else FORMAT_VERSION
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
@@ -617,7 +700,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
-        # `auto_map` is for `AutoModel` and not an argument of this class. Without this package, diffusers reads the file.
+        # `auto_map` is for `AutoModel` and not an argument of this class.
         config_dict = {k: v for k, v in upgraded(config_dict).items() if k != "auto_map"}
         return super().extract_init_dict(config_dict, **kwargs)
 
@@ -725,11 +808,14 @@ class DDPMFacesPipeline(DiffusionPipeline):
         classes, known = (network.config.get("num_class_embeds") for network in (guide, self.unet))
         if classes not in (None, known):
             raise ValueError(f"`guide` must have no classes or as many as this model, {known}, got {classes}.")
+        length, known = (network.config.get("text_embed_dim") for network in (guide, self.unet))
+        if length not in (None, known):
+            raise ValueError(f"`guide` must have a `text_embed_dim` of None or {known}, as this model, got {length}.")
 
     @property
     def _has_null(self) -> bool:
         """Whether the network can predict without a condition, in addition to predicting with one."""
-        return bool(self.unet.config.get("null_class"))
+        return bool(self.unet.config.get("null_class")) or self.unet.config.get("text_embed_dim") is not None
 
     def _check_null(self, guidance_scale: float) -> None:
         """Raise a `ValueError` if classifier-free guidance of this scale is not possible."""
@@ -737,7 +823,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         if guidance_scale == 1 or self._has_null:
             return
         if self.unet.config.get("num_class_embeds") is None:
-            hint = "it has no classes. `autoguidance_scale` is the scale of its guide"
+            hint = "it knows neither classes nor texts. `autoguidance_scale` is the scale of its guide"
         else:
             hint = "it was trained without `condition_dropout`, so it never sees an image without its class"
         raise ValueError(f"`guidance_scale` must be 1 for this model, got {guidance_scale}: {hint}.")
@@ -780,6 +866,109 @@ class DDPMFacesPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return latents.to(device=device, dtype=torch.float32) * init_noise_sigma
 
+    def encode_prompt(self, prompt: str | list[str]) -> torch.Tensor:
+        """Encode prompts for `prompt_embeds`.
+
+        Words that the tokenizer does not know are ignored, and the end of a long prompt is cut off. A warning names
+        them.
+
+        Args:
+            prompt (`str` or `list[str]`): The prompts. An empty one has the embedding of no text.
+
+        Returns:
+            `torch.Tensor` of shape `(num_prompts, text_embed_dim)`: The embeddings.
+
+        Raises:
+            ValueError: The model has no text encoder, or a prompt is not a text.
+        """
+        if self._check_prompts(prompt, None, 1, None, None) is None:
+            raise ValueError("`prompt` must be a text or a list of texts, got None.")
+        with torch.no_grad():
+            return self._encode(prompt).for_network(self.unet).float()
+
+    def _encode(self, prompt: str | list[str]) -> Text:
+        prompts, device = prompt if isinstance(prompt, list) else [prompt], self._execution_device
+        for note in prompt_notes(self.tokenizer, self.text_encoder, prompts):
+            logger.warning(note)
+        tokens = tokenize(self.tokenizer, self.text_encoder, prompts)
+        tokens = {name: ids.to(self.text_encoder.device) for name, ids in tokens.items()}
+        with evaluating(self.text_encoder):
+            embeds = pooled(self.text_encoder, **tokens)
+        is_blank = torch.tensor([not text.strip() for text in prompts])
+        return Text(embeds.to(device), (tokens["attention_mask"].any(dim=1).cpu() & ~is_blank).to(device))
+
+    def _texts(
+        self, prompt: str | list[str] | None, embeds: torch.Tensor | None, count: int, copies: int
+    ) -> Text | None:
+        """Return the texts or embeddings of `count` prompts, each for `copies` images."""
+        if prompt is not None:
+            text = self._encode(prompt)
+        elif embeds is not None:
+            embeds = embeds.to(self._execution_device)
+            text = Text(embeds, torch.ones(len(embeds), dtype=torch.bool, device=embeds.device))
+        else:
+            return None
+        return Text(*(values.expand(count, *values.shape[1:]).repeat_interleave(copies, dim=0) for values in text))
+
+    def _check_prompts(
+        self,
+        prompt: Any,
+        negative_prompt: Any,
+        num_images_per_prompt: Any,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+    ) -> int | None:
+        """Return the number of prompts, or `None` without any. Raise a `ValueError` if they are not allowed."""
+        texts = {"prompt": prompt, "negative_prompt": negative_prompt}
+        tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        all_texts = {**texts, **tensors}
+        given = [name for name, value in all_texts.items() if value is not None]
+        if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int):
+            raise ValueError(f"`num_images_per_prompt` must be an integer, got {num_images_per_prompt!r}.")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be at least 1, got {num_images_per_prompt}.")
+        if not given:
+            if num_images_per_prompt != 1:
+                raise ValueError(f"`num_images_per_prompt` ({num_images_per_prompt}) needs a `prompt`.")
+            return None
+        length = self.unet.config.get("text_embed_dim")
+        if length is None:
+            raise ValueError(f"`{given[0]}` must be None: this model was not trained with texts.")
+        for name, value in texts.items():
+            if value is None:
+                continue
+            values = value if isinstance(value, list) else [value]
+            if not values or not all(isinstance(text, str) for text in values):
+                raise ValueError(f"`{name}` must be a text or a list of texts, got {value!r}.")
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ValueError(f"`{name}` needs the model's `tokenizer` and `text_encoder`, which were not loaded.")
+            if tensors[f"{name}_embeds"] is not None:
+                raise ValueError(f"Give either `{name}` or `{name}_embeds`, not both.")
+        for name, tensor in tensors.items():
+            if tensor is not None and (tensor.ndim != 2 or tensor.shape[1] != length):
+                raise ValueError(f"`{name}` must be of shape (num_prompts, {length}), got {tuple(tensor.shape)}.")
+        sizes = {name: 1 if isinstance(all_texts[name], str) else len(all_texts[name]) for name in given}
+        count = sizes.get("prompt", sizes.get("prompt_embeds"))
+        if count is None:
+            raise ValueError(f"`{given[0]}` needs a `prompt`.")
+        for name, size in sizes.items():
+            if size not in (1, count):
+                raise ValueError(f"`{name}` must have one text, or one for each of the {count} prompts, got {size}.")
+        return count
+
+    def _check_text_encoder(self) -> None:
+        """Raise a `ValueError` if the text encoder does not fit the network."""
+        length = self.unet.config.get("text_embed_dim")
+        if self.text_encoder is None:
+            return
+        if self.tokenizer is None:
+            raise ValueError("`text_encoder` needs its `tokenizer`.")
+        if self.text_encoder.config.hidden_size != length:
+            raise ValueError(
+                f"`text_encoder` must have a `hidden_size` of {length}, the `text_embed_dim` of the network, got "
+                f"{self.text_encoder.config.hidden_size}."
+            )
+
     def optimize(self) -> "DDPMFacesPipeline":
         """Convert the networks to the memory format and the dtype in which their device is fastest.
 
@@ -799,7 +988,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         self,
         sample: torch.Tensor,
         timestep: float | torch.Tensor,
-        class_labels: torch.Tensor | None = None,
+        condition: Condition = NOTHING,
         guidance: Guidance = UNGUIDED,
         network: str = "unet",
     ) -> torch.Tensor:
@@ -811,7 +1000,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         Args:
             sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t.
             timestep (`int`, `float` or `torch.Tensor` of shape `()` or `(batch,)`): t, 0 to T - 1.
-            class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class of each image.
+            condition ([`Condition`], *optional*): What the images should show; by default nothing in particular.
             guidance ([`Guidance`], *optional*): By default none, so that the network alone predicts. An interval of
                 `None` is that of the pipeline.
             network (`str`, defaults to `"unet"`): The component that predicts, `"unet"` or `"student"`.
@@ -823,10 +1012,11 @@ class DDPMFacesPipeline(DiffusionPipeline):
         while True:
             size = min(batch_size, self._micro_batch_size or _micro_batch_size_on(sample))
             try:
-                predictions = [
-                    self._predict(part, t, labels, guidance, network)
-                    for part, t, labels in _split(size, sample, timestep, class_labels)
-                ]
+                predictions = []
+                for first in range(0, batch_size, size):
+                    part = slice(first, first + size)
+                    t = timestep[part] if isinstance(timestep, torch.Tensor) and timestep.ndim else timestep
+                    predictions.append(self._predict(sample[part], t, condition.part(part), guidance, network))
                 return predictions[0] if len(predictions) == 1 else torch.cat(predictions)
             except torch.OutOfMemoryError:
                 if size == 1:
@@ -839,13 +1029,13 @@ class DDPMFacesPipeline(DiffusionPipeline):
         self,
         sample: torch.Tensor,
         timestep: float | torch.Tensor,
-        class_labels: torch.Tensor | None,
+        condition: Condition,
         guidance: Guidance,
         network: str,
     ) -> torch.Tensor:
         unet = getattr(self, network)  # `components` inspects the signature of the class at each call
         scale, autoguidance_scale, interval = guidance
-        if class_labels is None:  # without a condition, there is nothing to guide towards
+        if condition.class_labels is None and condition.text is None:  # there is nothing to guide towards
             scale = 1.0
         interval = interval or self.config.guidance_interval
         is_guided = torch.tensor(True)
@@ -858,24 +1048,23 @@ class DDPMFacesPipeline(DiffusionPipeline):
         def weight(scale: float) -> torch.Tensor:
             return torch.where(is_guided, scale, 1.0).view(-1, 1, 1, 1).to(sample.device)
 
-        labels = {} if class_labels is None else {"class_labels": class_labels}
-        unconditional = None
-        if scale == 1 or class_labels is None:
-            output = unet(sample.to(unet.dtype), timestep, **labels).sample.float()
+        arguments, unconditional = condition.arguments(unet), None
+        if scale == 1:
+            output = unet(sample.to(unet.dtype), timestep, **arguments).sample.float()
         else:  # both halves in one batch
-            null = torch.full_like(class_labels, unet.config.num_class_embeds)
+            opposite = condition.opposite(unet)
+            both = {name: torch.cat([value, opposite[name]]) for name, value in arguments.items()}
             twice = timestep.repeat(2) if isinstance(timestep, torch.Tensor) and timestep.ndim else timestep
-            both = unet(sample.to(unet.dtype).repeat(2, 1, 1, 1), twice, class_labels=torch.cat([class_labels, null]))
-            output, unconditional = both.sample.float().chunk(2)
+            outputs = unet(sample.to(unet.dtype).repeat(2, 1, 1, 1), twice, **both).sample.float()
+            output, unconditional = outputs.chunk(2)
         if unconditional is None and autoguidance_scale == 1:
             return output
         channels = sample.shape[1]
         conditional, variance = output.tensor_split([channels], dim=1)
         prediction = conditional
         if autoguidance_scale != 1:
-            if self.guide.config.get("num_class_embeds") is None:
-                labels = {}
-            worse = self.guide(sample.to(self.guide.dtype), timestep, **labels).sample.float()
+            arguments = condition.arguments(self.guide)
+            worse = self.guide(sample.to(self.guide.dtype), timestep, **arguments).sample.float()
             prediction = worse[:, :channels].lerp(conditional, weight(autoguidance_scale))
         if unconditional is not None:
             prediction = prediction + (weight(scale) - 1) * (conditional - unconditional[:, :channels])
@@ -884,7 +1073,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | str | list[str] | None = None,
         num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -897,11 +1086,18 @@ class DDPMFacesPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         preset: str | None = None,
         autoguidance_scale: float | None = None,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate faces.
 
         Args:
-            batch_size (`int`, defaults to 1): Number of images.
+            batch_size (`int`, *optional*):
+                Number of images; defaults to 1. With prompts, their number says how many. A first argument of text is
+                `prompt`, so that you can call `pipeline("a smiling woman")`.
             num_inference_steps (`int`, *optional*):
                 Denoising steps, 1 to T. Defaults to the number of the preset, or to T without one. Fewer than T steps
                 are those of a fast solver, DPM-Solver++, unless a preset or another scheduler says otherwise.
@@ -933,6 +1129,15 @@ class DDPMFacesPipeline(DiffusionPipeline):
             autoguidance_scale (`float`, *optional*):
                 Scale of autoguidance, at least 0: 0 is the guide alone, 1 turns it off, and larger values move away
                 from the guide. Defaults to that of the preset, or to the pipeline's `autoguidance_scale`.
+            prompt (`str` or `list[str]`, *optional*):
+                What the faces should show, for a model with a text encoder. An empty text means nothing in particular.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What the faces should not show. It needs a `prompt` and a `guidance_scale` above 1.
+            num_images_per_prompt (`int`, defaults to 1): Number of images for each prompt.
+            prompt_embeds (`torch.Tensor` of shape `(num_prompts, text_embed_dim)`, *optional*):
+                Embeddings of prompts, instead of `prompt`, such as means of the results of [`encode_prompt`].
+            negative_prompt_embeds (`torch.Tensor` of shape `(num_prompts, text_embed_dim)`, *optional*):
+                Embeddings, instead of `negative_prompt`.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, in the form of `output_type`.
@@ -941,6 +1146,19 @@ class DDPMFacesPipeline(DiffusionPipeline):
             ValueError: An argument is invalid, or the network and the scheduler are incompatible.
         """
         # 0. Check
+        if isinstance(batch_size, str | list):
+            if prompt is not None:
+                raise ValueError("`prompt` is given twice: as the first argument and by its name.")
+            batch_size, prompt = None, batch_size
+        prompts = self._check_prompts(
+            prompt, negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds
+        )
+        if prompts is not None and batch_size is not None:
+            raise ValueError(
+                f"`batch_size` must be None with prompts, got {batch_size!r}: use `num_images_per_prompt`."
+            )
+        if batch_size is None:
+            batch_size = 1 if prompts is None else prompts * num_images_per_prompt
         scheduler, num_inference_steps, guidance, network = self.resolve_preset(
             preset, num_inference_steps, guidance_scale, autoguidance_scale
         )
@@ -963,6 +1181,11 @@ class DDPMFacesPipeline(DiffusionPipeline):
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_parameters}
         if class_labels is not None:
             class_labels = torch.as_tensor(class_labels, device=self._execution_device)
+        condition = Condition(class_labels)
+        if prompts is not None:
+            texts = (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
+            text, negative = (self._texts(*pair, prompts, num_images_per_prompt) for pair in texts)
+            condition = Condition(class_labels, text, negative)
 
         takes_variance = self._scheduler_is_of(VARIANCE_SCHEDULERS)
         if not takes_variance and "variance_type" in scheduler.config:
@@ -978,7 +1201,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
                 # 3.1 Predict the noise
                 model_input = scheduler.scale_model_input(latents, t)
-                model_output = self.predict(model_input, t, class_labels, guidance, network)
+                model_output = self.predict(model_input, t, condition, guidance, network)
                 if not takes_variance:
                     model_output = model_output[:, : latents.shape[1]]
 
@@ -1051,6 +1274,61 @@ def evaluating(*networks: torch.nn.Module | None) -> Iterator[None]:
                     module.training = True
 
 
+def tokenize(tokenizer: Any, text_encoder: Any, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Convert texts to `input_ids` and `attention_mask`, each of shape `(num_texts, num_tokens)`.
+
+    The mask leaves out unknown words: the encoder has not learned what to do with them.
+    """
+    limit = _max_tokens(tokenizer, text_encoder)
+    tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+    ids, mask = tokens["input_ids"].long(), tokens["attention_mask"]
+    if not ids.numel():  # only empty texts
+        ids, mask = ids.new_zeros(len(texts), 1), mask.new_zeros(len(texts), 1)
+    if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id):
+        mask = mask * (ids != tokenizer.unk_token_id)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def pooled(text_encoder: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Encode tokens: CLIP's pooled output, or the mean over all tokens of other encoders.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts, hidden_size)`.
+    """
+    attention_mask = attention_mask.clone()
+    attention_mask[attention_mask.sum(dim=1) == 0, 0] = 1  # attention to nothing would be NaN
+    output = text_encoder(input_ids=input_ids, attention_mask=attention_mask)
+    if "clip" in text_encoder.config.model_type:  # its pooled output was trained to match images
+        return output.pooler_output
+    weights = attention_mask[..., None].to(output.last_hidden_state.dtype)
+    return (output.last_hidden_state * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def prompt_notes(tokenizer: Any, text_encoder: Any, prompts: Sequence[str]) -> list[str]:
+    """Describe what the text encoder will not see of the prompts."""
+    if not tokenizer.is_fast:  # which knows the places of tokens
+        return []
+    notes, unknown = [], tokenizer.unk_token_id
+    limit = _max_tokens(tokenizer, text_encoder)
+    for prompt in dict.fromkeys(prompts):
+        tokens = tokenizer(prompt, truncation=True, max_length=limit, return_offsets_mapping=True)
+        places = tokens["offset_mapping"]
+        rest = prompt[max((end for _, end in places), default=0) :].strip()
+        if rest and len(places) == limit:
+            notes.append(f"The prompt is too long; this part is cut off: {rest!r}")
+        if unknown not in (None, tokenizer.eos_token_id):
+            pairs = zip(places, tokens["input_ids"], strict=True)
+            words = dict.fromkeys(prompt[start:end] for (start, end), number in pairs if number == unknown)
+            if words:
+                notes.append(f"The model does not know these words and ignores them: {', '.join(words)}")
+    return notes
+
+
+def _max_tokens(tokenizer: Any, text_encoder: Any) -> int:
+    limits = (tokenizer.model_max_length, getattr(text_encoder.config, "max_position_embeddings", None))
+    return min(MAX_PROMPT_TOKENS, *(limit for limit in limits if limit))
+
+
 def convert(network: ModelMixin, dtype: torch.dtype) -> ModelMixin:
     """Convert a network to a dtype and to channels last, in place, and return it."""
     network.to(memory_format=torch.channels_last)
@@ -1077,14 +1355,6 @@ def _micro_batch_size_on(sample: torch.Tensor) -> int:
         return len(sample)
     # Larger batches are not faster, and need more memory.
     return max(1, MAX_CPU_PIXELS // sample[0, 0].numel())
-
-
-def _split(size: int, sample: torch.Tensor, *others: Any) -> Iterator[tuple]:
-    """Split a batch into parts of at most `size` images, with the values that belong to them."""
-    is_per_image = [isinstance(other, torch.Tensor) and other.ndim > 0 for other in others]
-    for first in range(0, len(sample), size):
-        part = slice(first, first + size)
-        yield sample[part], *(other[part] if yes else other for other, yes in zip(others, is_per_image, strict=True))
 
 
 def _check_scale(name: str, scale: float) -> None:
@@ -1162,11 +1432,12 @@ def _check_index(index: Any, cls: type, json_file: str | os.PathLike) -> None:
             f"{json_file} is of another kind of pipeline: it has {', '.join(unknown) or f'no {missing[0]}'}; a "
             f"DDPMFacesPipeline has {', '.join(sorted(allowed - {'auto_map'}))}."
         )
-    for name in [name for name in (*MODEL_COMPONENTS, "scheduler") if name in index]:
+    for name in [name for name in (*MODEL_COMPONENTS, *TEXT_COMPONENTS, "scheduler") if name in index]:
         if not _is_component(name, index[name]):
             raise ValueError(
                 f"{json_file}: `{name}` must name a library and a class, one of this package, diffusers' UNet2DModel, "
-                f"or a scheduler of diffusers; got {index[name]!r}."
+                "a scheduler of diffusers, or a tokenizer or text encoder of transformers; got "
+                f"{index[name]!r}."
             )
     if not isinstance(index.get("weights"), str | None):
         raise ValueError(f"{json_file}: `weights` must be 'ema', 'raw' or nothing, got {index['weights']!r}.")
@@ -1188,6 +1459,16 @@ def _is_component(name: str, value: Any) -> bool:
     library, class_name = value
     if (library, class_name) == (None, None):  # saved without this component, which has to be passed in
         return True
+    if name in TEXT_COMPONENTS:
+        try:
+            import transformers  # takes seconds, and few models need it
+        except ImportError as error:
+            raise ImportError(
+                "This model has a text encoder, which needs transformers: pip install transformers"
+            ) from error
+        base = transformers.PreTrainedModel if name == "text_encoder" else transformers.PreTrainedTokenizerBase
+        found = getattr(transformers, class_name or "", None) if library == "transformers" else None
+        return isinstance(found, type) and issubclass(found, base)
     ours, theirs = ("DDPMFacesUNet", "UNet2DModel") if name in MODEL_COMPONENTS else ("DDPMFacesScheduler", None)
     if class_name == ours:
         return library in ("diffusers", CODE_FILES[ours], f"ddpm_faces.{CODE_FILES[ours]}")
@@ -1200,8 +1481,8 @@ def _is_component(name: str, value: Any) -> bool:
 
 def _check_components(index: dict[str, Any], folder: Path) -> None:
     """Refuse configurations of diffusers' components that would exhaust the memory."""
-    for name in [name for name in (*MODEL_COMPONENTS, "scheduler") if name in index]:
-        path = folder / name / ("config.json" if name in MODEL_COMPONENTS else "scheduler_config.json")
+    for name in [name for name in (*MODEL_COMPONENTS, "text_encoder", "scheduler") if name in index]:
+        path = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
         if index[name][1] in (None, *CODE_FILES) or not path.is_file():
             continue
         try:
@@ -1212,7 +1493,8 @@ def _check_components(index: dict[str, Any], folder: Path) -> None:
             raise ValueError(f"{path} must contain a JSON object, got {type(config).__name__}.")
         for key, value in config.items():
             values = value if isinstance(value, list) else [value]
-            limit = MAX_LAYERS_PER_BLOCK if key == "layers_per_block" else MAX_NUMBER[name]
+            is_depth = key in ("layers_per_block", "num_hidden_layers", "num_layers")
+            limit = MAX_LAYERS_PER_BLOCK if is_depth else MAX_NUMBER[name]
             if len(values) > (MAX_BLOCKS if name in MODEL_COMPONENTS else limit):
                 raise ValueError(f"{path}: `{key}` has {len(values)} entries, which is more than is loaded.")
             if any(isinstance(number, int | float) and not abs(number) <= limit for number in values):

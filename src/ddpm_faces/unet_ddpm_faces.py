@@ -52,8 +52,9 @@ BOUNDS = {
     "attention_head_dim": (1, 16384),
     "num_class_embeds": (1, 1_000_000),
     "augment_dim": (1, 16384),
+    "text_embed_dim": (1, 16384),
 }
-OPTIONAL = ("num_class_embeds", "augment_dim")
+OPTIONAL = ("num_class_embeds", "augment_dim", "text_embed_dim")
 MAX_LEVELS, MAX_WIDTH, MAX_SIDE = 12, 16384, 8192
 
 
@@ -105,6 +106,8 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         null_class (`bool`, defaults to `False`):
             Whether the network also predicts without a class, as classifier-free guidance needs
             (https://huggingface.co/papers/2207.12598). The label `num_class_embeds` then means no class.
+        text_embed_dim (`int`, *optional*):
+            Length of the embedding of a text, for generation from prompts. The network also predicts without a text.
 
     Raises:
         ValueError: An argument has a value that is not allowed. The message names the argument and the allowed values.
@@ -137,6 +140,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         augment_dim: int | None = None,
         patch_size: int = 1,
         null_class: bool = False,
+        text_embed_dim: int | None = None,
     ) -> None:
         super().__init__()
         if isinstance(block_types, str) and _is_list(block_out_channels, 2, MAX_LEVELS):
@@ -160,6 +164,10 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         self.class_embedding = None
         if num_class_embeds is not None:
             self.class_embedding = nn.Embedding(num_class_embeds + null_class, time_embedding_dim)
+        self.text_embedding = None
+        if text_embed_dim is not None:  # without effect at first, so that training may start from any network
+            self.text_embedding = _zero_init(nn.Linear(text_embed_dim, time_embedding_dim))
+            self.null_text_embed = nn.Parameter(torch.zeros(text_embed_dim))
         self.augment_embedding = None
         if augment_dim is not None:  # without bias, so that labels of 0 have no effect
             self.augment_embedding = nn.Linear(augment_dim, time_embedding_dim, bias=False)
@@ -338,6 +346,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
         augment_labels: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
     ) -> DDPMFacesUNetOutput | tuple[torch.Tensor]:
         """Predict the noise on `sample`, or the quantity of the scheduler's `prediction_type`.
 
@@ -351,11 +360,14 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
             augment_labels (`torch.Tensor` of shape `(batch, augment_dim)`, *optional*):
                 How each image was augmented. Without labels, as with labels of 0, images count as not augmented.
                 Training must always pass them, because a distributed run needs each parameter in each forward pass.
+            text_embeds (`torch.Tensor` of shape `(batch, text_embed_dim)`, *optional*):
+                Embedding of the text of each image, for a network with a `text_embed_dim`. Rows that equal
+                `null_text_embed`, like a missing tensor, mean no text.
 
         Raises:
             ValueError: A shape or an argument is not allowed. The message names the allowed values.
         """
-        self._check_inputs(sample, class_labels, augment_labels)
+        self._check_inputs(sample, class_labels, augment_labels, text_embeds)
 
         # 1. time
         if isinstance(timestep, torch.Tensor):
@@ -370,6 +382,10 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
             if class_labels is None:
                 class_labels = torch.full_like(timesteps, self.config.num_class_embeds, dtype=torch.int64)
             temb = temb + self.class_embedding(class_labels)
+        if self.text_embedding is not None:
+            if text_embeds is None:
+                text_embeds = self.null_text_embed.expand(len(sample), -1)
+            temb = temb + self.text_embedding(text_embeds.to(sample.dtype))
         if self.augment_embedding is not None and augment_labels is not None:
             temb = temb + self.augment_embedding(augment_labels.to(sample.dtype))
 
@@ -427,7 +443,11 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         return block(*inputs)
 
     def _check_inputs(
-        self, sample: torch.Tensor, class_labels: torch.Tensor | None, augment_labels: torch.Tensor | None
+        self,
+        sample: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None,
+        text_embeds: torch.Tensor | None,
     ) -> None:
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
             raise ValueError(
@@ -446,6 +466,14 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
             )
         if class_labels is not None and self.class_embedding is None:
             raise ValueError("`class_labels` must be None: this network has no classes (`num_class_embeds` is None).")
+        if text_embeds is not None and self.text_embedding is None:
+            raise ValueError("`text_embeds` must be None: this network has no texts (`text_embed_dim` is None).")
+        text_shape = (sample.shape[0], self.config.text_embed_dim)
+        if text_embeds is not None and text_embeds.shape != text_shape:
+            raise ValueError(
+                f"`text_embeds` must be of shape (batch, text_embed_dim), here {text_shape}, got "
+                f"{tuple(text_embeds.shape)}."
+            )
         if augment_labels is not None and self.augment_embedding is None:
             raise ValueError(
                 "`augment_labels` must be None: this network has no augmentation labels (`augment_dim` is None)."

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ..generation import with_own_scheduler
-from ..pipeline_ddpm_faces import SOLVER, DDPMFacesPipeline, Guidance
+from ..pipeline_ddpm_faces import SOLVER, Condition, DDPMFacesPipeline, Guidance
 from ..scheduling_ddpm_faces import DDPMFacesScheduler
 from ..unet_ddpm_faces import DDPMFacesUNet
 from .arguments import parse_config
@@ -228,7 +228,7 @@ class Teacher:
         self.solver.set_timesteps(timesteps=self.timesteps[number])
         targets, x = [], noise
         for count, t in enumerate(self.solver.timesteps, start=1):
-            output = self.pipeline.predict(x, t, class_labels, self.guidance)
+            output = self.pipeline.predict(x, t, Condition(class_labels), self.guidance)
             x = self.solver.step(output, t, x).prev_sample
             if count in self.stops[number]:
                 targets.append(x * math.hypot(1, self.solver.sigmas[count].item()))
