@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ALL_CORES, tiny_unet
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from diffusers import DiffusionPipeline
 from forked import run_script
@@ -27,6 +28,7 @@ from hub_server import OWNER_TOKEN, READER_TOKEN
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from ddpm_faces import DDPMFacesPipeline, fast_solver
 from ddpm_faces.plots import image_grid
@@ -169,14 +171,15 @@ def parquet(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     for split, sizes in {"train": [10] * 4, "test": [4]}.items():
         for shard, size in enumerate(sizes):
-            rows = {"face": [], "kind": []}
+            rows = {"face": [], "kind": [], "texts": []}
             for number in range(size):
                 buffer = io.BytesIO()
                 pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(buffer, "PNG")
                 rows["face"].append({"bytes": buffer.getvalue(), "path": f"{split}{shard}-{number}.png"})
                 rows["kind"].append(number % 3)
-            features = Features({"face": ImageFeature(), "kind": Value("int64")})
+                rows["texts"].append([f"a {'gray' if number % 2 else 'red'} face with noise and no hair", "a face"])
+            features = Features({"face": ImageFeature(), "kind": Value("int64"), "texts": List(Value("string"))})
             path = folder / "data" / f"{split}-{shard:05d}-of-{len(sizes):05d}.parquet"
             Dataset.from_dict(rows, features).to_parquet(path)
     return folder
@@ -340,6 +343,11 @@ SOURCES = {
         "streaming": "true", "image_column": "face", "validation_split": "test", "shuffle_block_size": 4,
         "label_column": "kind", "num_class_embeds": 3,
     },
+    "captions": {"caption_column": "caption", "text_embed_dim": 16, "guidance_scale": 2, "autoguidance_scale": 1.5},
+    "stream of captions": {
+        "streaming": "true", "image_column": "face", "validation_split": "test", "shuffle_block_size": 4,
+        "caption_column": "texts", "text_embed_dim": 16,
+    },
 }  # fmt: skip
 
 
@@ -347,6 +355,8 @@ SOURCES = {
     ("num_processes", "source", "mixed_precision"),
     [
         (2, "stream", "bf16"),
+        (1, "captions", "no"),
+        pytest.param(2, "stream of captions", "bf16", marks=slow),
         pytest.param(1, "map", "no", marks=slow),
         pytest.param(2, "map", "no", marks=slow),
         pytest.param(1, "map", "bf16", marks=slow),
@@ -359,7 +369,7 @@ SOURCES = {
 def test_killed_run_resumes_bit_for_bit(tmp_path, parquet, num_processes, source, mixed_precision):
     """The run is killed during a step in the middle of an epoch, and again during a save."""
     settings = {**SOURCES[source], "mixed_precision": mixed_precision}
-    if source == "stream":
+    if "stream" in source:
         settings["dataset_name"] = parquet
     expected = tmp_path / "expected"
     succeed(expected, num_processes, **settings)
@@ -816,6 +826,66 @@ def test_classes_are_hidden_at_random(finished, pictures, tmp_path, condition_dr
     assert len(embeddings) == 2 + (condition_dropout > 0)
     assert embeddings[2:].any() == (condition_dropout == 0.5)
     assert pipeline.config.guidance_scale == guidance.get("guidance_scale", 1.0)
+
+
+def test_captions_teach_the_network_and_its_encoder(tmp_path):
+    """With a new encoder, with that of a pretrained model, and with a pretrained one that stays as it is."""
+    settings = {**SOURCES["captions"], "autoguidance_scale": None, "max_train_images": 48, "report_to": "none",
+                "checkpoint_every_images": 0}  # fmt: skip
+    succeed(tmp_path / "first", **settings)
+    first = DDPMFacesPipeline.from_pretrained(tmp_path / "first")
+    assert first.config.guidance_scale == 2
+    assert first.unet.text_embedding.weight.any()
+    assert first.unet.null_text_embed.any()
+    call = {"num_inference_steps": 4, "output_type": "pt", "prompt_embeds": first.encode_prompt("a smiling face")}
+    images = [
+        first(generator=torch.Generator().manual_seed(0), **call, guidance_scale=scale).images for scale in (1, 9)
+    ]
+    assert not torch.allclose(*images, atol=1e-4)
+    (loss,) = [entry["held_out_loss_without_captions"] for entry in read_log(tmp_path / "first", "held_out_loss")][-1:]
+    assert loss > 0
+    prompts = yaml.safe_load((tmp_path / "first" / "training_config.yaml").read_text())["sample_prompts"]
+    assert len(prompts) == 3
+
+    still = {**STILL, "block_out_channels": None, "caption_column": "caption"}
+    succeed(tmp_path / "further", pretrained_model_name_or_path=tmp_path / "first", **still)
+    further = DDPMFacesPipeline.from_pretrained(tmp_path / "further")
+    for name in ("unet", "text_encoder"):
+        ours, theirs = (getattr(pipeline, name).state_dict() for pipeline in (further, first))
+        assert_equal_weights(ours, theirs)
+    assert further.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+
+    folder = tmp_path / "clip"
+    torch.manual_seed(0)
+    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(first.tokenizer), hidden_size=12, intermediate_size=8,
+                                           num_hidden_layers=1, num_attention_heads=2))  # fmt: skip
+    encoder.save_pretrained(folder)
+    first.tokenizer.save_pretrained(folder)
+    succeed(tmp_path / "frozen", text_encoder=folder, **settings)
+    frozen = DDPMFacesPipeline.from_pretrained(tmp_path / "frozen")
+    assert frozen.unet.config.text_embed_dim == 12
+    assert_equal_weights(frozen.text_encoder.state_dict(), encoder.state_dict())
+    assert frozen.unet.text_embedding.weight.any()
+
+
+def test_bad_captions_are_named(tmp_path, parquet, pictures):
+    run = {"num_validation_images": 0, "report_to": "none"}
+    for settings, message in (
+        ({"caption_column": "title"}, "`caption_column` of drawn faces must be 'caption' or None, got 'title'"),
+        (
+            {"caption_column": "kind", "dataset_name": parquet},
+            "`caption_column` 'kind' of .* contains no texts. Columns",
+        ),
+        ({"caption_column": "caption", "train_data_dir": pictures}, r"must be 'txt' \(for face.jpg, the lines of"),
+        ({"caption_column": "txt", "train_data_dir": pictures}, "needs text files beside the images"),
+        ({"caption_column": "caption", "text_encoder": tmp_path / "no"}, "`text_encoder` '.*no' cannot be loaded"),
+        ({"text_encoder": "x"}, "`text_encoder` 'x' needs a `caption_column`"),
+        ({"guidance_scale": 2}, r"`guidance_scale` \(2.0\) needs a `label_column` or a `caption_column`"),
+    ):
+        output = fail(tmp_path / "run", **{**run, **settings})
+        assert re.search(message, output), output
+        assert "Traceback" not in output
+        assert not (tmp_path / "run").exists()
 
 
 def test_classes_without_a_null_class_gain_one():

@@ -55,6 +55,7 @@ from ddpm_faces.training.setup import (
 from ddpm_faces.training.state import RunState
 from ddpm_faces.training.steps import StepRecorder
 from ddpm_faces.training.sync_batch_norm import convert_sync_batch_norm
+from ddpm_faces.training.text import PromptedUNet, make_text_side, sample_prompts
 
 
 # Networks of multi-process runs stay alive until the process ends, because deleting one may never return.
@@ -87,7 +88,11 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
         # 1. Data
         num_held_out = None if checkpoint is None else read_state(checkpoint)["run"].get("num_held_out")
         data = load_training_data(config, accelerator, num_held_out)
+        text = make_text_side(config, data, pretrained, checkpoint)
         config = replace(config, num_class_embeds=data.num_classes)
+        if text is not None:
+            prompts = config.sample_prompts or sample_prompts(data, config.num_samples)
+            config = replace(config, text_embed_dim=text.dim, sample_prompts=prompts)
         if checkpoint is not None:
             check_same_model(config, checkpoint)
 
@@ -97,7 +102,7 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
         objective = DDPMFacesObjective(scheduler, config.loss_type, config.snr_gamma or None)
         unet = DDPMFacesUNet(**config.unet_config())
     if pretrained is not None:
-        copy_weights(pretrained, unet)
+        copy_weights(pretrained.unet, unet)
     set_seed(config.seed, device_specific=True)  # same weights on all processes, different dropout
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -107,11 +112,15 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
     if accelerator.num_processes > 1:
         convert_sync_batch_norm(unet)
 
-    # 3. Optimizer and EMA
-    optimizer = torch.optim.AdamW(unet.parameters(), fused=True, **optimizer_settings(config))
     compilation = TorchDynamoPlugin()  # the setting of `accelerate launch`
     if compilation.backend != DynamoBackend.NO:
         unet.compile(**compilation.to_kwargs())
+    if text is not None:
+        text.text_encoder.to(accelerator.device)
+        unet = PromptedUNet(unet, text.text_encoder if text.is_trained else None)
+
+    # 3. Optimizer and EMA
+    optimizer = torch.optim.AdamW(unet.parameters(), fused=True, **optimizer_settings(config))
     unet, optimizer = accelerator.prepare(unet, optimizer)
     if accelerator.num_processes > 1:
         LIVING.append(unet)
@@ -122,8 +131,8 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
     state = RunState(num_held_out=data.num_held_out)
     log, preemption = TrainingLog(config, accelerator, state), Preemption(config.time_limit_minutes)
     steps = StepRecorder(config, accelerator, state, log)
-    run = Run(config, accelerator, unet, optimizer, ema, objective, data, preemption, log, steps, state)
-    checkpoints = CheckpointIO(config, accelerator, unet, ema, data)
+    run = Run(config, accelerator, unet, optimizer, ema, objective, data, preemption, log, steps, state, text=text)
+    checkpoints = CheckpointIO(config, accelerator, unet, ema, data, text)
     try:
         start(run, checkpoints, checkpoint)
         guard.remember()
@@ -155,6 +164,7 @@ def loop(run: Run, guard: GradientGuard, checkpoints: CheckpointIO) -> None:
                     timesteps=part.timesteps,
                     noise=part.noise,
                     augment_labels=augment_labels,
+                    condition=part.text,
                 )
                 accelerator.backward(part_losses.sum() / images_per_process)  # averaged over processes
             losses.append(part_losses.detach())

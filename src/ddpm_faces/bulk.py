@@ -21,7 +21,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -196,15 +196,16 @@ class _Shard(ABC):
     def __call__(self, indices: Sequence[int], images: Sequence[Image.Image], is_last: bool) -> None:
         for index, image in zip(indices, images, strict=True):
             seed = self.recipe.seed + index
-            labels = self.recipe.class_labels
-            label = labels[index % len(labels)] if labels else None
-            text = metadata(self.model, replace(self.recipe, class_labels=None if label is None else [label]), seed)
-            self.add(f"seed-{seed:08}", png_bytes(image, text), seed, label)
+            recipe = self.recipe.of_image(index)
+            facts: dict[str, Any] = {"seed": seed}
+            facts |= {"label": recipe.class_labels[0]} if recipe.class_labels else {}
+            facts |= {"prompt": recipe.prompts[0]} if recipe.prompts else {}
+            self.add(f"seed-{seed:08}", png_bytes(image, metadata(self.model, recipe, seed)), facts)
         if is_last:
             self.close()
 
     @abstractmethod
-    def add(self, name: str, png: bytes, seed: int, label: int | None) -> None:
+    def add(self, name: str, png: bytes, facts: dict[str, Any]) -> None:
         """Add an image."""
 
     @abstractmethod
@@ -217,7 +218,7 @@ class _PngShard(_Shard):
         super().__init__(path, recipe, model)
         self.unfinished.mkdir(parents=True, exist_ok=True)
 
-    def add(self, name: str, png: bytes, seed: int, label: int | None) -> None:
+    def add(self, name: str, png: bytes, facts: dict[str, Any]) -> None:
         (self.unfinished / f"{name}.png").write_bytes(png)
 
     def close(self) -> None:
@@ -229,8 +230,7 @@ class _TarShard(_Shard):
         super().__init__(path, recipe, model)
         self.file = tarfile.open(self.unfinished, "w")  # noqa: SIM115 - `close` closes it
 
-    def add(self, name: str, png: bytes, seed: int, label: int | None) -> None:
-        facts = {"seed": seed} if label is None else {"seed": seed, "label": label}
+    def add(self, name: str, png: bytes, facts: dict[str, Any]) -> None:
         for suffix, content in (("png", png), ("json", json.dumps(facts).encode())):
             member = tarfile.TarInfo(f"{name}.{suffix}")
             member.size = len(content)
@@ -248,15 +248,15 @@ class _ParquetShard(_Shard):
         super().__init__(path, recipe, model)
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, name: str, png: bytes, seed: int, label: int | None) -> None:
-        row = {"image": {"bytes": png, "path": f"{name}.png"}, "seed": seed}
-        self.rows.append(row if label is None else {**row, "label": label})
+    def add(self, name: str, png: bytes, facts: dict[str, Any]) -> None:
+        self.rows.append({"image": {"bytes": png, "path": f"{name}.png"}, **facts})
 
     def close(self) -> None:
         import datasets
 
         columns = {name: [row[name] for row in self.rows] for name in self.rows[0]}
-        kinds = {"image": datasets.Image(), "seed": datasets.Value("int64"), "label": datasets.Value("int64")}
+        kinds = {"image": datasets.Image(), **dict.fromkeys(("seed", "label"), datasets.Value("int64"))}
+        kinds["prompt"] = datasets.Value("string")
         features = datasets.Features({name: kinds[name] for name in columns})
         with replacing(self.path) as path:
             datasets.Dataset.from_dict(columns, features=features).to_parquet(path)

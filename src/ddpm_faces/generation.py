@@ -45,6 +45,8 @@ class Recipe:
         guidance_scale (`float`, *optional*): Scale of classifier-free guidance. Defaults to that of the pipeline.
         autoguidance_scale (`float`, *optional*): Scale of autoguidance. Defaults to that of the pipeline.
         class_labels (`list[int]`, *optional*): Classes, in turn. Defaults to all classes of the model, in turn.
+        prompts (`list[str]`, *optional*): Prompts, in turn.
+        negative_prompt (`str`, *optional*): What the images should not show.
         dtype (`str`, *optional*):
             Precision of the networks, `"float32"` or `"bfloat16"`; `"auto"` is bfloat16 where the device has
             instructions for it, and float32 elsewhere. Defaults to that of the pipeline.
@@ -63,6 +65,8 @@ class Recipe:
     autoguidance_scale: float | None = None
     class_labels: Sequence[int] | None = None
     dtype: str | None = None
+    prompts: Sequence[str] | None = None
+    negative_prompt: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
@@ -71,6 +75,13 @@ class Recipe:
         if self.steps is not None:
             check_integer("steps", self.steps, 1)
         check_seed(self.seed)
+
+    def of_image(self, index: int) -> "Recipe":
+        """Return the recipe with the class and the prompt of one image."""
+        labels, prompts = self.class_labels, self.prompts
+        labels = labels and [labels[index % len(labels)]]
+        prompts = prompts and [prompts[index % len(prompts)]]
+        return replace(self, class_labels=labels, prompts=prompts)
 
     @property
     def _solver_options(self) -> dict[str, float]:
@@ -111,6 +122,7 @@ class Recipe:
             raise ValueError(f"`class_labels` must be None because this model has no classes, got {list(labels)}.")
         if labels and not all(0 <= label < num_classes for label in labels):
             raise ValueError(f"`class_labels` must be from 0 to {num_classes - 1}, got {list(labels)}.")
+        pipeline.check_prompts(self.prompts and list(self.prompts), self.negative_prompt)
         dtype = self.dtype
         if dtype == "auto":
             dtype = str(fastest_dtype(pipeline.unet)).removeprefix("torch.")
@@ -191,9 +203,11 @@ def sample(
         indices (`Sequence[int]`): Numbers of the images; image i has the seed `recipe.seed + i`.
         settings: Other arguments of the pipeline.
     """
-    labels = recipe.class_labels
+    labels, prompts = recipe.class_labels, recipe.prompts
     return pipeline(
-        batch_size=len(indices),
+        None if prompts else len(indices),
+        prompt=[prompts[i % len(prompts)] for i in indices] if prompts else None,
+        negative_prompt=recipe.negative_prompt,
         num_inference_steps=recipe.steps,
         preset=recipe.preset if pipeline.takes_presets else None,
         generator=[torch.Generator().manual_seed(recipe.seed + i) for i in indices],
@@ -262,9 +276,7 @@ def generate_to(
     paths = []
     for seed, image in enumerate(images, start=recipe.seed):
         paths.append(output / f"seed-{seed:08}.png")
-        labels = recipe.class_labels
-        label = labels and [labels[(seed - recipe.seed) % len(labels)]]
-        save_png(image, paths[-1], metadata(model, replace(recipe, class_labels=label), seed))
+        save_png(image, paths[-1], metadata(model, recipe.of_image(seed - recipe.seed), seed))
     return paths
 
 

@@ -86,6 +86,7 @@ class DDPMFacesObjective:
         timesteps: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
+        condition: dict[str, torch.Tensor] | None = None,
     ) -> ObjectiveOutput:
         """Evaluate the objective on one batch, like the article's `get_loss`.
 
@@ -98,6 +99,7 @@ class DDPMFacesObjective:
             noise (`torch.Tensor` of the shape of the images, *optional*): Standard normal noise; drawn by default.
             augment_labels (`torch.Tensor` of shape `(batch, augment_dim)`, *optional*):
                 How each image was augmented, for a network with an `augment_dim`.
+            condition (`dict[str, torch.Tensor]`, *optional*): Further arguments of the network.
 
         Returns:
             [`ObjectiveOutput`]: Loss and timestep of each image.
@@ -115,8 +117,8 @@ class DDPMFacesObjective:
         noisy_samples = self.scheduler.add_noise(original_samples, noise, timesteps)
 
         # 3. Predict
-        model_kwargs = {"class_labels": class_labels, "augment_labels": augment_labels}
-        model_kwargs = {name: value for name, value in model_kwargs.items() if value is not None}
+        labels = {"class_labels": class_labels, "augment_labels": augment_labels}
+        model_kwargs = {name: value for name, value in labels.items() if value is not None} | (condition or {})
         prediction = unet(noisy_samples, timesteps, **model_kwargs).sample.float()
         predicted_variance = None
         if self.scheduler.config.variance_type == "learned_range":

@@ -263,6 +263,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler, guide=guide, student=student)
         self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder)
         self._check_text_encoder()
+        self._notes: set[str] = set()  # warnings about prompts so far
         self.register_to_config(weights=weights)
         self.set_guidance(guidance_scale, autoguidance_scale, guidance_interval)
         if student is not None and _image_shape(student) != self.image_shape:
@@ -881,15 +882,17 @@ class DDPMFacesPipeline(DiffusionPipeline):
         Raises:
             ValueError: The model has no text encoder, or a prompt is not a text.
         """
-        if self._check_prompts(prompt, None, 1, None, None) is None:
+        if self.check_prompts(prompt) is None:
             raise ValueError("`prompt` must be a text or a list of texts, got None.")
         with torch.no_grad():
             return self._encode(prompt).for_network(self.unet).float()
 
     def _encode(self, prompt: str | list[str]) -> Text:
         prompts, device = prompt if isinstance(prompt, list) else [prompt], self._execution_device
-        for note in prompt_notes(self.tokenizer, self.text_encoder, prompts):
+        notes = prompt_notes(self.tokenizer, self.text_encoder, prompts)
+        for note in [note for note in notes if note not in self._notes]:  # once, not for each batch
             logger.warning(note)
+        self._notes.update(notes)
         tokens = tokenize(self.tokenizer, self.text_encoder, prompts)
         tokens = {name: ids.to(self.text_encoder.device) for name, ids in tokens.items()}
         with evaluating(self.text_encoder):
@@ -910,13 +913,13 @@ class DDPMFacesPipeline(DiffusionPipeline):
             return None
         return Text(*(values.expand(count, *values.shape[1:]).repeat_interleave(copies, dim=0) for values in text))
 
-    def _check_prompts(
+    def check_prompts(
         self,
-        prompt: Any,
-        negative_prompt: Any,
-        num_images_per_prompt: Any,
-        prompt_embeds: torch.Tensor | None,
-        negative_prompt_embeds: torch.Tensor | None,
+        prompt: Any = None,
+        negative_prompt: Any = None,
+        num_images_per_prompt: Any = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
     ) -> int | None:
         """Return the number of prompts, or `None` without any. Raise a `ValueError` if they are not allowed."""
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
@@ -1150,7 +1153,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
             if prompt is not None:
                 raise ValueError("`prompt` is given twice: as the first argument and by its name.")
             batch_size, prompt = None, batch_size
-        prompts = self._check_prompts(
+        prompts = self.check_prompts(
             prompt, negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds
         )
         if prompts is not None and batch_size is not None:

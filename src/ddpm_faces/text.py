@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 MAX_WORDS = 64  # of a caption; the rest is cut off
 MAX_VOCABULARY = 8192
 PAD, UNKNOWN = "[PAD]", "[UNK]"
+TRAINED = "is_trained_with_unet"  # in the configuration of an encoder
 # A caption is cut before these words, and after commas, into phrases.
 _PHRASES = re.compile(r",\s*|\s+(?=(?:and|in|with|wearing|without)\b)")
 
@@ -65,6 +66,7 @@ def make_text_encoder(tokenizer: "PreTrainedTokenizerFast", dim: int = 128) -> "
         dropout=0.0,
         attention_dropout=0.0,
         pad_token_id=tokenizer.pad_token_id,
+        **{TRAINED: True},
     )
     return DistilBertModel(config)
 

@@ -25,6 +25,10 @@ from .options import (
 
 def generate(
     model: Model,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROMPT]...", help="What the faces should show, for a model with captions."),
+    ] = None,
     num_images: Annotated[int, typer.Option("--num-images", "-n", help="Number of images.")] = 16,
     seed: Seed = 0,
     preset: Preset = None,
@@ -36,6 +40,7 @@ def generate(
     guide: Guide = None,
     guidance_scale: GuidanceScale = None,
     autoguidance_scale: AutoguidanceScale = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the faces should not show.")] = None,
     class_label: Annotated[
         list[int] | None,
         typer.Option(help="Class to generate; repeat the option for several classes (default: all classes, in turn)."),
@@ -55,15 +60,16 @@ def generate(
 ) -> None:
     """Generate faces.
 
-    An output that ends in .png is a grid of all images. Any other output is a folder, in which each image is named
-    after its seed. The PNG metadata records the model, the seed and the settings. With --format, the folder holds
-    shards for many images, `accelerate launch` uses several GPUs, and an interrupted run resumes.
+    Several prompts are used in turn. An output that ends in .png is a grid of all images. Any other output is a
+    folder, in which each image is named after its seed. The PNG metadata records the model, the seed and the settings.
+    With --format, the folder holds shards for many images, `accelerate launch` uses several GPUs, and an interrupted
+    run resumes.
     """
     from ..generation import Recipe, check_output, generate_to
     from ..models import load_pipeline, model_name
 
     solver = (preset, steps, sigma_min, epsilon_scaling, guidance_scale, autoguidance_scale)
-    recipe = Recipe(num_images, seed, *solver, class_label or None, dtype)
+    recipe = Recipe(num_images, seed, *solver, class_label or None, dtype, prompts or None, negative_prompt)
     noun = "image" if num_images == 1 else "images"
     if format is not None:
         from accelerate import Accelerator

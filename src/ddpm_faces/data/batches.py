@@ -68,6 +68,7 @@ class FaceBatches:
             `dict`:
             - **images** (`torch.Tensor` of shape `(share, channels, height, width)`, `torch.uint8`) -- 0 to 255.
             - **labels** (`torch.Tensor` of shape `(share,)`, `torch.int64`) -- Class labels, if the dataset has them.
+            - **captions** (`list[list[str]]`) -- The captions of each image, if the dataset has them.
             - **names** (`list[str]`) -- The file or row of each image.
         """
 
@@ -98,7 +99,7 @@ class _Fetch:
     def __init__(self, dataset: FaceDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
         indices, crops = request
         return {**self.dataset.fetch(indices, crops), "indices": torch.from_numpy(indices)}
 

@@ -16,6 +16,7 @@ from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 
 from ..files import commit, unfinished_path
+from .captions import read_captions, save_captions
 from .dataset import FaceDataset, content_hash, describe, map_images
 from .folders import shorten
 from .images import MODES, open_image, picture_to_tensor, resize_to_cover
@@ -66,9 +67,10 @@ def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
             "choose another folder."
         )
     values, class_names, number = _classes(source)
+    captions = None if source.captions is None else source.captions()
     resize = picture_to_tensor if settings["crop"] == "center" else resize_to_cover
 
-    def decode(index: int) -> tuple[str, tuple[torch.Tensor, np.ndarray, int | None] | None]:
+    def decode(index: int) -> tuple[str, tuple[torch.Tensor, np.ndarray, int | None, int] | None]:
         name, value = source.read(index)
         try:
             label = None if values is None else number(values[index])
@@ -77,13 +79,13 @@ def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
             raise
         except Exception as error:  # PIL raises many kinds of errors on damaged images
             return f"{name}: {error or type(error).__name__}", None
-        return name, (pixels, describe(pixels), label)
+        return name, (pixels, describe(pixels), label, index)
 
     folder = unfinished_path(cache)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        names, labels, table, unreadable = [], [], [], []
+        names, labels, table, unreadable, kept = [], [], [], [], []
         chunk = min(CHUNK, max(16, CHUNK_BYTES // image_bytes))
         with (
             ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool,
@@ -96,11 +98,12 @@ def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
                     if decoded is None:
                         unreadable.append(name)
                         continue
-                    pixels, description, label = decoded
+                    pixels, description, label, index = decoded
                     file.write(pixels.numpy().data)
                     names.append(name)
                     table.append(description)
                     labels.append(label)
+                    kept.append(index)
                 bar.update(len(indices))
         if unreadable and (not settings["skip_unreadable"] or not names):
             raise ValueError(
@@ -110,6 +113,8 @@ def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
         np.save(folder / "table.npy", np.stack(table))
         if values is not None:
             np.save(folder / "labels.npy", np.array(labels, dtype=np.int64))
+        if captions is not None:
+            save_captions(folder / "captions.json", [captions[index] for index in kept])
         (folder / "names.json").write_text(json.dumps(names))
         info = {
             "class_names": class_names,
@@ -139,7 +144,8 @@ def _read_cache(cache: Path) -> FaceDataset:
     size = tuple(info["settings"]["size"])
     images, table = map_images(cache, size)
     labels = torch.from_numpy(np.load(cache / "labels.npy")) if "labels.npy" in info["files"] else None
-    dataset = FaceDataset(images, size, labels, info["class_names"], info["unreadable"], table)
+    captions = read_captions(cache / "captions.json") if "captions.json" in info["files"] else None
+    dataset = FaceDataset(images, size, labels, info["class_names"], info["unreadable"], table, captions)
     dataset._cache = cache
     return dataset
 

@@ -26,6 +26,7 @@ class FaceDataset(Dataset):
         unreadable (`list[str]`): Images that were skipped, each with the reason.
         table (`numpy.ndarray` of shape `(num_images,)`, *optional*):
             Shape, sums and hash of each image, by [`describe`]. Computed by default.
+        captions (`list[list[str]]`, *optional*): The captions of each image.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class FaceDataset(Dataset):
         class_names: list[str] | None = None,
         unreadable: Sequence[str] = (),
         table: np.ndarray | None = None,
+        captions: list[list[str]] | None = None,
     ) -> None:
         self._images = images
         self._indices = np.arange(len(images))  # of the images in this subset
         self._labels = labels
+        self._captions = captions
         self._table = np.stack([describe(images[i]) for i in range(len(images))]) if table is None else table
         self._cache: Path | None = None
         self.size = size or (images[0].shape[1], images[0].shape[2])
@@ -49,7 +52,7 @@ class FaceDataset(Dataset):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         batch = self.fetch(np.array([range(len(self))[index]]))
         return {name: values[0] for name, values in batch.items()}
 
@@ -71,17 +74,26 @@ class FaceDataset(Dataset):
         return None if self._labels is None else self._labels[torch.from_numpy(self._indices)]
 
     @property
+    def captions(self) -> list[list[str]] | None:
+        """The captions of each image, or `None` without captions."""
+        return None if self._captions is None else [self._captions[index] for index in self._indices.tolist()]
+
+    @property
     def fingerprint(self) -> str:
-        """Hash of all pixels and labels in hexadecimal digits. It depends only on the content."""
-        labels = [] if self._labels is None else [self._labels[self._indices].numpy()]
-        return content_hash(self._table["digest"][self._indices], *labels)
+        """Hash of all pixels, labels and captions in hexadecimal digits. It depends only on the content."""
+        parts: list[np.ndarray | bytes] = [self._table["digest"][self._indices]]
+        if self._labels is not None:
+            parts.append(self._labels[self._indices].numpy())
+        if self._captions is not None:
+            parts.append(json.dumps(self.captions).encode())
+        return content_hash(*parts)
 
     @property
     def digests(self) -> list[bytes]:
         """Hash of the shape and pixels of each image, 16 bytes each."""
         return [bytes(digest) for digest in self._table["digest"][self._indices]]
 
-    def fetch(self, indices: np.ndarray, crops: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+    def fetch(self, indices: np.ndarray, crops: np.ndarray | None = None) -> dict[str, Any]:
         """Return a batch.
 
         Args:
@@ -92,17 +104,20 @@ class FaceDataset(Dataset):
 
         Returns:
             `dict`: "images" (`torch.Tensor` of shape `(batch, channels, height, width)`, `torch.uint8`) and, if there
-            are classes, "labels" (`torch.Tensor` of shape `(batch,)`, `torch.int64`).
+            are classes, "labels" (`torch.Tensor` of shape `(batch,)`, `torch.int64`); if there are captions,
+            "captions" (`list[list[str]]`).
         """
         indices = self._indices[indices]
         if isinstance(self._images, torch.Tensor):
-            batch = {"images": self._images[torch.from_numpy(indices)]}
+            batch: dict[str, Any] = {"images": self._images[torch.from_numpy(indices)]}
         else:
             crops = np.full((len(indices), 2), 0.5) if crops is None else crops
             pairs = zip(indices, crops, strict=True)
             batch = {"images": torch.stack([random_crop(self._images[i], self.size, crop) for i, crop in pairs])}
         if self._labels is not None:
             batch["labels"] = self._labels[torch.from_numpy(indices)]
+        if self._captions is not None:
+            batch["captions"] = [self._captions[index] for index in indices.tolist()]
         return batch
 
     def names(self, indices: Sequence[int]) -> list[str]:

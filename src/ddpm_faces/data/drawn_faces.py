@@ -155,6 +155,11 @@ def _caption(attributes: dict[str, str]) -> str:
     return f"a {MOUTHS[attributes['mouth']]} face with {', '.join(most)}{' and ' if most else ''}{last}"
 
 
+def face_caption(index: int, seed: int = 0) -> str:
+    """Return the caption of a face, such as "a smiling face with long brown hair and round glasses"."""
+    return _caption(face_attributes(index, seed))
+
+
 class DrawnFaces(Sequence[dict[str, Any]]):
     """Dataset of drawn faces with captions. Each face is drawn when it is accessed.
 

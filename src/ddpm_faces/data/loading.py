@@ -25,6 +25,7 @@ def load_faces(
     split: str = "train",
     image_column: str | None = None,
     label_column: str | None = None,
+    caption_column: str | None = None,
     cache_dir: str | None = None,
     num_drawn_images: int = 4096,
     max_images: int | None = None,
@@ -49,6 +50,9 @@ def load_faces(
             Column of the classes: class labels, or integers, strings or booleans, whose sorted distinct values become
             the classes. Use `"folder"` for the names of the subfolders of a folder of images, and the name of an
             attribute for drawn faces.
+        caption_column (`str`, *optional*):
+            Column of the captions: texts, or lists of texts. Use `"txt"` for a folder of images with text files of the
+            same names, one caption in a line, and `"caption"` for drawn faces.
         cache_dir (`str`, *optional*):
             Folder for decoded images and for downloads of `datasets`; defaults to `ddpm-faces` beside the Hub's cache.
             You may delete it between runs.
@@ -67,8 +71,8 @@ def load_faces(
         [`FaceDataset`]
 
     Raises:
-        ValueError: There are two sources, the folder is missing or empty, a column contains no images or no classes,
-            images cannot be read (the message names them), or the disk has no room for the decoded images.
+        ValueError: There are two sources, the folder is missing or empty, a column contains no images, classes or
+            texts, images cannot be read (the message names them), or the disk has no room for the decoded images.
     """
     if channels not in MODES:
         raise ValueError(f"`channels` must be one of {', '.join(map(str, MODES))}, got {channels}.")
@@ -83,13 +87,15 @@ def load_faces(
         raise ValueError(f"`crop` must be one of {', '.join(map(repr, CROPS))}, got {crop!r}.")
 
     if dataset_name is None and train_data_dir is None:
-        source = drawn_source(num_drawn_images, max(size), label_column)
+        source = drawn_source(num_drawn_images, max(size), label_column, caption_column)
     else:
         name, folder = find_source(dataset_name, train_data_dir, split)
         if folder is not None:
-            source = folder_source(folder, label_column)
+            source = folder_source(folder, label_column, caption_column)
         else:
-            source = dataset_source(name, dataset_config_name, split, image_column, label_column, cache_dir)
+            source = dataset_source(
+                *(name, dataset_config_name, split, image_column, label_column, cache_dir, caption_column)
+            )
     num_images = min(source.num_images, max_images or source.num_images)
     if num_images == 0:
         raise ValueError("The dataset is empty: it contains no images.")
@@ -105,6 +111,8 @@ def load_faces(
         "skip_unreadable": skip_unreadable,
         "max_image_pixels": max_image_pixels,
     }
+    if caption_column is not None:  # without captions, caches of earlier versions stay valid
+        settings["caption_column"] = caption_column
     dataset = cached(source, settings, cache_dir)
     if dataset.unreadable:
         logger.warning(

@@ -13,9 +13,10 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 
+from .captions import captions_of
 from .images import open_image
 from .labels import class_number
-from .tables import choose_image_column, undecoded
+from .tables import check_caption_column, choose_image_column, undecoded
 
 
 class StreamReader:
@@ -34,8 +35,10 @@ class StreamReader:
         num_processes: int,
         skip_unreadable: bool,
         max_image_pixels: int,
+        caption_column: str | None,
     ) -> None:
-        self.dataset, self.image_column = _choose_columns(dataset, image_column, label_column)
+        self.dataset, self.image_column = _choose_columns(dataset, image_column, label_column, caption_column)
+        self.caption_column = caption_column
         feature = None if label_column is None else (self.dataset.features or {}).get(label_column)
         self.has_class_labels = isinstance(feature, datasets.ClassLabel)
         num_names = feature.num_classes if isinstance(feature, datasets.ClassLabel) else None
@@ -60,23 +63,25 @@ class StreamReader:
     def batches(self, worker: int, place: dict[str, Any], batch_size: int) -> Iterator[dict[str, Any]]:
         """Yield the batches of [`FaceStream.batches`], with the position after each batch as `place`."""
         read, skipped = [], []
-        for name, pixels, label, place_after in self._images(worker, place):
+        for name, pixels, label, captions, place_after in self._images(worker, place):
             if pixels is None:
                 skipped.append(name)
                 continue
-            read.append((name, pixels, label))
+            read.append((name, pixels, label, captions))
             if len(read) == batch_size:
-                names, images, labels = zip(*read, strict=True)
+                names, images, labels, texts = zip(*read, strict=True)
                 batch = {"images": torch.stack(images), "names": list(names), "skipped": skipped, "place": place_after}
                 if self.label_column is not None:
                     batch["labels"] = torch.tensor(labels)
+                if self.caption_column is not None:
+                    batch["captions"] = list(texts)
                 yield batch
                 read, skipped = [], []
 
     def _images(
         self, worker: int, place: dict[str, Any]
-    ) -> Iterator[tuple[str, torch.Tensor | None, int | None, dict[str, Any]]]:
-        """Yield endlessly: an image's name, its pixels (None if unreadable), its label, and the position after it."""
+    ) -> Iterator[tuple[str, torch.Tensor | None, int | None, list[str], dict[str, Any]]]:
+        """Yield endlessly an image's name, pixels (None if unreadable), label, captions, and the position after it."""
         dataset = self.share()
         while True:
             # 1. Open the epoch. `datasets` shuffles the files by the epoch, alike in all processes and workers.
@@ -91,10 +96,11 @@ class StreamReader:
                 order, seeds = rng.permutation(len(block)), rng.integers(2**63, size=len(block))
                 for index in order[place["taken"] :]:
                     name = f"epoch {epoch}, process {self.process_index}, worker {worker}, row {place['row'] + index}"
-                    name, pixels, label = self._read(block[index], name, np.random.default_rng(seeds[index]))
+                    rng = np.random.default_rng(seeds[index])
+                    name, pixels, label, captions = self._read(block[index], name, rng)
                     readable = place["readable"] + (pixels is not None)
                     place = place | {"taken": place["taken"] + 1, "readable": readable}
-                    yield name, pixels, label, place
+                    yield name, pixels, label, captions, place
                 place = place | {"row": place["row"] + len(block), "taken": 0, "reader": dataset.state_dict()}
                 block.clear()  # before the next is read
 
@@ -108,22 +114,24 @@ class StreamReader:
 
     def _read(
         self, row: dict[str, Any], name: str, rng: np.random.Generator
-    ) -> tuple[str, torch.Tensor | None, int | None]:
-        """Return the name, pixels and label of an image, or its name with the reason why it is skipped."""
-        value, label = row[self.image_column], None
+    ) -> tuple[str, torch.Tensor | None, int | None, list[str]]:
+        """Return name, pixels, label and captions of an image, or its name with the reason why it is skipped."""
+        value, label, captions = row[self.image_column], None, []
         if isinstance(value, dict) and value.get("path"):
             name += f" ({value['path']})"
         try:
             if self.label_column is not None:
                 label = class_number(row.get(self.label_column), self.num_classes, self.has_class_labels)
-            return name, self.decode(open_image(value, self.max_image_pixels), rng), label
+            if self.caption_column is not None:
+                captions = captions_of(row.get(self.caption_column))
+            return name, self.decode(open_image(value, self.max_image_pixels), rng), label, captions
         except MemoryError:  # not an error of the image
             raise
         except Exception as error:  # PIL raises many kinds of errors on damaged images
             name += f": {error or type(error).__name__}"
             if not self.skip_unreadable:
                 raise ValueError(f"An image cannot be read: {name}") from error
-            return name, None, None
+            return name, None, None, []
 
 
 def beginning(epoch: int) -> dict[str, Any]:
@@ -135,7 +143,10 @@ def beginning(epoch: int) -> dict[str, Any]:
 
 
 def _choose_columns(
-    dataset: datasets.IterableDataset, image_column: str | None, label_column: str | None
+    dataset: datasets.IterableDataset,
+    image_column: str | None,
+    label_column: str | None,
+    caption_column: str | None,
 ) -> tuple[datasets.IterableDataset, str]:
     """Select the requested columns without decoding images, and return them with the name of the image column."""
     # The image column is found by its type or, in a stream without types, by the first row.
@@ -148,7 +159,10 @@ def _choose_columns(
             f"`label_column` {label_column!r} of the stream contains no integers or class labels. Columns that do: "
             f"{', '.join(name for name, column in columns.items() if _is_label(column)) or 'none'}."
         )
-    return undecoded(dataset, image_column, [] if label_column is None else [label_column]), image_column
+    if caption_column is not None:
+        check_caption_column(caption_column, columns, "the stream")
+    others = [column for column in (label_column, caption_column) if column is not None]
+    return undecoded(dataset, image_column, others), image_column
 
 
 def _is_label(column: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from . import drawn_faces, portrait
+from .captions import captions_of, check_folder_caption, folder_captions
 from .dataset import content_hash
 from .drawn_faces import DrawnFaces
 from .folders import ImageFolder
@@ -28,6 +29,7 @@ class Source:
         read (`Callable`): Maps an index to the name of an image and a value for [`open_image`].
         labels (`Callable`, *optional*): Returns the label of each image.
         class_names (`list[str]`, *optional*): Names of the classes, if labels are class numbers.
+        captions (`Callable`, *optional*): Returns the captions of each image.
     """
 
     identity: Any
@@ -35,9 +37,10 @@ class Source:
     read: Callable[[int], tuple[str, Image.Image | os.PathLike | bytes | dict | None]]
     labels: Callable[[], list[Any]] | None = None
     class_names: list[str] | None = None
+    captions: Callable[[], list[list[str]]] | None = None
 
 
-def drawn_source(num_images: int, side: int, label_column: str | None) -> Source:
+def drawn_source(num_images: int, side: int, label_column: str | None, caption_column: str | None = None) -> Source:
     """Return drawn faces as a source."""
     faces = DrawnFaces(num_images, resolution=side)
     labels = None
@@ -51,20 +54,32 @@ def drawn_source(num_images: int, side: int, label_column: str | None) -> Source
         def labels() -> list[str]:
             return [drawn_faces.face_attributes(index, 0)[label_column] for index in range(num_images)]
 
+    captions = None
+    if caption_column is not None:
+        if caption_column != "caption":
+            raise ValueError(f"`caption_column` of drawn faces must be 'caption' or None, got {caption_column!r}.")
+
+        def captions() -> list[list[str]]:
+            return [[drawn_faces.face_caption(index, 0)] for index in range(num_images)]
+
     # The number of images does not matter here, because an image depends only on its index.
     code = [inspect.getsource(module).encode() for module in (drawn_faces, portrait)]
     identity = ["drawn", side, content_hash(*code)]
-    return Source(identity, num_images, lambda i: (f"drawn face {i}", faces[i]["image"]), labels)
+    return Source(identity, num_images, lambda i: (f"drawn face {i}", faces[i]["image"]), labels, captions=captions)
 
 
-def folder_source(folder: ImageFolder, label_column: str | None) -> Source:
+def folder_source(folder: ImageFolder, label_column: str | None, caption_column: str | None = None) -> Source:
     """Return the images of a folder as a source. With the `label_column` "folder", its subfolders are the classes."""
     paths, root = folder.paths, folder.root
     check_folder_label(label_column)
+    check_folder_caption(caption_column)
+    captions = None if caption_column is None else partial(folder_captions, folder)
     labels = None if label_column is None else partial(folder_labels, folder)
     listing = [(str(path.relative_to(root)), *_size_and_time(path)) for path in paths]
-    identity = ["folder", str(root.resolve()), content_hash(json.dumps(listing).encode())]
-    return Source(identity, len(paths), lambda index: (str(paths[index]), paths[index]), labels)
+    identity: list[Any] = ["folder", str(root.resolve()), content_hash(json.dumps(listing).encode())]
+    if captions is not None:
+        identity.append(content_hash(json.dumps(captions()).encode()))
+    return Source(identity, len(paths), lambda index: (str(paths[index]), paths[index]), labels, captions=captions)
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
@@ -82,11 +97,12 @@ def dataset_source(
     image_column: str | None,
     label_column: str | None,
     cache_dir: str | None,
+    caption_column: str | None = None,
 ) -> Source:
     """Return a dataset on the Hub or in a folder as a source."""
     from datasets import ClassLabel, Value
 
-    from .tables import choose_image_column, open_table, undecoded
+    from .tables import check_caption_column, choose_image_column, open_table, undecoded
 
     dataset = open_table(name, config_name, split, cache_dir)
     image_column = choose_image_column(image_column, dataset.features, repr(name))
@@ -108,6 +124,13 @@ def dataset_source(
         def labels() -> list[Any]:
             return dataset[label_column][:]
 
+    captions = None
+    if caption_column is not None:
+        check_caption_column(caption_column, dataset.features, repr(name))
+
+        def captions() -> list[list[str]]:
+            return [captions_of(value) for value in dataset[caption_column][:]]
+
     images = undecoded(dataset, image_column)
 
     def read(index: int) -> tuple[str, dict | bytes | None]:
@@ -116,4 +139,4 @@ def dataset_source(
         return f"row {index} ({path})" if path else f"row {index}", value
 
     identity = ["dataset", dataset._fingerprint, image_column]
-    return Source(identity, len(dataset), read, labels, class_names)
+    return Source(identity, len(dataset), read, labels, class_names, captions)

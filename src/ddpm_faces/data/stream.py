@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .batches import make_data_loader, restarting
+from .captions import CAPTION_FILES, captions_of, check_folder_caption, folder_captions
 from .folders import ImageFolder, find_source
 from .images import CROPS, MAX_IMAGE_PIXELS, MODES, picture_to_tensor, random_crop, resize_to_cover
 from .labels import check_folder_label, folder_labels
@@ -61,6 +62,7 @@ class FaceStream(IterableDataset):
             Number of classes of the network. Labels must be 0 to `num_class_embeds` - 1. Defaults to the number of
             names of class labels.
         max_image_pixels (`int`, defaults to 2**29): As in [`load_faces`].
+        caption_column (`str`, *optional*): As in [`load_faces`].
 
     Raises:
         ValueError: A column contains no images or no labels, or there are more classes than `num_class_embeds`. While
@@ -83,6 +85,7 @@ class FaceStream(IterableDataset):
         skip_unreadable: bool = False,
         num_class_embeds: int | None = None,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        caption_column: str | None = None,
     ) -> None:
         if min(batch_size, block_size) < 1:
             raise ValueError(f"`batch_size` and `block_size` must be at least 1, got {batch_size} and {block_size}.")
@@ -102,6 +105,7 @@ class FaceStream(IterableDataset):
             num_processes=num_processes,
             skip_unreadable=skip_unreadable,
             max_image_pixels=max_image_pixels,
+            caption_column=caption_column,
         )
         self.dataset = self._reader.dataset
         self.batch_size = batch_size
@@ -124,6 +128,7 @@ class FaceStream(IterableDataset):
             `dict`:
             - **images** (`torch.Tensor` of shape `(batch_size, channels, height, width)`, `torch.uint8`) -- 0 to 255.
             - **labels** (`torch.Tensor` of shape `(batch_size,)`, `torch.int64`) -- Class labels, if requested.
+            - **captions** (`list[list[str]]`) -- Captions, if requested.
             - **names** (`list[str]`) -- The row, and if known the file, of each image.
             - **skipped** (`list[str]`) -- Images skipped since the same worker's previous batch, each with the reason.
         """
@@ -134,6 +139,11 @@ class FaceStream(IterableDataset):
             self._next_worker = (self._next_worker + 1) % len(self._places)
             self.num_skipped += len(batch["skipped"])
             yield batch
+
+    def captions(self, num_images: int) -> list[str]:
+        """Return the captions of the first images."""
+        rows = self.dataset.select_columns([self._reader.caption_column]).take(num_images)
+        return [text for row in rows for text in captions_of(row[self._reader.caption_column])]
 
     @property
     def epoch(self) -> int:
@@ -229,7 +239,7 @@ def open_stream(
         raise ValueError(f"`crop` must be one of {', '.join(map(repr, CROPS))}, got {crop!r}.")
     name, folder = find_source(dataset_name, train_data_dir, split)
     if folder is not None:
-        dataset = _stream_folder(folder, stream_arguments.get("label_column"))
+        dataset = _stream_folder(folder, stream_arguments.get("label_column"), stream_arguments.get("caption_column"))
     else:
         dataset = open_table(name, dataset_config_name, split, streaming=True)
     height, width = resolution
@@ -237,22 +247,31 @@ def open_stream(
     return FaceStream(dataset, decode, **stream_arguments)
 
 
-def _stream_folder(folder: ImageFolder, label_column: str | None) -> datasets.IterableDataset:
+def _stream_folder(
+    folder: ImageFolder, label_column: str | None, caption_column: str | None
+) -> datasets.IterableDataset:
     """Stream the images of a folder in the order of [`load_faces`], with each file as a shard."""
     check_folder_label(label_column)
+    check_folder_caption(caption_column)
     features = datasets.Features({"image": datasets.Image(decode=False)})
-    rows = {"paths": [str(path) for path in folder.paths]}
+    rows: dict[str, Any] = {"paths": [str(path) for path in folder.paths]}
     if label_column is not None:
         labels = folder_labels(folder)
         features["folder"] = datasets.ClassLabel(names=sorted(set(labels)))
         rows["labels"] = features["folder"].str2int(labels)
+    if caption_column is not None:
+        features[caption_column] = datasets.List(datasets.Value("string"))
+        rows["captions"] = folder_captions(folder)
     return datasets.IterableDataset.from_generator(_folder_rows, features=features, gen_kwargs=rows)
 
 
-def _folder_rows(paths: list[str], labels: list[int] | None = None) -> Iterator[dict[str, Any]]:
+def _folder_rows(
+    paths: list[str], labels: list[int] | None = None, captions: list[list[str]] | None = None
+) -> Iterator[dict[str, Any]]:
     for index, path in enumerate(paths):
-        row = {"image": {"bytes": None, "path": path}}
-        yield row if labels is None else row | {"folder": labels[index]}
+        row: dict[str, Any] = {"image": {"bytes": None, "path": path}}
+        row |= {} if labels is None else {"folder": labels[index]}
+        yield row if captions is None else row | {CAPTION_FILES: captions[index]}
 
 
 def _decode(image: Image.Image, rng: np.random.Generator, size: tuple[int, int], mode: str, crop: str) -> torch.Tensor:

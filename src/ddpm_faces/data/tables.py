@@ -158,6 +158,31 @@ def choose_image_column(wanted: str | None, columns: Mapping[str, Any], source: 
     return wanted
 
 
+def check_caption_column(caption_column: str, columns: Mapping[str, Any], source: str) -> None:
+    """Raise a `ValueError` if a column does not contain texts or lists of texts.
+
+    Args:
+        caption_column (`str`): Name of the column.
+        columns (`Mapping`): As in [`image_columns`].
+        source (`str`): Name of the dataset for the message.
+    """
+    found = [name for name, column in columns.items() if _is_caption(column)]
+    if caption_column not in found:
+        raise ValueError(
+            f"`caption_column` {caption_column!r} of {source} contains no texts. Columns that do: "
+            f"{', '.join(found) or 'none'}."
+        )
+
+
+def _is_caption(column: Any) -> bool:
+    if isinstance(column, str):  # of a row
+        return True
+    if isinstance(column, list):
+        return bool(column) and all(isinstance(text, str) for text in column)
+    column = getattr(column, "feature", column)  # of a list
+    return isinstance(column, datasets.Value) and column.dtype in ("string", "large_string")
+
+
 def undecoded(dataset: Any, image_column: str, others: Iterable[str] = ()) -> Any:
     """Select the requested columns without decoding images, so that a damaged one can be reported by name."""
     dataset = dataset.select_columns([image_column, *others])

@@ -1,5 +1,8 @@
 """The loss on held-out images, always at the same timesteps with the same noise."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -24,7 +27,14 @@ def bin_names(num_train_timesteps: int) -> list[str]:
 
 
 @torch.no_grad()
-def held_out_losses(accelerator, unet, objective, dataset: FaceDataset, batch_size: int) -> torch.Tensor:
+def held_out_losses(
+    accelerator,
+    unet,
+    objective,
+    dataset: FaceDataset,
+    batch_size: int,
+    condition: Callable[[dict[str, Any]], dict[str, torch.Tensor]] | None = None,
+) -> torch.Tensor:
     """Evaluate the objective on each image at one timestep in each bin. Every process must call it.
 
     Timestep and noise depend only on the index of the image, so two evaluations differ only if the weights differ. The
@@ -36,6 +46,7 @@ def held_out_losses(accelerator, unet, objective, dataset: FaceDataset, batch_si
         objective ([`DDPMFacesObjective`]): The loss.
         dataset ([`FaceDataset`]): The held-out images.
         batch_size (`int`): Images in a forward pass.
+        condition (`Callable`, *optional*): Returns further arguments of the network for a batch of the dataset.
 
     Returns:
         `torch.Tensor` of shape `(num_images, num_bins)`, `torch.float32`: The losses, on every process.
@@ -65,6 +76,7 @@ def held_out_losses(accelerator, unet, objective, dataset: FaceDataset, batch_si
                 labels,
                 timesteps=timesteps[indices].to(accelerator.device),
                 noise=noise.to(accelerator.device),
+                condition=condition and condition(batch),
             ).losses
         )
     gathered = accelerator.gather(torch.cat(losses)).view(num_processes, per_process)  # case k lies at [k % n, k // n]

@@ -10,6 +10,7 @@ from ..data.dataset import FaceDataset
 from ..evaluation.held_out import bin_names, held_out_losses
 from ..files import replacing
 from .samples import draw_samples
+from .text import first_captions
 
 
 if TYPE_CHECKING:
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 
 def validate(run: "Run") -> bool:
     """Measure the held-out loss of the EMA weights; return whether it is the best so far."""
-    with run.steps.paused(), run.evaluating() as unet:
-        losses = held_out_losses(run.accelerator, unet, run.objective, _held_out(run), run.micro_batch_size)
-    by_bin = losses.mean(dim=0).tolist()
+    by_bin = _held_out_loss(run)
     loss = sum(by_bin) / len(by_bin)
     names = bin_names(run.config.num_train_timesteps)
-    run.log.write({"held_out_loss": loss, "held_out_loss_by_timestep": dict(zip(names, by_bin, strict=True))})
+    entry = {"held_out_loss": loss, "held_out_loss_by_timestep": dict(zip(names, by_bin, strict=True))}
+    if run.text is not None:
+        without = _held_out_loss(run, is_prompted=False)
+        entry["held_out_loss_without_captions"] = sum(without) / len(without)
+    run.log.write(entry)
     state = run.state
     is_best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
     if is_best:
@@ -31,6 +34,20 @@ def validate(run: "Run") -> bool:
     else:
         state.validations_since_best += 1
     return is_best
+
+
+def _held_out_loss(run: "Run", is_prompted: bool = True) -> list[float]:
+    """Return the held-out loss in each timestep bin, with or without the captions of a model that has them."""
+
+    def condition(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if run.text is None:
+            return {}
+        captions = first_captions(batch["captions"])
+        return run.text.batch(captions, torch.full((len(captions),), is_prompted), run.accelerator.device)
+
+    with run.steps.paused(), run.evaluating() as unet:
+        losses = held_out_losses(run.accelerator, unet, run.objective, _held_out(run), run.micro_batch_size, condition)
+    return losses.mean(dim=0).tolist()
 
 
 def _held_out(run: "Run") -> FaceDataset:

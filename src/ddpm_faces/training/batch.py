@@ -11,6 +11,7 @@ import torch
 from ..data.draws import StepDraws, draw_step
 from .run import Run
 from .setup import SetupError, setting_up
+from .text import choose_captions
 
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ class Batch:
         images (`torch.Tensor` of shape `(share, channels, height, width)`, `torch.uint8`): 0 to 255.
         labels (`torch.Tensor` of shape `(share,)`, `torch.int64`, *optional*):
             Class labels. Those of some images are replaced by the class for no class (`condition_dropout`).
+        text (`dict[str, torch.Tensor]`, *optional*):
+            Captions, as arguments of [`PromptedUNet`]. Those of some images are hidden (`condition_dropout`).
         names (`Sequence[str]`): The file or row of each image.
         draws ([`StepDraws`]): The timestep, noise, flip and augmentation of each image.
         epoch (`int`): The epoch that the step begins in.
@@ -32,6 +35,7 @@ class Batch:
 
     images: torch.Tensor
     labels: torch.Tensor | None
+    text: dict[str, torch.Tensor] | None
     names: Sequence[str]
     draws: StepDraws
     epoch: int
@@ -59,6 +63,7 @@ class Batch:
                 self,
                 images=self.images[part],
                 labels=None if self.labels is None else self.labels[part],
+                text=self.text and {name: values[part] for name, values in self.text.items()},
                 names=self.names[part],
                 draws=draws[i],
                 is_last=first + size >= len(self),
@@ -95,4 +100,8 @@ def batches(run: Run) -> Iterator[Batch]:
             labels = labels.to(device, non_blocking=True)
             if config.condition_dropout:  # the number after the last class means no class
                 labels = labels.where(draws.dropouts >= config.condition_dropout, config.num_class_embeds)
-        yield Batch(images, labels, values["names"], draws, epoch)
+        text = None
+        if run.text is not None:
+            captions = choose_captions(values["captions"], config.seed, run.state.images_seen, data.share)
+            text = run.text.batch(captions, draws.dropouts >= config.condition_dropout, device)
+        yield Batch(images, labels, text, values["names"], draws, epoch)

@@ -6,6 +6,7 @@ A checkpoint is a folder:
       model.safetensors, optimizer.bin, random_states_0.pkl, ...   saved by accelerate (shards with FSDP)
       ema.safetensors (or ema/)        the EMA, if the run keeps one
       guide.safetensors                the guide, once the run has one
+      text/                            tokenizer and configuration of the text encoder, if it is trained
       process_state_0.json             the position of each process in a stream
       run_state.json                   RunState, configuration, and size and checksum of all other files
 """
@@ -35,11 +36,13 @@ from .state import RunState
 
 if TYPE_CHECKING:
     from .distillation import DistillationConfig
+    from .text import TextSide
 
 STATE_NAME = "run_state.json"
 WEIGHTS_NAME = "model.safetensors"  # the name that accelerate gives it
 EMA_NAME = "ema.safetensors"
 GUIDE_NAME = "guide.safetensors"
+TEXT_FOLDER = "text"
 # The format of run_state.json. Version 1 had no checksums. Later versions than this one are refused.
 FORMAT_VERSION = 2
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -200,6 +203,7 @@ class CheckpointIO:
         unet (`torch.nn.Module`): The prepared network.
         ema ([`EMA`], *optional*): The EMA of its weights.
         data ([`TrainingData`], *optional*): The run's data; the position in a stream is saved.
+        text ([`TextSide`], *optional*): The tokenizer and encoder of captions.
     """
 
     config: "TrainingConfig | DistillationConfig"
@@ -207,6 +211,7 @@ class CheckpointIO:
     unet: torch.nn.Module
     ema: EMA | None
     data: TrainingData | None
+    text: "TextSide | None" = None
 
     def save(self, path: Path, state: RunState, guide: torch.nn.Module | None = None) -> None:
         """Save a complete checkpoint or none at all. Called by every process.
@@ -229,6 +234,8 @@ class CheckpointIO:
             accelerator.save_state(str(unfinished))  # each process adds its random state
             self._save_ema(unfinished)
             self._save_stream(unfinished)
+            if self.text is not None and self.text.is_trained and accelerator.is_main_process:
+                self.text.save(unfinished / TEXT_FOLDER)
             if guide is not None and accelerator.is_main_process:
                 _save_whole(guide.state_dict(), unfinished / GUIDE_NAME)
         except SAVE_ERRORS as error:
@@ -395,7 +402,7 @@ def save_pipeline(pipeline, output_dir: str | os.PathLike) -> None:
             elif part.name != index.name:
                 part.replace(Path(output_dir, part.name))
         (unfinished / index.name).replace(index)
-        for name in ("guide", "student"):  # from an earlier pipeline
+        for name in ("guide", "student", "tokenizer", "text_encoder"):  # from an earlier pipeline
             if pipeline.components[name] is None and Path(output_dir, name).is_dir():
                 delete(Path(output_dir, name))
     finally:

@@ -58,6 +58,11 @@ class TrainingConfig:
     label_column: str | None = _field(
         None, "Data", "Dataset column of class labels, or `folder` for the names of subfolders (default: no classes)."
     )
+    caption_column: str | None = _field(
+        None,
+        "Data",
+        "Dataset column of captions, or `txt` for text files beside the images (default: no captions).",
+    )
     streaming: bool = _field(
         False, "Data", "Read the dataset during training instead of caching it, for datasets too large for the disk."
     )
@@ -127,6 +132,13 @@ class TrainingConfig:
     num_class_embeds: int | None = _field(
         None, "Network", "Number of classes (default: as many as `label_column` has)."
     )
+    text_encoder: str | None = _field(
+        None,
+        "Network",
+        "Encoder of captions, a folder or a model of transformers on the Hub, such as openai/clip-vit-base-patch32, "
+        "whose weights stay as they are (default: a small one that is trained with the network).",
+    )
+    text_embed_dim: int = _field(128, "Network", "Length of the embedding of a caption, without a `text_encoder`.")
     gradient_checkpointing: bool = _field(
         False, "Network", "Recompute activations in the backward pass, which saves memory and costs time."
     )
@@ -162,8 +174,8 @@ class TrainingConfig:
     condition_dropout: float = _field(
         0.1,
         "Diffusion",
-        "Probability of hiding the class of an image, so that the network also learns to do without: classifier-free "
-        "guidance needs this; 0 turns it off.",
+        "Probability of hiding the class or caption of an image, so that the network also learns to do without: "
+        "classifier-free guidance needs this; 0 turns it off.",
     )
     loss_type: Literal["l2", "l1", "huber"] = _field("l2", "Diffusion", "Loss between prediction and target.")
     snr_gamma: float = _field(
@@ -234,6 +246,9 @@ class TrainingConfig:
     sample_every_images: int = _field(
         10_000, "Validation", "Interval between sample grids, in images; 0: only at the end."
     )
+    sample_prompts: list[str] = _field(
+        [], "Validation", "Prompts of the sample grids, in turn (default: some captions of the data)."
+    )
     num_samples: int = _field(16, "Validation", "Number of samples in a grid.")
     sample_inference_steps: int = _field(
         20,
@@ -265,7 +280,7 @@ class TrainingConfig:
     guidance_scale: float = _field(
         1.0,
         "Run",
-        "Scale of classifier-free guidance for a model with classes, in samples and as its default; 1: off.",
+        "Scale of classifier-free guidance for classes or captions, in samples and as the model's default; 1: off.",
     )
     autoguidance_scale: float = _field(
         1.0,
@@ -371,10 +386,10 @@ class TrainingConfig:
             raise ValueError(f"`condition_dropout` must lie in [0, 1), got {self.condition_dropout}.")
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` must be at least 0 and finite, got {self.guidance_scale}.")
-        if self.guidance_scale != 1 and self.label_column is None:
+        if self.guidance_scale != 1 and self.label_column is self.caption_column is None:
             raise ValueError(
-                f"`guidance_scale` ({self.guidance_scale}) needs a `label_column`. For the scale of a guide, set "
-                "`autoguidance_scale`."
+                f"`guidance_scale` ({self.guidance_scale}) needs a `label_column` or a `caption_column`. The scale of "
+                "a guide is `autoguidance_scale`."
             )
         if self.guidance_scale != 1 and not self.condition_dropout:
             raise ValueError(f"`guidance_scale` ({self.guidance_scale}) needs a `condition_dropout` above 0.")
@@ -433,6 +448,9 @@ class TrainingConfig:
             raise ValueError(
                 f"`validation_split` {self.validation_split!r} must differ from the training split, `dataset_split`."
             )
+        for name in ("text_encoder", "sample_prompts"):
+            if getattr(self, name) and self.caption_column is None:
+                raise ValueError(f"`{name}` {getattr(self, name)!r} needs a `caption_column`.")
         if self.num_class_embeds is not None and self.label_column is None:
             raise ValueError(f"`num_class_embeds` ({self.num_class_embeds}) needs a `label_column`.")
         if not self.streaming:
@@ -495,6 +513,7 @@ class TrainingConfig:
             "sample_size": height if height == width else (height, width),
             "out_channels": self.in_channels * (2 if self.variance_type == "learned_range" else 1),
             "augment_dim": AUGMENT_DIM if self.augment_probability else None,
+            "text_embed_dim": None if self.caption_column is None else self.text_embed_dim,
             "null_class": self.num_class_embeds is not None and self.condition_dropout > 0,
         }
 

@@ -34,6 +34,12 @@ class TrainingData:
     description: str
     num_held_out: int  # distinct images set aside from the training data; 0 with `validation_split`
 
+    def all_captions(self, num_images: int) -> list[str]:
+        """Return the captions of the training images; of a stream, those of the first `num_images`."""
+        if isinstance(self.batches, FaceBatches):
+            return [text for texts in self.batches.dataset.captions or [] for text in texts]
+        return self.batches.captions(num_images)
+
 
 def load_training_data(
     config: TrainingConfig, accelerator: Accelerator, num_held_out: int | None = None
@@ -57,6 +63,7 @@ def load_training_data(
         "dataset_config_name": config.dataset_config_name,
         "image_column": config.image_column,
         "label_column": config.label_column,
+        "caption_column": config.caption_column,
         "resolution": config.image_size,
         "channels": config.in_channels,
         "skip_unreadable": config.skip_unreadable,

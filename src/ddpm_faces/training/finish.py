@@ -47,6 +47,7 @@ def finish(run: Run) -> None:
             scheduler,
             weights="ema" if run.config.use_ema else "raw",
             guide=run.guide and run.network(run.guide.state_dict()),
+            **run.text_components(weights),
             **run.scales,
         )
         save_pipeline(pipeline, run.output_dir)

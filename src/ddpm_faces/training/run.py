@@ -1,5 +1,6 @@
 """The state that the parts of a training run share."""
 
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,7 @@ from .data import TrainingData
 from .ema import EMA
 from .preemption import Preemption
 from .state import RunState
+from .text import TextSide, split_weights
 
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Run:
         steps ([`StepRecorder`]): Measurements of the steps since the last log entry.
         state ([`RunState`]): Progress of the run; shared with the log.
         guide ([`DDPMFacesUNet`], *optional*): An earlier EMA of this run, for autoguidance.
+        text ([`TextSide`], *optional*): Tokenizer and encoder of the captions.
     """
 
     config: TrainingConfig
@@ -55,6 +58,7 @@ class Run:
     steps: "StepRecorder"
     state: RunState
     guide: DDPMFacesUNet | None = None
+    text: TextSide | None = None
     began: float = field(default_factory=time.time)
 
     @property
@@ -121,8 +125,28 @@ class Run:
         """Build a separate network with these weights."""
         with torch.random.fork_rng(devices=[]):  # initial weights must not advance the training's random state
             unet = DDPMFacesUNet(**self.config.unet_config())
-        unet.load_state_dict(weights)
+        unet.load_state_dict(split_weights(weights, "unet"))
         return unet.eval().requires_grad_(False)
+
+    def text_components(self, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Return the components of a pipeline that encode its prompts, with these weights."""
+        if self.text is None:
+            return {}
+        encoder = copy.deepcopy(self.text.text_encoder).cpu()
+        if self.text.is_trained:
+            encoder.load_state_dict(split_weights(weights, "text_encoder"))
+        return {"tokenizer": self.text.tokenizer, "text_encoder": encoder.eval().requires_grad_(False)}
+
+    def components(self, network: torch.nn.Module) -> dict[str, Any]:
+        """Return the components of a pipeline of the network in training, from [`evaluating`]."""
+        if self.text is None:
+            return {"unet": network}
+        encoder = self.text.text_encoder
+        return {
+            "unet": network.unet,
+            "tokenizer": self.text.tokenizer,
+            "text_encoder": network.text_encoder or encoder,
+        }
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
         """Copy the EMA weights, or the raw ones without an EMA, to the CPU. Only the main process has all of them."""

@@ -55,15 +55,16 @@ def draw_share(
     mine = [(k * num_processes + run.accelerator.process_index) % num_samples for k in range(per_process)]
     samples = []
     with run.evaluating(averaged) as unet:
-        pipeline = DDPMFacesPipeline(unet, scheduler, guide=run.guide, **run.scales)
+        pipeline = DDPMFacesPipeline(scheduler=scheduler, guide=run.guide, **run.components(unet), **run.scales)
         pipeline.set_progress_bar_config(desc="Sampling", leave=False, disable=not run.accelerator.is_main_process)
         for first in range(0, per_process, run.micro_batch_size):
             numbers = mine[first : first + run.micro_batch_size]
             generators = [torch.Generator().manual_seed(config.seed + number) for number in numbers]
             num_classes = config.num_class_embeds
             classes = [number % num_classes for number in numbers] if num_classes else None
+            prompts = [config.sample_prompts[n % len(config.sample_prompts)] for n in numbers] if run.text else None
             output: ImagePipelineOutput = pipeline(
-                len(numbers), num_inference_steps, generators, output_type="latent", class_labels=classes
+                prompts or len(numbers), num_inference_steps, generators, output_type="latent", class_labels=classes
             )
             samples.append(output.images)
     return torch.cat(samples)

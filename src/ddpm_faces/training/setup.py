@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "training_config.yaml"
 LOCK_SECONDS = 60  # a run whose launcher was killed saves and ends within this time
 # Arguments in which the network may differ from the pretrained one.
-FREE_TO_CHANGE = ("sample_size", "dropout", "num_class_embeds", "null_class", "augment_dim")
+FREE_TO_CHANGE = ("sample_size", "dropout", "num_class_embeds", "null_class", "text_embed_dim", "augment_dim")
 
 
 class SetupError(ValueError):
@@ -110,11 +110,11 @@ def checkpoint_to_resume(config: "TrainingConfig | DistillationConfig", accelera
     return newest
 
 
-def load_pretrained(path: str, config: TrainingConfig) -> DDPMFacesUNet:
-    """Load the pretrained network.
+def load_pretrained(path: str, config: TrainingConfig) -> DDPMFacesPipeline:
+    """Load the pretrained pipeline.
 
     Raises:
-        ValueError: It has a different architecture, noise schedule or prediction type.
+        ValueError: Its network has a different architecture, noise schedule or prediction type.
         OSError: It was not found or could not be downloaded.
     """
     pipeline = DDPMFacesPipeline.from_pretrained(os.path.expanduser(path))
@@ -132,11 +132,11 @@ def load_pretrained(path: str, config: TrainingConfig) -> DDPMFacesUNet:
         raise ValueError(
             f"`pretrained_model_name_or_path` {path!r} does not fit the configuration: {'; '.join(differences)}."
         )
-    return pipeline.unet
+    return pipeline
 
 
 def copy_weights(pretrained: DDPMFacesUNet, unet: DDPMFacesUNet) -> None:
-    """Copy the weights that both networks have. New layers for classes and augmentation start at zero."""
+    """Copy the weights that both networks have. New layers for classes, texts and augmentation start at zero."""
     expected, found = unet.state_dict(), pretrained.state_dict()
     same = {k: v for k, v in found.items() if k in expected and v.shape == expected[k].shape}
     new = {k: torch.zeros_like(v) for k, v in expected.items() if k not in same}
