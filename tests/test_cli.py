@@ -156,16 +156,21 @@ def test_guide(command, model, tmp_path):
     assert str(tmp_path) not in (model / "model_index.json").read_text()
     assert weights.stat().st_mtime_ns == before
     for arguments, says in (
-        ((model, tmp_path / "weaker"), "`autoguidance_scale` must be given, or `--remove`; 1.2 is a good start."),
+        ((model, tmp_path / "weaker"), "`autoguidance_scale` must be given with a guide; 1.2 is a good start."),
+        (
+            (model, tmp_path / "weaker", "--autoguidance-scale", 1.5, "--guidance-scale", 2),
+            "`guidance_scale` cannot be combined with a guide",
+        ),
         (
             (model, tmp_path / "weaker", "--autoguidance-scale", -1),
             "`autoguidance_scale` must be a number of at least 0",
         ),
         ((model, tmp_path / "none", "--autoguidance-scale", 1.5), "none"),
-        ((model,), "`autoguidance_scale` must be given, or `--remove`; 1.2 is a good start."),
+        ((model,), "Give a guide, `autoguidance_scale`, `guidance_scale` or `--remove`."),
+        ((model, "--guidance-scale", 2), "`guidance_scale` must be 1 for this model, got 2.0: it knows neither"),
         (
             (tmp_path / "weaker", "--autoguidance-scale", 1.5),
-            f"`guide` must be given, because {tmp_path}/weaker",
+            "`autoguidance_scale` must be 1 for a model without a guide, got 1.5",
         ),
         (
             (model, "--autoguidance-scale", 1.5, "--guidance-interval", 5, 20),
@@ -173,10 +178,10 @@ def test_guide(command, model, tmp_path):
         ),
         (
             (model, "--remove", "--guidance-interval", 5, 6),
-            "`remove` takes neither a guide nor `autoguidance_scale` or",
+            "`remove` takes neither a guide nor a scale or an interval",
         ),
-        ((model, tmp_path / "weaker", "--remove"), "`remove` takes neither a guide nor `autoguidance_scale`"),
-        ((model, "--autoguidance-scale", 1.5, "--remove"), "`remove` takes neither a guide nor `autoguidance_scale`"),
+        ((model, tmp_path / "weaker", "--remove"), "`remove` takes neither a guide nor a scale"),
+        ((model, "--autoguidance-scale", 1.5, "--remove"), "`remove` takes neither a guide nor a scale"),
         ((tmp_path / "weaker", "--remove"), "`remove`: " + str(tmp_path / "weaker") + " has no guide."),
         ((tmp_path, model, "--autoguidance-scale", 1.5), "holds no model (no model_index.json)"),
     ):
@@ -184,7 +189,10 @@ def test_guide(command, model, tmp_path):
         assert (code, says in text, len(text.splitlines())) == (2, True, 1), text
     assert DDPMFacesPipeline.from_pretrained(model).config.autoguidance_scale == 1.25
     code, text = command("guide", model, "--autoguidance-scale", 1.5, "--guidance-interval", 5, 14)
-    assert (code, f"{model} now uses its guide with a scale of 1.5." in text) == (0, True), text
+    assert (code, f"{model} is now guided with autoguidance_scale 1.5, guidance_interval [5, 14]." in text) == (
+        0,
+        True,
+    ), text
     config = DDPMFacesPipeline.from_pretrained(model).config
     assert (config.autoguidance_scale, config.guidance_interval) == (1.5, [5, 14])
     code, text = command("info", model)

@@ -392,7 +392,7 @@ class Never(MetricNetworks):
         ({"sigma_min": 1, "num_inference_steps": 3}, "`sigma_min` must lie in \\(0, 1\\), got 1"),
         ({"autoguidance_scale": 1.5}, "`autoguidance_scale` must be 1 for a model without a guide, got 1.5"),
         ({"autoguidance_scale": -1}, "`autoguidance_scale` must be a number of at least 0, got -1"),
-        ({"guide": tiny()}, "`guide` needs a `autoguidance_scale`"),
+        ({"guide": tiny()}, "`guide` needs an `autoguidance_scale`"),
         ({"guide": tiny(channels=1), "autoguidance_scale": 1.5}, "`guide` must be of images of the shape"),
         ({"seed": -1}, "`seed` must be an integer from 0 to .*, got -1"),
         ({"batch_size": 0}, "`batch_size` must be an integer from 1 to .*, got 0"),

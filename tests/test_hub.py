@@ -25,6 +25,7 @@ from ddpm_faces.guidance import save_guide
 from ddpm_faces.hub.card import merge_cards
 from ddpm_faces.plots import image_grid
 from ddpm_faces.solvers import fast_solver
+from ddpm_faces.text import make_text_encoder, make_tokenizer
 from ddpm_faces.training.distillation import student_preset, student_schedules
 
 
@@ -327,6 +328,48 @@ def test_presets_and_student_are_published(server, client, bare_client, tmp_path
         outcome = by.run(f"{PRESETS}\nfrom diffusers import DiffusionPipeline\n{code}\nresult = faces(pipeline)")
         assert outcome.error is None, outcome.output
         assert outcome.value == expected
+
+
+def test_a_prompt_model_is_published(server, client, bare_client, tmp_path):
+    """The same pixels from the Hub with this package and without it, and a card that shows how to prompt."""
+    torch.manual_seed(1)
+    tokenizer = make_tokenizer(["an older man with a hat", "a woman"])
+    unet = tiny_unet(text_embed_dim=16)
+    torch.nn.init.normal_(unet.text_embedding.weight)
+    encoder = make_text_encoder(tokenizer, dim=16).eval()
+    pipeline = DDPMFacesPipeline(unet, DDPMFacesScheduler(20), tokenizer=tokenizer, text_encoder=encoder,
+                                 guidance_scale=2.0)  # fmt: skip
+    pipeline.save_pretrained(tmp_path)
+    config = {"sample_prompts": ['a "woman"', "an older man"], "caption_column": "caption"}
+    (tmp_path / "training_config.yaml").write_text(yaml.safe_dump(config))
+    outcome = client.run("result = hub.push(folder, 'owner/prompts')", OWNER_TOKEN, folder=str(tmp_path))
+    assert outcome.error is None, outcome.output
+    files = server.repos["models", "owner/prompts"].files
+    assert {"tokenizer/tokenizer.json", "text_encoder/model.safetensors"} < set(files)
+    assert not [name for name in files if name.endswith(".json") and str(tmp_path).encode() in files[name]]
+    card = files["README.md"].decode()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["pipeline_tag"] == "text-to-image"
+    assert 'image = pipeline("a \\"woman\\"", generator=' in card
+    assert "It knows these words, and names others in a warning: a, an, hat, man, older, with, woman." in card
+    assert "| text encoder | DistilBertModel, 0.0 M parameters |" in card
+    assert "diffusers torch transformers" in card
+    call = """
+images = pipeline("an older man", generator=[torch.Generator().manual_seed(3)], output_type="pt").images
+result = images.tolist()
+"""
+    expected = pipeline("an older man", generator=[torch.Generator().manual_seed(3)], output_type="pt").images
+    found = []
+    for code, by in (
+        ("from ddpm_faces import DDPMFacesPipeline as P; pipeline = P.from_pretrained('owner/prompts')", client),
+        ("pipeline = DiffusionPipeline.from_pretrained('owner/prompts', trust_remote_code=True)", bare_client),
+    ):
+        outcome = by.run(f"import torch\nfrom diffusers import DiffusionPipeline\n{code}\n{call}")
+        assert outcome.error is None, outcome.output
+        found.append(outcome.value)
+    assert found[0] == found[1]
+    # The encoder of transformers rounds differently with weights at other addresses.
+    torch.testing.assert_close(torch.tensor(found[0]), expected, atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("changed", [None, "guide", "no guide"])

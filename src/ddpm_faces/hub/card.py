@@ -14,7 +14,8 @@ _SECTION = re.compile(r"<!-- generated: (\w+)[^>]*-->\n(?:(?!<!-- generated: ).)
 _ROW = re.compile(r"^\| (.+?) \| (.*) \|$", re.MULTILINE)
 # Metadata keys that only publishing writes. All other keys may be a person's own.
 GENERATED_KEYS = ("library_name", "pipeline_tag", "model-index", "configs", "size_categories", "task_categories")
-TAGS = ["ddpm", "faces", "diffusers", "unconditional-image-generation"]
+TAGS = ["ddpm", "faces", "diffusers"]
+TASK = "unconditional-image-generation"  # what metrics measure, without a prompt
 
 
 def check_license(name: str, license: str | None) -> None:
@@ -73,7 +74,7 @@ def model_card(
     """
     results = [
         EvalResult(
-            task_type="unconditional-image-generation",
+            task_type=TASK,
             dataset_type=metric.get("reference_type", "image-folder"),
             dataset_name=str(metric.get("reference", "training images")),
             metric_type=metric["type"],
@@ -83,11 +84,12 @@ def model_card(
         )
         for metric in metrics or []
     ]
+    task = "text-to-image" if values.get("is_prompted") else TASK
     data = ModelCardData(
         license=license,
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=TAGS,
+        pipeline_tag=task,
+        tags=[*TAGS, task],
         datasets=datasets or None,
         base_model=base_model,
         model_name=repo_id.split("/")[-1] if results else None,

@@ -1,5 +1,6 @@
 """The values for the template of the model card."""
 
+import json
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from ..pipeline_ddpm_faces import DDPMFacesPipeline, Guidance
 
 
+_MAX_WORDS = 200  # to list
 _NOT_AUDITED = "Not measured. Assume that the model can reproduce training images."
 
 
@@ -51,6 +53,7 @@ def template_values(
         "learning rate": config.get("learning_rate"),
         "held-out loss": summary.get("held_out_loss") and f"{summary['held_out_loss']:.4g}",
         "network": f"{_network(pipeline.unet)}{kind}",
+        "text encoder": _network(pipeline.text_encoder),
         "guide": pipeline.guide and guide,
         "guidance": guidance_in_words(guidance, pipeline.guide is not None),
         "noise schedule": f"{scheduler.beta_schedule}, T = {scheduler.num_train_timesteps}",
@@ -60,15 +63,21 @@ def template_values(
     entries = metrics.get("metrics", [])
     if pipeline.guide is not None:  # show for each metric whether it was measured with the guide
         entries = [{**entry, "autoguidance_scale": entry.get("autoguidance_scale", 1)} for entry in entries]
+    prompts = config.get("sample_prompts") or []
+    is_prompted = pipeline.text_encoder is not None
+    example = json.dumps(prompts[0] if prompts else "a face", ensure_ascii=False)
     betas = "" if scheduler.beta_schedule != "sigmoid" else ", trained_betas=pipeline.scheduler.betas.tolist()"
     return {
         "title": repo_id.split("/")[-1],
         "summary": (
             f"A denoising diffusion model (DDPM) that generates faces of {height}x{width} pixels"
             + (f", of {classes} classes" if classes else "")
+            + (", from prompts" if is_prompted else "")
             + f", trained with ddpm-faces. {'' if entries else 'Its quality was not measured.'}".rstrip()
         ),
-        "call": "class_labels=[0], " if classes else "",
+        "call": f"{example}, " if is_prompted else "class_labels=[0], " if classes else "",
+        "is_prompted": is_prompted,
+        "words": _words(pipeline),
         "solver_arguments": betas,
         "num_timesteps": scheduler.num_train_timesteps,
         "presets": _presets(pipeline),
@@ -108,6 +117,15 @@ def guidance_in_words(guidance: Guidance, has_guide: bool) -> str | None:
     scales += [f"autoguidance scale {autoguidance_scale:g}"] if has_guide else []
     where = f" at timesteps {interval[0]} to {interval[1]}" if interval else ""
     return f"{', '.join(scales)}{where}" if scales else None
+
+
+def _words(pipeline: DDPMFacesPipeline) -> str | None:
+    """Return the words that the tokenizer knows, if they are few."""
+    tokenizer = pipeline.tokenizer
+    if tokenizer is None or len(tokenizer) > _MAX_WORDS:
+        return None
+    words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+    return ", ".join(word for word in words if word.isalpha())
 
 
 def _network(network: torch.nn.Module | None) -> str | None:

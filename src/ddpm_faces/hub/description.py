@@ -67,6 +67,7 @@ def _describe(model: str | os.PathLike, revision: str | None) -> dict[str, Any]:
         "classes": unet.get("num_class_embeds"),
         "network": f"{unet.get('_class_name')}, {_count_parameters(index['unet'][1], unet):,} parameters",
         "weights": index.get("weights"),
+        "text encoder": (index.get("text_encoder") or [None, None])[1],
         "guide": _guide(folder, index),
         "guidance": _guidance(index),
         "presets": _presets(index),
