@@ -17,6 +17,7 @@ from hub_server import OWNER_TOKEN
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DrawnFaces
 from ddpm_faces.cli.app import app
+from ddpm_faces.text import make_text_encoder, make_tokenizer
 from ddpm_faces.training.arguments import parse_training_config
 from ddpm_faces.training.distillation import parse_distillation_config
 
@@ -110,6 +111,14 @@ def workplace(tmp_path_factory) -> Path:
         if name == "small-model":  # stands in for models/faces64
             pipeline.set_presets({"fast": {"num_inference_steps": 3}, "draft": {"num_inference_steps": 2}}, "fast")
         pipeline.save_pretrained(folder / name)
+    scheduler = DDPMFacesScheduler(num_train_timesteps=20)
+    DDPMFacesPipeline(tiny_unet(num_class_embeds=2, null_class=True), scheduler).save_pretrained(
+        folder / "my-class-model"
+    )
+    tokenizer = make_tokenizer(["a smiling woman with brown hair"])
+    texts = {"tokenizer": tokenizer, "text_encoder": make_text_encoder(tokenizer, dim=16)}
+    prompted = DDPMFacesPipeline(tiny_unet(text_embed_dim=16), scheduler, **texts)
+    prompted.save_pretrained(folder / "my-prompt-model")
     for name in ("my_faces", "my_photos"):
         (folder / name).mkdir()
         DrawnFaces(1, resolution=16)[0]["image"].save(folder / name / "0.png")

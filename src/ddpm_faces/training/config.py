@@ -246,8 +246,8 @@ class TrainingConfig:
     sample_every_images: int = _field(
         10_000, "Validation", "Interval between sample grids, in images; 0: only at the end."
     )
-    sample_prompts: list[str] = _field(
-        [], "Validation", "Prompts of the sample grids, in turn (default: some captions of the data)."
+    sample_prompts: list[str] | None = _field(
+        None, "Validation", "Prompts of the sample grids, in turn (default: some captions of the data)."
     )
     num_samples: int = _field(16, "Validation", "Number of samples in a grid.")
     sample_inference_steps: int = _field(

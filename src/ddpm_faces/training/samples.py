@@ -62,7 +62,8 @@ def draw_share(
             generators = [torch.Generator().manual_seed(config.seed + number) for number in numbers]
             num_classes = config.num_class_embeds
             classes = [number % num_classes for number in numbers] if num_classes else None
-            prompts = [config.sample_prompts[n % len(config.sample_prompts)] for n in numbers] if run.text else None
+            texts = config.sample_prompts
+            prompts = [texts[number % len(texts)] for number in numbers] if texts else None
             output: ImagePipelineOutput = pipeline(
                 prompts or len(numbers), num_inference_steps, generators, output_type="latent", class_labels=classes
             )
