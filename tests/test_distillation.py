@@ -323,6 +323,12 @@ def test_a_missing_teacher_is_named(tmp_path):
     assert "unknown argument --techer; did you mean --teacher?" in launch("--techer", "x", code=2)
 
 
+def test_a_teacher_of_prompts_is_refused(tmp_path):
+    a_teacher(text_embed_dim=16).save_pretrained(tmp_path / "teacher")
+    said = launch("--teacher", tmp_path / "teacher", "--output_dir", tmp_path / "out", code=2)
+    assert "must be a model without captions: students know no prompts" in said
+
+
 def test_student_preset_is_plain(tmp_path):
     preset = student_preset(student_schedules(DDPMFacesScheduler(**SCHEDULE), [1, 4]))
     assert json.loads(json.dumps(preset)) == preset

@@ -122,15 +122,8 @@ class DistillationConfig:
     def check_same_run(self, earlier: dict[str, Any]) -> None:
         """Raise a `ValueError` if a checkpoint with the configuration `earlier` belongs to another distillation."""
         for name in (
-            *(
-                "teacher",
-                "guidance_scale",
-                "autoguidance_scale",
-                "pretrained_student",
-                "student_steps",
-                "teacher_steps",
-            ),
-            *("seed", "train_batch_size"),
+            *("teacher", "guidance_scale", "autoguidance_scale", "pretrained_student"),
+            *("student_steps", "teacher_steps", "seed", "train_batch_size"),
         ):
             if earlier.get(name) != getattr(self, name):
                 raise ValueError(
