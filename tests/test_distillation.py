@@ -326,7 +326,7 @@ def test_a_missing_teacher_is_named(tmp_path):
 def test_a_teacher_of_prompts_is_refused(tmp_path):
     a_teacher(text_embed_dim=16).save_pretrained(tmp_path / "teacher")
     said = launch("--teacher", tmp_path / "teacher", "--output_dir", tmp_path / "out", code=2)
-    assert "must be a model without captions: students know no prompts" in said
+    assert "must have no captions: students know no prompts yet" in said
 
 
 def test_student_preset_is_plain(tmp_path):
