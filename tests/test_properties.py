@@ -61,7 +61,7 @@ def step(seed: int, images_seen: int, batch_size: int, share: slice) -> Batch:
     images = torch.arange(batch_size).view(-1, 1, 1, 1)[share]
     names = [str(place) for place in range(batch_size)][share]
     draws = draw_step(seed, images_seen, batch_size, share, 300, (1, 1, 1))
-    return Batch(images, images.flatten(), names, draws, epoch=0)
+    return Batch(images, images.flatten(), None, names, draws, epoch=0)
 
 
 @a_few

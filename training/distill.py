@@ -130,9 +130,7 @@ def distill(config: DistillationConfig, accelerator: Accelerator) -> None:
         if not pipeline.takes_presets:
             raise ValueError(f"`teacher` {config.teacher!r} must have a scheduler of 'ddpm', as after training.")
         if pipeline.unet.config.get("text_embed_dim") is not None:
-            raise ValueError(
-                f"`teacher` {config.teacher!r} must be a model without captions: students know no prompts."
-            )
+            raise ValueError(f"`teacher` {config.teacher!r} must have no captions: students know no prompts yet.")
         asked = {"guidance_scale": config.guidance_scale, "autoguidance_scale": config.autoguidance_scale}
         scales: dict[str, Any] = {
             name: pipeline.config[name] if scale is None else scale for name, scale in asked.items()

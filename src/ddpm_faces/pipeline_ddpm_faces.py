@@ -1464,7 +1464,7 @@ def _is_component(name: str, value: Any) -> bool:
         return True
     if name in TEXT_COMPONENTS:
         try:
-            import transformers  # takes seconds, and few models need it
+            transformers = importlib.import_module("transformers")  # takes seconds, and few models need it
         except ImportError as error:
             raise ImportError(
                 "This model has a text encoder, which needs transformers: pip install transformers"
