@@ -99,7 +99,7 @@ def test_importing_is_cheap_and_needs_no_extra():
 
 
 def test_pipeline_imports_the_package_only_for_publishing():
-    """The file is published, and uses only the other two published files of the package."""
+    """The file is published. It uses only the other two published files of the package, and transformers for texts."""
     code = (SOURCE / "pipeline_ddpm_faces.py").read_text()
     calls = [
         node
@@ -108,6 +108,7 @@ def test_pipeline_imports_the_package_only_for_publishing():
     ]
     assert sorted(ast.unparse(call) for call in calls) == [
         "importlib.import_module('ddpm_faces.hub')",
+        "importlib.import_module('transformers')",
         "importlib.import_module(f'.{CODE_FILES[class_name]}', __package__)",
     ]
 
