@@ -354,6 +354,14 @@ def test_a_prompt_model_is_published(server, client, bare_client, tmp_path):
     assert "It knows these words, and names others in a warning: a, an, hat, man, older, with, woman." in card
     assert "| text encoder | DistilBertModel, 0.0 M parameters |" in card
     assert "diffusers torch transformers" in card
+    # Samples of the training show its prompts; a grid for the card has none.
+    assert "Their prompts" not in card
+    image_grid(pipeline(2, output_type="pil").images).save(tmp_path / "samples.png")
+    summary = {"guidance_scale": 2.0, "autoguidance_scale": 1.0, "hours": 1, "processes": 1, "device": "CPU"}
+    (tmp_path / "training_summary.json").write_text(json.dumps(summary))
+    (tmp_path / "again").mkdir()
+    hub.export(tmp_path, tmp_path / "again", "owner/prompts", variants=())
+    assert 'Their prompts, in turn: a "woman"; an older man.' in (tmp_path / "again" / "README.md").read_text()
     call = """
 images = pipeline("an older man", generator=[torch.Generator().manual_seed(3)], output_type="pt").images
 result = images.tolist()

@@ -88,7 +88,10 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
         # 1. Data
         num_held_out = None if checkpoint is None else read_state(checkpoint)["run"].get("num_held_out")
         data = load_training_data(config, accelerator, num_held_out)
+        set_seed(config.seed)
         text = make_text_side(config, data, pretrained, checkpoint)
+        if text is None and pretrained is not None and pretrained.text_encoder is not None:
+            accelerator.print("Note: the new model understands no prompts, because the run has no `caption_column`.")
         config = replace(config, num_class_embeds=data.num_classes)
         if text is not None:
             prompts = config.sample_prompts or sample_prompts(data, config.num_samples)

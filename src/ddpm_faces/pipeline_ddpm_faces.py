@@ -53,8 +53,12 @@ CODE_FILES = {
 }
 # The settings of a pipeline, which `model_index.json` holds beside the components.
 SETTINGS = (
-    *("weights", "guidance_scale", "autoguidance_scale", "guidance_interval"),
-    *("presets", "default_preset"),
+    "weights",
+    "guidance_scale",
+    "autoguidance_scale",
+    "guidance_interval",
+    "presets",
+    "default_preset",
 )
 # Upper bounds for the configurations of diffusers' components, which diffusers does not check: an untrusted file must
 # not exhaust the memory. The components of this package check their own configurations.
@@ -73,7 +77,10 @@ FORMAT_VERSION = 4
 
 # The settings of a preset: arguments of the call, and arguments of `DDPMFacesScheduler` in place of the model's.
 PRESET_CALL_SETTINGS = (
-    *("num_inference_steps", "guidance_scale", "autoguidance_scale", "guidance_interval"),
+    "num_inference_steps",
+    "guidance_scale",
+    "autoguidance_scale",
+    "guidance_interval",
     "network",
 )
 PRESET_SCHEDULER_SETTINGS = (
@@ -92,7 +99,7 @@ SOLVER = {"algorithm": "dpmsolver++", "timestep_spacing": "logsnr"}
 
 
 class Guidance(NamedTuple):
-    """How predictions are guided.
+    """The guidance settings of a call.
 
     Both scales may act at once. With the prediction D of the network for the condition, D_0 without a condition and
     D_g of the guide, the guided prediction is
@@ -136,7 +143,7 @@ class Text(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What the images of a batch should show.
+    """The class labels and texts of a batch.
 
     Args:
         class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class of each image.
@@ -263,7 +270,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler, guide=guide, student=student)
         self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder)
         self._check_text_encoder()
-        self._notes: set[str] = set()  # warnings about prompts so far
+        self._notes: set[str] = set()  # warnings about the last prompts
         self.register_to_config(weights=weights)
         self.set_guidance(guidance_scale, autoguidance_scale, guidance_interval)
         if student is not None and _image_shape(student) != self.image_shape:
@@ -892,7 +899,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
         notes = prompt_notes(self.tokenizer, self.text_encoder, prompts)
         for note in [note for note in notes if note not in self._notes]:  # once, not for each batch
             logger.warning(note)
-        self._notes.update(notes)
+        self._notes = set(notes)
         tokens = tokenize(self.tokenizer, self.text_encoder, prompts)
         tokens = {name: ids.to(self.text_encoder.device) for name, ids in tokens.items()}
         with evaluating(self.text_encoder):

@@ -16,7 +16,6 @@ from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 
 from ..files import commit, unfinished_path
-from .captions import read_captions, save_captions
 from .dataset import FaceDataset, content_hash, describe, map_images
 from .folders import shorten
 from .images import MODES, open_image, picture_to_tensor, resize_to_cover
@@ -70,7 +69,7 @@ def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
     captions = None if source.captions is None else source.captions()
     resize = picture_to_tensor if settings["crop"] == "center" else resize_to_cover
 
-    def decode(index: int) -> tuple[str, tuple[torch.Tensor, np.ndarray, int | None, int] | None]:
+    def decode(index: int) -> tuple[str, tuple[torch.Tensor, np.ndarray, int | None] | None]:
         name, value = source.read(index)
         try:
             label = None if values is None else number(values[index])
@@ -79,7 +78,7 @@ def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
             raise
         except Exception as error:  # PIL raises many kinds of errors on damaged images
             return f"{name}: {error or type(error).__name__}", None
-        return name, (pixels, describe(pixels), label, index)
+        return name, (pixels, describe(pixels), label)
 
     folder = unfinished_path(cache)
     shutil.rmtree(folder, ignore_errors=True)
@@ -94,11 +93,11 @@ def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
         ):
             for first in range(0, num_images, chunk):
                 indices = range(first, min(first + chunk, num_images))
-                for name, decoded in pool.map(decode, indices):
+                for index, (name, decoded) in zip(indices, pool.map(decode, indices), strict=True):
                     if decoded is None:
                         unreadable.append(name)
                         continue
-                    pixels, description, label, index = decoded
+                    pixels, description, label = decoded
                     file.write(pixels.numpy().data)
                     names.append(name)
                     table.append(description)
@@ -114,7 +113,7 @@ def _build_cache(cache: Path, source: Source, settings: dict[str, Any]) -> None:
         if values is not None:
             np.save(folder / "labels.npy", np.array(labels, dtype=np.int64))
         if captions is not None:
-            save_captions(folder / "captions.json", [captions[index] for index in kept])
+            (folder / "captions.json").write_text(json.dumps([captions[index] for index in kept]))
         (folder / "names.json").write_text(json.dumps(names))
         info = {
             "class_names": class_names,
@@ -144,7 +143,7 @@ def _read_cache(cache: Path) -> FaceDataset:
     size = tuple(info["settings"]["size"])
     images, table = map_images(cache, size)
     labels = torch.from_numpy(np.load(cache / "labels.npy")) if "labels.npy" in info["files"] else None
-    captions = read_captions(cache / "captions.json") if "captions.json" in info["files"] else None
+    captions = json.loads((cache / "captions.json").read_text()) if "captions.json" in info["files"] else None
     dataset = FaceDataset(images, size, labels, info["class_names"], info["unreadable"], table, captions)
     dataset._cache = cache
     return dataset

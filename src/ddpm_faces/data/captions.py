@@ -1,7 +1,5 @@
 """The captions of images."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from .folders import ImageFolder
@@ -55,11 +53,3 @@ def folder_captions(folder: ImageFolder) -> list[list[str]]:
             "face.txt for face.jpg; there are none."
         )
     return captions
-
-
-def save_captions(path: Path, captions: list[list[str]]) -> None:
-    path.write_text(json.dumps(captions), "utf-8")
-
-
-def read_captions(path: Path) -> list[list[str]]:
-    return json.loads(path.read_text("utf-8"))

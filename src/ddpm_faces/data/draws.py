@@ -79,7 +79,7 @@ def draw_step(
     noise_seeds = rng.integers(2**63, size=batch_size)
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     augmentations = NonLeakingAugmentation.draw(batch_size, generator)
-    dropouts = torch.from_numpy(rng.random(batch_size))
+    dropouts = torch.from_numpy(rng.random(batch_size, dtype=np.float32))  # MPS has no float64
 
     # Each image has its own seed. With one seed for all, each process would have to draw the noise of all images.
     seeds, device = noise_seeds[share], torch.device(device)

@@ -6,7 +6,7 @@ A checkpoint is a folder:
       model.safetensors, optimizer.bin, random_states_0.pkl, ...   saved by accelerate (shards with FSDP)
       ema.safetensors (or ema/)        the EMA, if the run keeps one
       guide.safetensors                the guide, once the run has one
-      text/                            tokenizer and configuration of the text encoder, if it is trained
+      text/                            tokenizer and text encoder, of which a trained one has its weights above
       process_state_0.json             the position of each process in a stream
       run_state.json                   RunState, configuration, and size and checksum of all other files
 """
@@ -234,7 +234,7 @@ class CheckpointIO:
             accelerator.save_state(str(unfinished))  # each process adds its random state
             self._save_ema(unfinished)
             self._save_stream(unfinished)
-            if self.text is not None and self.text.is_trained and accelerator.is_main_process:
+            if self.text is not None and not self.text.is_named and accelerator.is_main_process:
                 self.text.save(unfinished / TEXT_FOLDER)
             if guide is not None and accelerator.is_main_process:
                 _save_whole(guide.state_dict(), unfinished / GUIDE_NAME)

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,12 +66,14 @@ class TextSide:
     Args:
         tokenizer (`Any`): The tokenizer, of transformers.
         text_encoder (`torch.nn.Module`): The encoder, of transformers.
-        is_trained (`bool`): Whether the encoder is trained with the network. One that is not keeps its embeddings.
+        is_trained (`bool`): Whether the encoder is trained with the network. Embeddings of others are kept.
+        is_named (`bool`): Whether `text_encoder` of the configuration names it, so that checkpoints do not need it.
     """
 
     tokenizer: Any
     text_encoder: Any
     is_trained: bool
+    is_named: bool = False
     known: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -88,9 +90,10 @@ class TextSide:
             device (`torch.device`): Device of the results.
         """
         tokens = tokenize(self.tokenizer, self.text_encoder, captions)
-        is_given = tokens["attention_mask"].any(dim=1) & is_kept.cpu()
         values = tokens if self.is_trained else {"embeds": self._embeds(captions, tokens)}
-        return {name: value.to(device) for name, value in {**values, "is_given": is_given}.items()}
+        # The CPU does not wait for the device, where `is_kept` is.
+        is_given = tokens["attention_mask"].any(dim=1).to(device, non_blocking=True) & is_kept.to(device)
+        return {"is_given": is_given, **{name: value.to(device, non_blocking=True) for name, value in values.items()}}
 
     @torch.no_grad()
     def _embeds(self, captions: Sequence[str], tokens: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -102,9 +105,12 @@ class TextSide:
         return torch.stack([self.known[caption] for caption in captions])
 
     def save(self, folder: Path) -> None:
-        """Save what a resumed run needs beside the weights: the tokenizer and the configuration of the encoder."""
+        """Save what a resumed run needs beside the weights of the checkpoint."""
         self.tokenizer.save_pretrained(folder)
-        (folder / "config.json").write_text(self.text_encoder.config.to_json_string(), "utf-8")
+        if self.is_trained:  # the checkpoint has the weights
+            (folder / "config.json").write_text(self.text_encoder.config.to_json_string(), "utf-8")
+        else:
+            self.text_encoder.save_pretrained(folder)
 
 
 def make_text_side(
@@ -121,17 +127,22 @@ def make_text_side(
     if config.caption_column is None:
         return None
     if config.text_encoder is not None:
-        return _pretrained(config.text_encoder)
+        return replace(_pretrained(config.text_encoder), is_named=True)
     if checkpoint is not None and (checkpoint / TEXT_FOLDER).is_dir():
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
         folder = checkpoint / TEXT_FOLDER
-        encoder = AutoModel.from_config(AutoConfig.from_pretrained(folder))
-        return TextSide(AutoTokenizer.from_pretrained(folder), encoder, is_trained=True)
+        encoder_config = AutoConfig.from_pretrained(folder)
+        if not getattr(encoder_config, TRAINED, False):
+            return _pretrained(str(folder))
+        return TextSide(AutoTokenizer.from_pretrained(folder), AutoModel.from_config(encoder_config), is_trained=True)
     if pretrained is not None and pretrained.text_encoder is not None:
         encoder = pretrained.text_encoder
         return TextSide(pretrained.tokenizer, encoder, is_trained=getattr(encoder.config, TRAINED, False))
-    tokenizer = make_tokenizer(data.all_captions(STREAM_CAPTIONS))
+    try:
+        tokenizer = make_tokenizer(data.all_captions(STREAM_CAPTIONS))
+    except ValueError as error:
+        raise ValueError(f"`caption_column` {config.caption_column!r} contains no words.") from error
     return TextSide(tokenizer, make_text_encoder(tokenizer, config.text_embed_dim), is_trained=True)
 
 
@@ -142,7 +153,7 @@ def _pretrained(name: str) -> TextSide:
     path = os.path.expanduser(name)
     try:
         config = AutoConfig.from_pretrained(path)
-        # Of models with other parts, only the text encoder is loaded.
+        # CLIP and T5 have other parts, which are not needed.
         cls = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}.get(config.model_type)
         encoder = (cls or AutoModel).from_pretrained(path, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
