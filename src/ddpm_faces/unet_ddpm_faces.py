@@ -385,7 +385,9 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         if self.text_embedding is not None:
             if text_embeds is None:
                 text_embeds = self.null_text_embed.expand(len(sample), -1)
-            temb = temb + self.text_embedding(text_embeds.to(sample.dtype))
+            # Embeddings of any encoder get the same scale, which training cannot shrink while they still mean nothing.
+            text_embeds = F.layer_norm(text_embeds.float(), text_embeds.shape[-1:]).to(sample.dtype)
+            temb = temb + self.text_embedding(text_embeds)
         if self.augment_embedding is not None and augment_labels is not None:
             temb = temb + self.augment_embedding(augment_labels.to(sample.dtype))
 
