@@ -83,7 +83,9 @@ def test_imports_are_declared_with_their_lowest_versions():
     trackers = {"trackio", "wandb"}  # `report_to` imports these by name
     imported = {name for name in imported if name} - {"ddpm_faces", *trackers, *sys.stdlib_module_names}
     declared = {name.replace("-", "_") for name in lowest_versions()} | {"torch"}
-    assert {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in imported} <= declared
+    assert {
+        {"PIL": "pillow", "sklearn": "scikit_learn", "yaml": "pyyaml"}.get(name, name) for name in imported
+    } <= declared
 
 
 def test_importing_is_cheap_and_needs_no_extra():

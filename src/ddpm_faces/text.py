@@ -77,9 +77,14 @@ def shortened(caption: str, rng: np.random.Generator) -> str:
     "a smiling woman in the thirties with brown hair and glasses" may become "with brown hair" or "a smiling woman and
     glasses". A model that is trained on such captions understands short prompts.
     """
-    phrases = _PHRASES.split(caption)
-    if len(phrases) == 1:
+    parts = phrases(caption)
+    if len(parts) == 1:
         return caption
-    count = int(rng.integers(1, len(phrases)))
-    kept = sorted(rng.permutation(len(phrases))[:count])
-    return " ".join(phrases[i] for i in kept)
+    count = int(rng.integers(1, len(parts)))
+    kept = sorted(rng.permutation(len(parts))[:count])
+    return " ".join(parts[i] for i in kept)
+
+
+def phrases(caption: str) -> list[str]:
+    """Split a caption into phrases, such as "a smiling woman", "in the thirties", "with brown hair", "and glasses"."""
+    return _PHRASES.split(caption)

@@ -10,6 +10,7 @@ import typer
 from .options import (
     AutoguidanceScale,
     BatchSize,
+    CaptionColumn,
     Dtype,
     EpsilonScaling,
     GuidanceScale,
@@ -30,7 +31,11 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="Held-out split to compare against.")] = "test",
     baseline_split: Annotated[
-        str, typer.Option(help="Split of other real faces, which show the values of a perfect model; '' skips it.")
+        str,
+        typer.Option(
+            help="Split of other real faces, which show the values of a perfect model; '' skips it. With --prompts, "
+            "the split that shows what the captions mean."
+        ),
     ] = "train",
     num_images: Annotated[
         int | None,
@@ -58,20 +63,53 @@ def evaluate(
     against: Annotated[
         Path | None, typer.Option(help="Earlier metrics.json to compare with the result.", exists=True, dir_okay=False)
     ] = None,
+    prompts: Annotated[
+        bool,
+        typer.Option(
+            "--prompts",
+            help="Measure instead how closely faces follow the captions of the held-out images, at guidance scales of "
+            "1, 1.5, 2 and 3, or at --guidance-scale. The dataset needs columns of attributes.",
+        ),
+    ] = False,
+    caption_column: CaptionColumn = "caption",
     as_json: Json = False,
 ) -> None:
-    """Measure the quality of faces against real ones.
+    """Measure the quality of faces against real ones, or how closely they follow prompts.
 
     The metrics are saved with the model and appear in its card. `accelerate launch` uses several GPUs.
     """
     from ..evaluation.measurements import MetricNetworks
     from ..evaluation.quality import METRICS_NAME, check_metrics_file, evaluate, read_metrics, table, write_metrics
 
+    for name, value in {"likelihood_images": likelihood_images, "against": against, "inception": inception}.items():
+        if prompts and value:
+            raise ValueError(f"`{name}` cannot be combined with `prompts`.")
+    if prompts and not baseline_split:
+        raise ValueError("`baseline_split` must name the training split when it is combined with `prompts`.")
     others = None if against is None else read_metrics(against)["metrics"]
     if output is None and Path(source, "model_index.json").is_file():
         output = Path(source, METRICS_NAME)
     if output is not None:
         check_metrics_file(output)
+    if prompts:
+        from ..evaluation.adherence import SCALES, evaluate_prompts
+        from ..hub.card_values import prompts_table
+
+        results = evaluate_prompts(
+            *(source, data, split, baseline_split, caption_column, num_images),
+            SCALES if guidance_scale is None else [guidance_scale],
+            *(preset, steps, seed, batch_size),
+            sigma_min=sigma_min,
+            guide=guide,
+            autoguidance_scale=autoguidance_scale,
+            epsilon_scaling=epsilon_scaling,
+            dtype=dtype,
+        )
+        if _is_main_process():
+            if output is not None:
+                write_metrics(output, {"prompts": results})
+            report(results, prompts_table(results) + _saved(output), as_json)
+        return
     networks = MetricNetworks.with_inception() if inception else None
     results = evaluate(
         *(source, data, split, baseline_split or None, num_images, preset, steps, seed, batch_size, networks),
@@ -88,8 +126,7 @@ def evaluate(
         return
     if output is not None:
         write_metrics(output, results)
-    where = "" if output is None else f"\n\nThe metrics and how they were measured are in {output}"
-    report(results, table(results["metrics"], others) + where, as_json)
+    report(results, table(results["metrics"], others) + _saved(output), as_json)
 
 
 def audit(
@@ -114,6 +151,10 @@ def audit(
     dtype: Dtype = "auto",
     features: Annotated[bool, typer.Option(help="Compare features of a network as well as pixels.")] = True,
     loss_images: Annotated[int, typer.Option(help="Number of images for the comparison of losses; 0 skips it.")] = 100,
+    prompts: Annotated[
+        bool, typer.Option("--prompts", help="Generate the faces for captions of training images.")
+    ] = False,
+    caption_column: CaptionColumn = "caption",
     output: Annotated[
         Path | None, typer.Option(help="Folder for audit.json and audit.png (default: the model's folder).")
     ] = None,
@@ -148,13 +189,15 @@ def audit(
         autoguidance_scale=autoguidance_scale,
         epsilon_scaling=epsilon_scaling,
         dtype=dtype,
+        caption_column=caption_column if prompts else None,
     )
     if not _is_main_process():
         return
     output.mkdir(parents=True, exist_ok=True)
-    with replacing(output / "audit.json") as path:
+    name = "audit_prompts" if prompts else "audit"
+    with replacing(output / f"{name}.json") as path:
         path.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    with replacing(output / "audit.png") as path:
+    with replacing(output / f"{name}.png") as path:
         picture.save(path, "PNG")
     if is_folder:
         keys = (
@@ -171,11 +214,16 @@ def audit(
             "dtype",
         )
         provenance = {key: results[key] for key in keys if key in results}
-        write_metrics(Path(source, METRICS_NAME), {"memorisation": {"verdict": results["verdict"], **provenance}})
-    text = f"{results['verdict']}\nThe closest pairs, which show training images: {output / 'audit.png'}"
+        entry = "memorisation_with_prompts" if prompts else "memorisation"
+        write_metrics(Path(source, METRICS_NAME), {entry: {"verdict": results["verdict"], **provenance}})
+    text = f"{results['verdict']}\nThe closest pairs, which show training images: {output / name}.png"
     report(results, text, as_json)
     if audited.found_copies:
         raise typer.Exit(3)
+
+
+def _saved(output: Path | None) -> str:
+    return "" if output is None else f"\n\nThe metrics and how they were measured are in {output}"
 
 
 def _is_main_process() -> bool:

@@ -29,7 +29,8 @@ Guide = Annotated[
 GuidanceScale = Annotated[
     float | None,
     typer.Option(
-        help="Scale of classifier-free guidance, for models with classes; 1 is off (default: that of the model)."
+        help="Scale of classifier-free guidance, for models of prompts or classes; 1 is off (default: that of the "
+        "model)."
     ),
 ]
 AutoguidanceScale = Annotated[
@@ -52,6 +53,7 @@ Dtype = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the first image; image i uses seed + i.")]
 BatchSize = Annotated[int, typer.Option(help="Images per batch.")]
+CaptionColumn = Annotated[str, typer.Option(help="With --prompts: column of the captions.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
 
 

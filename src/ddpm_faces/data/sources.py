@@ -15,7 +15,7 @@ from . import drawn_faces, portrait
 from .captions import captions_of, check_folder_caption, folder_captions
 from .dataset import content_hash
 from .drawn_faces import DrawnFaces
-from .folders import ImageFolder
+from .folders import ImageFolder, find_source, resolve_source
 from .labels import check_folder_label, folder_labels
 
 
@@ -140,3 +140,47 @@ def dataset_source(
 
     identity = ["dataset", dataset._fingerprint, image_column]
     return Source(identity, len(dataset), read, labels, class_names, captions)
+
+
+def read_captions(dataset_name: str, caption_column: str, split: str = "train") -> list[list[str]]:
+    """Read the captions of a dataset or a folder of images, without its images.
+
+    Raises:
+        ValueError: As for [`load_faces`].
+    """
+    name, folder = find_source(dataset_name, None, split)
+    if folder is not None:
+        source = folder_source(folder, None, caption_column)
+    else:
+        source = dataset_source(name, None, split, None, None, None, caption_column)
+    assert source.captions is not None
+    return source.captions()
+
+
+def read_columns(
+    dataset_name: str, split: str, caption_column: str | None, cache_dir: str | None = None
+) -> dict[str, list[Any]]:
+    """Read the columns of texts, numbers, booleans and class names of a dataset, apart from the captions.
+
+    Args:
+        dataset_name (`str`): As in [`load_faces`], whose images have the same order.
+        split (`str`): Split of the dataset.
+        caption_column (`str`, *optional*): Column to leave out.
+        cache_dir (`str`, *optional*): See [`load_faces`].
+    """
+    from datasets import ClassLabel, Value
+
+    from .tables import open_table
+
+    name, _ = resolve_source(dataset_name, None)
+    dataset = open_table(name, None, split, cache_dir)
+    columns: dict[str, list[Any]] = {}
+    for column, feature in dataset.features.items():
+        if column == caption_column or not isinstance(feature, ClassLabel | Value):
+            continue
+        if isinstance(feature, ClassLabel):
+            names = dict(enumerate(feature.names))  # -1 is unknown
+            columns[column] = [names.get(value) for value in dataset[column][:]]
+        elif feature.dtype.startswith(("bool", "int", "uint", "float", "string", "large_string")):
+            columns[column] = dataset[column][:]
+    return columns

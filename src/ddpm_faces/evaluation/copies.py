@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -121,6 +122,7 @@ def audit_model(
     guidance_scale: float | None = None,
     epsilon_scaling: float | None = None,
     dtype: str | None = None,
+    caption_column: str | None = None,
 ) -> tuple[AuditReport, dict[str, Any], Image.Image]:
     """Generate faces, and search them for copies of training images. Every process must call this. It writes no file.
 
@@ -146,6 +148,9 @@ def audit_model(
         guidance_scale (`float`, *optional*): See [`open_samples`].
         epsilon_scaling (`float`, *optional*): See [`open_samples`].
         dtype (`str`, *optional*): See [`open_samples`].
+        caption_column (`str`, *optional*):
+            Column of captions; the prompts are captions of training images, chosen at random. By default there are no
+            prompts.
 
     Returns:
         `(AuditReport, dict, PIL.Image.Image)`: The report; its plain values with the sampler, the seeds and `losses`
@@ -175,13 +180,21 @@ def audit_model(
         default_preset=None,
         dtype=dtype,
     )
+    if caption_column is not None:
+        if not isinstance(pictures, Generated):
+            raise ValueError(f"`caption_column` needs a pipeline, but {str(source)!r} is a folder of images.")
+        pictures = pictures.with_prompts(["a face"])  # before anything is decoded
     if len(pictures) < num_images:
         raise ValueError(f"`source` must have `num_images` ({num_images}) images, has {len(pictures)}.")
     load = partial(load_faces, data, resolution=pictures.image_size, cache_dir=cache_dir)
     with accelerator.main_process_first():  # the main process decodes the images, the others read its cache
-        train, held_out = load(split=split), load(split=held_out_split)
+        train, held_out = load(split=split, caption_column=caption_column), load(split=held_out_split)
     if len(held_out) < MIN_IMAGES:
         raise ValueError(f"`held_out_split` must contain at least {MIN_IMAGES} images, has {len(held_out)}.")
+    if isinstance(pictures, Generated) and train.captions is not None:
+        captions = [texts[0] for texts in train.captions if texts]
+        order = np.random.default_rng(0).permutation(len(captions))
+        pictures = pictures.with_prompts([captions[i] for i in order])
     indices = torch.arange(num_images).split(batch_size)
     samples = torch.cat(
         [

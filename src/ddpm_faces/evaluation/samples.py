@@ -1,7 +1,9 @@
 """The faces to measure, from a pipeline or from a folder of images."""
 
+import copy
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,17 @@ class Generated:
     def batches(self, indices: Sequence[int]) -> torch.Tensor:
         images = sample(self.pipeline, self.recipe, indices, output_type="pt").images  # in [0, 1]
         return (images.float() * 255).round().to("cpu", torch.uint8).expand(-1, 3, -1, -1)
+
+    def with_prompts(self, prompts: Sequence[str]) -> "Generated":
+        """Return the same sampler with prompts, in turn.
+
+        Raises:
+            ValueError: The pipeline has no text encoder.
+        """
+        self.pipeline.check_prompts(list(prompts))
+        prompted = copy.copy(self)
+        prompted.recipe = replace(self.recipe, prompts=list(prompts))
+        return prompted
 
     def provenance(self, num_images: int) -> dict[str, Any]:
         recipe = self.recipe

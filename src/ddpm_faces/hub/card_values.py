@@ -1,6 +1,7 @@
 """The values for the template of the model card."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -89,7 +90,9 @@ def template_values(
         "tuning": tuning
         and pipeline.config.presets
         and {"table": tuning_table(tuning), "conditions": _tuning_conditions(tuning)},
+        "adherence": metrics.get("prompts") and _adherence(metrics["prompts"]),
         "memorisation": metrics.get("memorisation", {}).get("verdict", _NOT_AUDITED),
+        "memorisation_with_prompts": metrics.get("memorisation_with_prompts", {}).get("verdict"),
     }
 
 
@@ -188,6 +191,14 @@ def _tuning_conditions(report: dict[str, Any]) -> str:
     return _in_words({key: report[key] for key in keys if key in report})
 
 
+def _adherence(results: dict[str, Any]) -> dict[str, str]:
+    shown = ("guidance_scales", "attributes", "quality", "unseen")
+    return {
+        "table": prompts_table(results),
+        "conditions": _in_words({key: value for key, value in results.items() if key not in shown}),
+    }
+
+
 def tuning_table(report: dict[str, Any]) -> str:
     """Format the report of `ddpm-faces tune` as a Markdown table."""
     lines = [
@@ -205,4 +216,30 @@ def tuning_table(report: dict[str, Any]) -> str:
             f"{even['face_rate']:.2f}",
         ]
         lines.append(f"| {row['steps']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def prompts_table(results: Mapping[str, Any]) -> str:
+    """Format the results of `evaluate_prompts` as Markdown: adherence and quality at each scale, then pairs."""
+    scales = [f"scale {scale:g}" for scale in results["guidance_scales"]]
+
+    def line(*cells: str) -> str:
+        return f"| {' | '.join(map(_cell, cells))} |"
+
+    def shown(value: dict[str, float] | None) -> str:
+        return "" if value is None else f"{value['value']:.3g} ± {value['error']:.2g}"
+
+    head, rule = line("", "real faces", *scales), "|---" * (len(scales) + 2) + "|"
+    lines = [head, rule]
+    for attribute in results["attributes"]:
+        name = f"{attribute['name']} ({', '.join(attribute['values'])})"
+        lines.append(line(name, shown(attribute["real"]), *map(shown, attribute["generated"])))
+    for metric in results["quality"]:
+        name = f"{metric['name']}, {metric['extractor'].split(' (')[0]}"
+        lines.append(line(name, "", *map(shown, metric["generated"])))
+    if results["unseen"]:
+        lines += ["", line("never together in training", "prompts", *scales), rule]
+    for pair in results["unseen"]:
+        name = f"{pair['name']}, such as “{pair['prompts'][0]}”"
+        lines.append(line(name, str(pair["n"]), *map(shown, pair["generated"])))
     return "\n".join(lines)
