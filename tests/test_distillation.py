@@ -1,5 +1,6 @@
 """Distillation: what the teacher shows, what the student learns, and how a run resumes."""
 
+import itertools
 import json
 import math
 import os
@@ -11,14 +12,18 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_unet
+from datasets import Dataset
 from forked import run_script
+from PIL import Image
 from safetensors.torch import load_file
+from test_prompts import a_prompt_model
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
 from ddpm_faces.pipeline_ddpm_faces import Guidance
 from ddpm_faces.training.distillation import (
     DistillationConfig,
     Teacher,
+    draw_condition,
     draw_noise,
     finished_pipeline,
     initial_student,
@@ -74,7 +79,7 @@ def test_targets_are_on_the_probability_flow(scale):
     pipeline = a_teacher(guided=True)
     schedules = student_schedules(pipeline.scheduler, [3])
     noise = draw_noise(0, 0, 4, (3, 16, 16))
-    targets = Teacher(pipeline, Guidance(1.0, scale), schedules, steps=16).targets(noise, 3, None)
+    targets = Teacher(pipeline, Guidance(1.0, scale), schedules, steps=16).targets(noise, 3)
     # a reference in 150 steps of DDIM from the same level
     ddim = DDPMFacesScheduler.from_config(pipeline.scheduler.config, algorithm="ddim", clip_sample=False)
     ddim.set_timesteps(timesteps=range(schedules[3].timesteps[0], -1, -1))
@@ -99,7 +104,7 @@ def test_the_teacher_stops_at_each_level_of_the_student(num_timesteps):
         fine, stops = [*teacher.timesteps[number], -1], teacher.stops[number]
         assert fine == sorted(set(fine), reverse=True)
         assert [fine[stop] for stop in stops] == [*schedule.timesteps[1:], -1]
-        assert len(teacher.targets(draw_noise(0, 0, 2, (3, 16, 16)), number, None)) == number
+        assert len(teacher.targets(draw_noise(0, 0, 2, (3, 16, 16)), number)) == number
 
 
 @pytest.mark.parametrize("sigma_min", [0.02, 0.1, 0.9])
@@ -221,6 +226,76 @@ def test_two_processes_end_well_and_agree_with_one(folder):
         torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=0)
 
 
+CAPTIONS = ["a smiling woman with brown hair and glasses", "an older man", "a young woman with a hat"]
+
+
+@pytest.fixture
+def prompted(tmp_path):
+    """A teacher of prompts, and a dataset with captions, some of them missing."""
+    teacher = a_prompt_model()
+    scheduler = DDPMFacesScheduler(300, **SCHEDULE)
+    components = {**teacher.components, "scheduler": scheduler}
+    DDPMFacesPipeline(**components, guidance_scale=2.0).save_pretrained(tmp_path / "teacher")
+    rows = [{"image": Image.new("RGB", (8, 8)), "text": [text, f"{text} again"] if text else []}
+            for text in [*CAPTIONS, ""]]  # fmt: skip
+    (tmp_path / "data").mkdir()
+    Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    return tmp_path
+
+
+def test_a_student_of_prompts_learns_them(prompted):
+    settings = ["--teacher", prompted / "teacher", *OPTIONS, "--max_train_images", 16, "--checkpoint_every_images", 8,
+                "--dataset_name", prompted / "data", "--caption_column", "text"]  # fmt: skip
+    arguments = [str(ROOT / "training" / "distill.py"), *map(str, settings), "--output_dir"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    for number in (1, 2):
+        for result in run_script([*arguments, str(prompted / f"by-{number}")], environment, number):
+            assert result.returncode == 0, result.stderr
+            if "Distilling" in result.stdout:
+                assert "with `guidance_scale` 2 and `autoguidance_scale` 1 into" in result.stdout
+    one, two = (DDPMFacesPipeline.from_pretrained(prompted / f"by-{number}") for number in (1, 2))
+    for name, weight in one.student.state_dict().items():
+        torch.testing.assert_close(two.student.state_dict()[name], weight, atol=1e-4, rtol=0)
+    assert (one.student.text_embedding.weight != one.unet.text_embedding.weight).any()
+    assert (one.student.null_text_embed != one.unet.null_text_embed).any()  # some prompts were empty
+    one.set_progress_bar_config(disable=True)
+    faces = [
+        one(generator=torch.Generator().manual_seed(0), output_type="pt", **call).images
+        for call in ({}, {"prompt": "a young woman"}, {"prompt": "an older man"})
+    ]
+    assert all((a - b).abs().max() > 1e-4 for a, b in itertools.combinations(faces, 2))
+    with pytest.raises(ValueError, match="`guidance_scale` must be 1 for the student"):
+        one("a young woman", guidance_scale=2)
+
+
+def test_prompts_depend_only_on_the_images_seen():
+    pipeline = a_prompt_model()
+    asked = []
+    pipeline.encode_texts = lambda prompts: asked.append(prompts)
+    captions = [[text] for text in CAPTIONS]
+    config = DistillationConfig("x", train_batch_size=400)
+    for share in (slice(0, 400), slice(0, 200), slice(200, 400)):
+        draw_condition(pipeline, captions, config, 800, share)
+    whole, first, second = asked
+    assert whole == first + second
+    assert 20 < whole.count("") < 65  # one in ten
+    assert set(CAPTIONS) < set(whole)
+    assert "with a hat" in whole  # shortened
+    draw_condition(pipeline, captions, config, 1200, slice(0, 400))
+    assert asked[-1] != whole
+
+
+def test_captions_are_given_if_the_teacher_takes_prompts(prompted):
+    teacher = ["--teacher", prompted / "teacher", "--output_dir", prompted / "out"]
+    said = launch(*teacher, code=2)
+    assert "`dataset_name` must be given because `teacher`" in said
+    said = launch(*teacher, "--dataset_name", prompted / "data", code=2)
+    assert "`caption_column` 'caption' of" in said
+    a_teacher().save_pretrained(prompted / "plain")
+    said = launch("--teacher", prompted / "plain", "--dataset_name", prompted / "data", code=2)
+    assert "`dataset_name` must be None because `teacher`" in said
+
+
 def test_a_student_is_trained_further(folder):
     distilled = ["--teacher", folder / "teacher", *OPTIONS]
     launch(*distilled, "--output_dir", folder / "first", "--max_train_images", 16)
@@ -321,12 +396,6 @@ def test_configurations_of_training_are_not_offered(capsys):
 def test_a_missing_teacher_is_named(tmp_path):
     assert "`teacher` must be given" in launch("--output_dir", tmp_path / "out", code=2)
     assert "unknown argument --techer; did you mean --teacher?" in launch("--techer", "x", code=2)
-
-
-def test_a_teacher_of_prompts_is_refused(tmp_path):
-    a_teacher(text_embed_dim=16).save_pretrained(tmp_path / "teacher")
-    said = launch("--teacher", tmp_path / "teacher", "--output_dir", tmp_path / "out", code=2)
-    assert "must have no captions: students know no prompts yet" in said
 
 
 def test_student_preset_is_plain(tmp_path):

@@ -5,8 +5,9 @@ $ accelerate launch training/distill.py --teacher user/faces --student_steps 2 4
 
 `ddpm-faces distill` starts this script, too.
 
-No images are needed. Each field of `ddpm_faces.training.distillation.DistillationConfig` is a flag (see `--help`) and
-a key of the YAML file that `--config` takes. If the run stops, the same command resumes it.
+No images are needed; for a model of prompts, a dataset gives the captions. Each field of
+`ddpm_faces.training.distillation.DistillationConfig` is a flag (see `--help`) and a key of the YAML file that
+`--config` takes. If the run stops, the same command resumes it.
 """
 
 from ddpm_faces.interruption import handle_interrupts
@@ -28,6 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin, set_seed
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
+from ddpm_faces.data.sources import read_captions
 from ddpm_faces.files import replacing
 from ddpm_faces.generation import with_own_scheduler
 from ddpm_faces.models import load_pipeline
@@ -44,6 +46,7 @@ from ddpm_faces.training.distillation import (
     DistillationConfig,
     StudentSchedule,
     Teacher,
+    draw_condition,
     draw_noise,
     finished_pipeline,
     initial_student,
@@ -57,6 +60,7 @@ from ddpm_faces.training.preemption import EXIT_NONFINITE, EXIT_PREEMPTED, Preem
 from ddpm_faces.training.scripts import clip_gradient, make_accelerator, run_script, set_learning_rate
 from ddpm_faces.training.setup import checkpoint_to_resume, locked, setting_up
 from ddpm_faces.training.state import RunState
+from ddpm_faces.training.text import sample_prompts
 
 
 logger = logging.getLogger(__name__)
@@ -74,6 +78,7 @@ class Distillation:
     accelerator: Accelerator
     pipeline: DDPMFacesPipeline
     teacher: Teacher
+    captions: list[list[str]] | None
     schedules: dict[int, StudentSchedule]
     student: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -129,8 +134,7 @@ def distill(config: DistillationConfig, accelerator: Accelerator) -> None:
             )
         if not pipeline.takes_presets:
             raise ValueError(f"`teacher` {config.teacher!r} must have a scheduler of 'ddpm', as after training.")
-        if pipeline.unet.config.get("text_embed_dim") is not None:
-            raise ValueError(f"`teacher` {config.teacher!r} must have no captions: students know no prompts yet.")
+        captions = read_prompts(config, pipeline)
         asked = {"guidance_scale": config.guidance_scale, "autoguidance_scale": config.autoguidance_scale}
         scales: dict[str, Any] = {
             name: pipeline.config[name] if scale is None else scale for name, scale in asked.items()
@@ -169,7 +173,8 @@ def distill(config: DistillationConfig, accelerator: Accelerator) -> None:
     log, preemption = TrainingLog(config, accelerator, state), Preemption(config.time_limit_minutes)
     checkpoints = CheckpointIO(config, accelerator, student, None, None)
     run = Distillation(
-        *(config, accelerator, pipeline, teacher, schedules, student, optimizer, checkpoints, state, log, preemption),
+        *(config, accelerator, pipeline, teacher, captions, schedules, student, optimizer, checkpoints, state, log),
+        preemption=preemption,
         began=time.time(),
     )
     try:
@@ -189,11 +194,29 @@ def distill(config: DistillationConfig, accelerator: Accelerator) -> None:
     finish(run)
 
 
+def read_prompts(config: DistillationConfig, pipeline: DDPMFacesPipeline) -> list[list[str]] | None:
+    """Return the captions of the dataset, or `None` for a teacher without texts.
+
+    Raises:
+        ValueError: There must be a dataset and is none, or the other way round, or it has no captions.
+    """
+    takes_prompts = pipeline.text_encoder is not None
+    if takes_prompts != (config.dataset_name is not None):
+        kind, expected = ("takes prompts", "given") if takes_prompts else ("takes no prompts", "None")
+        raise ValueError(f"`dataset_name` must be {expected} because `teacher` {config.teacher!r} {kind}.")
+    if config.dataset_name is None:
+        return None
+    captions = [texts for texts in read_captions(config.dataset_name, config.caption_column) if texts]
+    if not captions:
+        raise ValueError(f"`dataset_name` {config.dataset_name!r} has no captions in {config.caption_column!r}.")
+    return captions
+
+
 def loop(run: Distillation, guard: GradientGuard) -> None:
     config, accelerator, state = run.config, run.accelerator, run.state
     share = config.train_batch_size // accelerator.num_processes
     mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    classes = run.pipeline.unet.config.get("num_class_embeds")
+    unet = accelerator.unwrap_model(run.student)
     solvers = {number: run.solver(number) for number in config.student_steps}
     entries: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
@@ -202,16 +225,13 @@ def loop(run: Distillation, guard: GradientGuard) -> None:
         number = config.student_steps[(state.images_seen // config.train_batch_size) % len(config.student_steps)]
         noise = draw_noise(config.seed, state.images_seen, config.train_batch_size, run.pipeline.image_shape)[mine]
         x = noise.to(accelerator.device)
-        labels = None
-        if classes is not None:
-            labels = (torch.arange(mine.start, mine.stop) + state.images_seen).remainder(classes).to(x.device)
+        condition = draw_condition(run.pipeline, run.captions, config, state.images_seen, mine)
         solver = solvers[number]
         losses, norms = [], []
         for target, t, sigma in zip(
-            run.teacher.targets(x, number, labels), solver.timesteps, solver.sigmas[1:].tolist(), strict=True
+            run.teacher.targets(x, number, condition), solver.timesteps, solver.sigmas[1:].tolist(), strict=True
         ):
-            kwargs = {} if labels is None else {"class_labels": labels}
-            output = run.student(x, t, **kwargs).sample.float()
+            output = run.student(x, t, **condition.arguments(unet)).sample.float()
             landed, _ = solver.step(output, t, x, return_dict=False)
             loss = (landed * math.hypot(1, sigma) - target).abs().mean()
             accelerator.backward(loss)
@@ -325,7 +345,12 @@ def draw_samples(run: Distillation, path: Path) -> None:
     count = run.config.num_samples
     labels = None if classes is None else [i % classes for i in range(count)]
     generators = [torch.Generator().manual_seed(run.config.seed + i) for i in range(count)]
-    images = pipeline(count, generator=generators, class_labels=labels).images
+    prompts = None
+    if run.captions is not None:
+        frequent = sample_prompts((text for texts in run.captions for text in texts), count)
+        prompts = [frequent[i % len(frequent)] for i in range(count)]
+    batch_size = count if prompts is None else None
+    images = pipeline(batch_size, generator=generators, class_labels=labels, prompt=prompts).images
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as unfinished:
         image_grid(images, scale=max(1, 128 // images[0].width)).save(unfinished, "PNG")

@@ -94,7 +94,7 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
             accelerator.print("Note: the new model understands no prompts, because the run has no `caption_column`.")
         config = replace(config, num_class_embeds=data.num_classes)
         if text is not None:
-            prompts = config.sample_prompts or sample_prompts(data, config.num_samples)
+            prompts = config.sample_prompts or sample_prompts(data.all_captions(), config.num_samples)
             config = replace(config, text_embed_dim=text.dim, sample_prompts=prompts)
         if checkpoint is not None:
             check_same_model(config, checkpoint)

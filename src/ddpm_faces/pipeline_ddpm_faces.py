@@ -889,14 +889,24 @@ class DDPMFacesPipeline(DiffusionPipeline):
         Raises:
             ValueError: The model has no text encoder, or a prompt is not a text.
         """
+        with torch.no_grad():
+            return self.encode_texts(prompt).for_network(self.unet).float()
+
+    def prompt_notes(self, prompt: str | list[str]) -> list[str]:
+        """Name the words of prompts that the model does not know, and the ends that are cut off, in sentences.
+
+        Raises:
+            ValueError: The model has no text encoder, or a prompt is not a text.
+        """
         if self.check_prompts(prompt) is None:
             raise ValueError("`prompt` must be a text or a list of texts, got None.")
-        with torch.no_grad():
-            return self._encode(prompt).for_network(self.unet).float()
+        return prompt_notes(self.tokenizer, self.text_encoder, prompt if isinstance(prompt, list) else [prompt])
 
-    def _encode(self, prompt: str | list[str]) -> Text:
+    @torch.no_grad()
+    def encode_texts(self, prompt: str | list[str]) -> Text:
+        """Encode prompts for a [`Condition`]. It raises and warns as [`encode_prompt`] does."""
         prompts, device = prompt if isinstance(prompt, list) else [prompt], self._execution_device
-        notes = prompt_notes(self.tokenizer, self.text_encoder, prompts)
+        notes = self.prompt_notes(prompts)
         for note in [note for note in notes if note not in self._notes]:  # once, not for each batch
             logger.warning(note)
         self._notes = set(notes)
@@ -912,7 +922,7 @@ class DDPMFacesPipeline(DiffusionPipeline):
     ) -> Text | None:
         """Return the texts or embeddings of `count` prompts, each for `copies` images."""
         if prompt is not None:
-            text = self._encode(prompt)
+            text = self.encode_texts(prompt)
         elif embeds is not None:
             embeds = embeds.to(self._execution_device)
             text = Text(embeds, torch.ones(len(embeds), dtype=torch.bool, device=embeds.device))

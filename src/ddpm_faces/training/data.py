@@ -34,11 +34,11 @@ class TrainingData:
     description: str
     num_held_out: int  # distinct images set aside from the training data; 0 with `validation_split`
 
-    def all_captions(self, num_images: int) -> list[str]:
-        """Return the captions of the training images; of a stream, those of the first `num_images`."""
+    def all_captions(self, num_streamed: int = 20_000) -> list[str]:
+        """Return the captions of the training images; of a stream, those of the first `num_streamed`."""
         if isinstance(self.batches, FaceBatches):
             return [text for texts in self.batches.dataset.captions or [] for text in texts]
-        return self.batches.captions(num_images)
+        return self.batches.captions(num_streamed)
 
 
 def load_training_data(

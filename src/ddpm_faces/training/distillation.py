@@ -22,17 +22,20 @@ import numpy as np
 import torch
 
 from ..generation import with_own_scheduler
-from ..pipeline_ddpm_faces import SOLVER, Condition, DDPMFacesPipeline, Guidance
+from ..pipeline_ddpm_faces import NOTHING, SOLVER, Condition, DDPMFacesPipeline, Guidance
 from ..scheduling_ddpm_faces import DDPMFacesScheduler
 from ..unet_ddpm_faces import DDPMFacesUNet
 from .arguments import parse_config
 from .config import _check_value, _field
+from .text import choose_captions
 
 
 MAX_STUDENT_STEPS = 8
 # The student is told timesteps that are lower by this much for each shorter schedule, so that it knows which one it
 # follows: several begin at the same noise level, but with steps of different lengths.
 TOLD_OFFSET = 0.25
+WITHOUT_PROMPT = 0.1  # share of the images
+_PROMPTS = 4  # key of the random stream, beside those of `text` and `data.draws`
 
 
 @dataclass
@@ -57,6 +60,13 @@ class DistillationConfig:
         "Distillation",
         "Model whose student to train further, with the same numbers of steps (default: start from the teacher).",
     )
+    dataset_name: str | None = _field(
+        None,
+        "Distillation",
+        "For a model of prompts: dataset, on the Hub or in a folder, whose captions are the prompts. Its images are "
+        "not used.",
+    )
+    caption_column: str = _field("caption", "Distillation", "Column of the captions, or `txt` in a folder of images.")
     student_steps: list[int] = _field([4], "Distillation", "Numbers of steps that the student learns, from 1 to 8.")
     teacher_steps: int = _field(4, "Distillation", "Steps that the teacher takes for each step of the student.")
 
@@ -123,6 +133,7 @@ class DistillationConfig:
         """Raise a `ValueError` if a checkpoint with the configuration `earlier` belongs to another distillation."""
         for name in (
             *("teacher", "guidance_scale", "autoguidance_scale", "pretrained_student"),
+            *("dataset_name", "caption_column"),
             *("student_steps", "teacher_steps", "seed", "train_batch_size"),
         ):
             if earlier.get(name) != getattr(self, name):
@@ -216,12 +227,12 @@ class Teacher:
             self.timesteps[number], self.stops[number] = fine, stops
 
     @torch.no_grad()
-    def targets(self, noise: torch.Tensor, number: int, class_labels: torch.Tensor | None) -> list[torch.Tensor]:
+    def targets(self, noise: torch.Tensor, number: int, condition: Condition = NOTHING) -> list[torch.Tensor]:
         """Return where the student's `number` steps from `noise` must land: x_0 + sigma epsilon at each next level."""
         self.solver.set_timesteps(timesteps=self.timesteps[number])
         targets, x = [], noise
         for count, t in enumerate(self.solver.timesteps, start=1):
-            output = self.pipeline.predict(x, t, Condition(class_labels), self.guidance)
+            output = self.pipeline.predict(x, t, condition, self.guidance)
             x = self.solver.step(output, t, x).prev_sample
             if count in self.stops[number]:
                 targets.append(x * math.hypot(1, self.solver.sigmas[count].item()))
@@ -274,6 +285,38 @@ def draw_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> tor
     """Draw the noises of `count` images from image `first` on. They depend on nothing but their numbers."""
     generator = torch.Generator().manual_seed(seed + first)
     return torch.randn((count, *shape), generator=generator)
+
+
+def draw_condition(
+    pipeline: DDPMFacesPipeline,
+    captions: Sequence[Sequence[str]] | None,
+    config: DistillationConfig,
+    images_seen: int,
+    share: slice,
+) -> Condition:
+    """Choose the classes and prompts of a batch. They depend only on the number of images seen.
+
+    One prompt in ten is empty, so that the student also generates faces without a prompt.
+
+    Args:
+        pipeline ([`DDPMFacesPipeline`]): The teacher.
+        captions (`list[list[str]]`, *optional*): The captions of images, for a teacher of prompts.
+        config ([`DistillationConfig`]): The run's configuration.
+        images_seen (`int`): Images before this batch.
+        share (`slice`): The part of the batch that belongs to this process.
+    """
+    classes = pipeline.unet.config.get("num_class_embeds")
+    labels = None
+    if classes is not None:
+        labels = (torch.arange(share.start, share.stop) + images_seen).remainder(classes).to(pipeline.unet.device)
+    if captions is None:
+        return Condition(labels)
+    rng = np.random.default_rng((config.seed, images_seen, _PROMPTS))
+    chosen = rng.integers(len(captions), size=config.train_batch_size)[share]
+    is_hidden = rng.random(config.train_batch_size)[share] < WITHOUT_PROMPT
+    texts = choose_captions([captions[i] for i in chosen], config.seed, images_seen, share)
+    prompts = ["" if hidden else text for text, hidden in zip(texts, is_hidden, strict=True)]
+    return Condition(labels, pipeline.encode_texts(prompts))
 
 
 def finished_pipeline(

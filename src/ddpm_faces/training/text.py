@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .config import TrainingConfig
     from .data import TrainingData
 
-STREAM_CAPTIONS = 20_000  # from which a tokenizer is made
 SHORTENED = 0.5  # share of the captions that lose phrases
 _CAPTIONS = 3  # key of the random stream, beside those of `data.draws`
 
@@ -140,7 +139,7 @@ def make_text_side(
         encoder = pretrained.text_encoder
         return TextSide(pretrained.tokenizer, encoder, is_trained=getattr(encoder.config, TRAINED, False))
     try:
-        tokenizer = make_tokenizer(data.all_captions(STREAM_CAPTIONS))
+        tokenizer = make_tokenizer(data.all_captions())
     except ValueError as error:
         raise ValueError(f"`caption_column` {config.caption_column!r} contains no words.") from error
     return TextSide(tokenizer, make_text_encoder(tokenizer, config.text_embed_dim), is_trained=True)
@@ -184,9 +183,9 @@ def choose_captions(captions: Sequence[Sequence[str]], seed: int, images_seen: i
     return chosen
 
 
-def sample_prompts(data: "TrainingData", count: int) -> list[str]:
+def sample_prompts(captions: Iterable[str], count: int) -> list[str]:
     """Choose prompts for sample grids: captions of the training data, each once, evenly from its frequent ones."""
-    frequent = [text for text, _ in Counter(data.all_captions(STREAM_CAPTIONS)).most_common(4 * count)]
+    frequent = [text for text, _ in Counter(captions).most_common(4 * count)]
     return frequent[:: max(1, len(frequent) // count)][:count]
 
 
