@@ -17,6 +17,7 @@ from conftest import tiny_unet
 from hub_server import OWNER_TOKEN, READER_TOKEN
 from lowest_versions import lowest_versions
 from PIL import Image
+from test_prompts import a_prompt_model
 
 import ddpm_faces
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
@@ -138,6 +139,78 @@ def test_slerp_keeps_the_norm_of_the_noise():
     torch.testing.assert_close(
         (middle * start).sum() / start.norm(), (middle * end).sum() / end.norm(), rtol=0.2, atol=0
     )
+
+
+# Prompts
+
+
+@pytest.fixture
+def maker_of_prompts():
+    pipeline = a_prompt_model()
+    pipeline.set_guidance(guidance_scale=2.0)
+    return app.FaceMaker(pipeline, "user/prompts")
+
+
+def test_faces_of_a_prompt_are_those_of_the_pipeline(maker_of_prompts):
+    html, path = last(maker_of_prompts.faces(7, 3, 4, prompt="a young woman", guidance_scale=3))
+    generators = [torch.Generator().manual_seed(7 + i) for i in range(3)]
+    pipeline = a_prompt_model().optimize()
+    faces = pipeline(["a young woman"] * 3, 4, generators, guidance_scale=3).images
+    image = Image.open(path)
+    assert image.convert("RGB").tobytes() == app.grid(faces).tobytes()
+    assert (image.text["prompt"], image.text["guidance_scale"]) == ("a young woman", "3.0")
+    assert "know" not in html
+
+    # Without a prompt, nothing guides.
+    image = Image.open(last(maker_of_prompts.faces(7, 3, 4))[1])
+    faces = pipeline(3, 4, [torch.Generator().manual_seed(7 + i) for i in range(3)]).images
+    assert image.convert("RGB").tobytes() == app.grid(faces).tobytes()
+    assert "prompt" not in image.text
+
+
+def test_unknown_words_are_named_and_escaped(maker_of_prompts):
+    html, _ = last(maker_of_prompts.faces(7, 1, 2, prompt="a <b>zebra</b> woman"))
+    assert "zebra" in html
+    assert "ignores them: &lt;, b, &gt;, zebra" in html
+    assert "<b>" not in html
+
+
+def test_a_walk_between_prompts_keeps_the_noise(maker_of_prompts):
+    prompts = {"prompt": "a young woman", "other_prompt": "an older man"}
+    html, webp, gif = last(maker_of_prompts.walk(3, 3, num_frames=5, steps=4, **prompts))
+    _, *strip = pictures(html)
+    ends = [pictures(last(maker_of_prompts.faces(3, 1, 4, prompt=text))[0])[0] for text in prompts.values()]
+    assert [image.tobytes() for image in (strip[0], strip[-1])] == [image.tobytes() for image in ends]
+    assert len({image.tobytes() for image in strip}) == 5
+    comment = "seeds 3 to 3, 4 steps, prompts 'a young woman' to 'an older man', guidance scale 2"
+    assert Image.open(gif).info["comment"].decode().endswith(comment)
+    # from any face to one of the prompt
+    html, *_ = last(maker_of_prompts.walk(3, 3, 3, 4, other_prompt="an older man"))
+    assert len({image.tobytes() for image in pictures(html)[1:]}) == 3
+    with pytest.raises(gr.Error, match="The two seeds or the two prompts must differ."):
+        next(maker_of_prompts.walk(3, 3, 5, 4, prompt="a woman", other_prompt="a woman"))
+
+
+def test_prompts_outside_the_limits_are_refused(maker, maker_of_prompts):
+    for values, message in (
+        ({"prompt": "a" * 201}, "A prompt must be a text of at most 200 characters."),
+        ({"prompt": 3}, "A prompt must be a text"),
+        ({"prompt": "a woman", "guidance_scale": 0.9}, "The guidance scale must be a number from 1 to 5, got 0.9."),
+        ({"prompt": "a woman", "guidance_scale": "2"}, "The guidance scale must be a number from 1 to 5, got '2'."),
+    ):
+        with pytest.raises(gr.Error, match=re.escape(message)):
+            next(maker_of_prompts.faces(0, 1, 3, **values))
+    with pytest.raises(gr.Error, match="This model does not take prompts."):
+        next(maker.faces(0, 1, 3, prompt="a woman"))
+
+
+def test_only_words_that_the_model_knows_are_offered(maker, maker_of_prompts):
+    assert maker_of_prompts.known(["a smiling woman", "a zebra"]) == ["a smiling woman"]
+    assert maker.known(["a smiling woman"]) == []
+    ours = {"Prompt", "From prompt", "To prompt", "Guidance scale"}
+    for model, expected in ((maker_of_prompts, ours), (maker, set())):
+        blocks = app.build(model).blocks.values()
+        assert ours & {getattr(block, "label", None) for block in blocks} == expected
 
 
 # Limits for visitors
@@ -290,6 +363,17 @@ def test_push_space(server, command, published, bare_client, tmp_path):
     assert code == 0, output
     assert repo.files["notes.txt"] == b"mine"
     assert "title: My faces\n" in repo.files["README.md"].decode()
+
+
+def test_space_of_a_model_of_prompts_installs_transformers(server, command, published):
+    files = {**server.repos["models", published].files, "text_encoder/config.json": b"{}"}
+    server.put("models", "owner/prompts", files)
+    code, output = command("push-space", "owner/prompts", "owner/prompts-demo")
+    assert code == 0, output
+    requirements = server.repos["spaces", "owner/prompts-demo"].files["requirements.txt"].decode().split()
+    assert f"transformers>={lowest_versions()['transformers']}" in requirements
+    assert command("push-space", published, "owner/plain-demo")[0] == 0
+    assert b"transformers" not in server.repos["spaces", "owner/plain-demo"].files["requirements.txt"]
 
 
 def test_space_of_a_private_model_needs_a_token(server, command, published):

@@ -1,5 +1,6 @@
 """The demo in a browser, at desktop and phone size."""
 
+import contextlib
 import io
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import tiny_unet
 from PIL import Image
+from test_prompts import a_prompt_model
 
 import ddpm_faces
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
@@ -21,15 +23,15 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
+HERE = "http://127.0.0.1:"
 TIMEOUT = 120_000  # ms, for a busy machine
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """The address of `ddpm-faces demo` with a small model."""
-    folder = tmp_path_factory.mktemp("demo")
-    DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=20)).save_pretrained(folder / "tiny")
+@contextlib.contextmanager
+def served(pipeline, folder):
+    """The address of `ddpm-faces demo` with a model."""
+    pipeline.save_pretrained(folder / "tiny")
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
@@ -47,6 +49,19 @@ def address(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    pipeline = DDPMFacesPipeline(tiny_unet(), DDPMFacesScheduler(num_train_timesteps=20))
+    with served(pipeline, tmp_path_factory.mktemp("demo")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def prompt_address(tmp_path_factory):
+    with served(a_prompt_model(), tmp_path_factory.mktemp("prompts")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as driver:
         # As root, which CI is, Chromium starts without its sandbox only.
@@ -59,7 +74,7 @@ def page(request, browser, address):
     with browser.new_page(viewport=request.param) as page:
         page.set_default_timeout(TIMEOUT)
         strangers, errors = [], []
-        page.on("request", lambda r: strangers.append(r.url) if not r.url.startswith((address, "data:")) else None)
+        page.on("request", lambda r: strangers.append(r.url) if not r.url.startswith((HERE, "data:")) else None)
         page.on("pageerror", lambda error: errors.append(error))
         page.goto(address)
         yield page
@@ -133,6 +148,26 @@ def test_walk(page):
         page.get_by_label(field).fill("5")
     page.click("#walk-run")
     page.get_by_text("The two seeds must differ.").wait_for()
+
+
+def test_prompts(page, prompt_address):
+    """Examples and buttons fill the field for the prompt."""
+    page.goto(prompt_address)
+    assert page.get_by_role("button", name="beard", exact=True).count() == 0  # an unknown word
+    prompt = page.locator("#face-prompt textarea")
+    page.get_by_role("button", name="glasses", exact=True).first.click()
+    page.wait_for_function("document.querySelector('#face-prompt textarea').value == 'with glasses'")
+    prompt.fill("a young woman")
+    page.get_by_role("button", name="glasses", exact=True).first.click()
+    page.wait_for_function("document.querySelector('#face-prompt textarea').value == 'a young woman with glasses'")
+    page.get_by_text("a smiling woman with brown hair and glasses").first.click()
+    page.wait_for_function("document.querySelector('#face-prompt textarea').value.startsWith('a smiling woman with')")
+    prompt.fill("a young <i>zebra</i>")
+    page.click("#generate")
+    finished(page, "#faces")
+    page.get_by_text("The model does not know these words and ignores them: <, i, >, zebra").wait_for()
+    _, image = download(page, "Download PNG")
+    assert image.text["prompt"] == "a young <i>zebra</i>"
 
 
 def test_uploads_are_refused(page, address):

@@ -7,7 +7,9 @@ ddpm-faces package is not installed there: the code of the pipeline comes with t
 
 import base64
 import contextlib
+import html
 import io
+import json
 import math
 import queue
 import tempfile
@@ -30,7 +32,18 @@ MODEL, REVISION = "", ""
 MAX_IMAGES, MAX_FRAMES, MAX_STEPS, MAX_WAITING = 16, 16, 50, 20
 MIN_FRAMES, DEFAULT_STEPS = 3, 15
 MAX_SEED = 2**31 - 1
+MAX_PROMPT, MAX_SCALE = 200, 5.0  # characters, and guidance scale
 IN_TURN = -1  # each image has the next class
+# Those whose words the model knows are offered.
+EXAMPLES = (
+    "a smiling woman with brown hair and glasses",
+    "an old man with a beard and sunglasses",
+    "a serious young man with black hair",
+    "a cheerful girl with blond hair",
+    "a smiling face with long brown hair and round glasses",
+    "a face with short gray hair",
+)
+ATTRIBUTES = ("a smile", "glasses", "sunglasses", "a beard", "a hat", "blond hair", "black hair", "gray hair")
 FRAME_MS, PAUSE_MS = 90, 700  # durations in a walk: of each image, and at both ends
 Event = tuple[str, str | None]  # HTML to show, and the file to download once it exists
 SOFTWARE = "ddpm-faces"
@@ -68,40 +81,79 @@ class FaceMaker:
         height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
         self.shape = (config.in_channels, height, width)
         self.num_classes = config.get("num_class_embeds") or 0
+        self.is_prompted = pipeline.components.get("text_encoder") is not None
+        self.guidance_scale = pipeline.config.get("guidance_scale", 1.0)
+        self.max_scale = max(MAX_SCALE, self.guidance_scale)
         self.max_steps = min(MAX_STEPS, scheduler.config.num_train_timesteps)
         has_default = pipeline.config.default_preset not in (None, "exact")
         self.default_steps = min(pipeline.num_timesteps if has_default else DEFAULT_STEPS, self.max_steps)
 
-    def faces(self, seed: int, num_images: int, steps: int, label: int = IN_TURN) -> Iterator[Event]:
+    def known(self, prompts: Sequence[str]) -> list[str]:
+        """Return those prompts of which the model knows all words."""
+        return [prompt for prompt in prompts if self.is_prompted and not self.pipeline.prompt_notes(prompt)]
+
+    def faces(
+        self,
+        seed: int,
+        num_images: int,
+        steps: int,
+        label: int = IN_TURN,
+        prompt: str = "",
+        guidance_scale: float | None = None,
+    ) -> Iterator[Event]:
         """Generate a grid; image i has the seed `seed` + i."""
         seed = whole_number("The seed", seed, 0, MAX_SEED)
         num_images = whole_number("The number of images", num_images, 1, MAX_IMAGES)
         labels, steps = self._labels(label, num_images), self._steps(steps)
+        text, notes = self._text([prompt], guidance_scale)
         seeds = [seed + i for i in range(num_images)]
         latents = torch.cat([self._noise(seed) for seed in seeds])
-        for step, images in self._denoise(latents, steps, labels):
+        if text:
+            text["prompt_embeds"] = text["prompt_embeds"].expand(num_images, -1)
+        for step, images in self._denoise(latents, steps, labels, text):
             if step < steps:
                 yield show_faces(images, seeds, progress(step, steps)), None
         with tempfile.TemporaryDirectory() as folder:  # Gradio copies the file before it asks for more
             path = Path(folder, f"faces-{seed}.png")
             seeds_text = f"{seeds[0]} to {seeds[-1]}" if num_images > 1 else str(seed)
-            grid(images).save(path, pnginfo=self._metadata(seed=seeds_text, steps=steps, class_labels=labels))
-            note = f'<div class="note">Made in {steps} steps</div>'
-            yield show_faces(images, seeds, note), str(path)
+            values = {"seed": seeds_text, "steps": steps, "class_labels": labels}
+            values |= {"prompt": prompt, "guidance_scale": text["guidance_scale"]} if text else {}
+            grid(images).save(path, pnginfo=self._metadata(**values))
+            yield show_faces(images, seeds, finished(steps, notes)), str(path)
 
     def walk(
-        self, seed: int, other_seed: int, num_frames: int, steps: int, label: int = 0
+        self,
+        seed: int,
+        other_seed: int,
+        num_frames: int,
+        steps: int,
+        label: int = 0,
+        prompt: str = "",
+        other_prompt: str = "",
+        guidance_scale: float | None = None,
     ) -> Iterator[tuple[str, str | None, str | None]]:
-        """Generate the faces between those of two seeds (section 4.2 of https://huggingface.co/papers/2006.11239)."""
+        """Generate the faces between those of two seeds and two prompts.
+
+        The noise is interpolated spherically (section 4.2 of https://huggingface.co/papers/2006.11239), the embeddings
+        of the prompts linearly.
+        """
         seed = whole_number("The first seed", seed, 0, MAX_SEED)
         other_seed = whole_number("The second seed", other_seed, 0, MAX_SEED)
-        if seed == other_seed:
-            raise gr.Error("The two seeds must differ.", print_exception=False)
         num_frames = whole_number("The number of images", num_frames, MIN_FRAMES, MAX_FRAMES)
         labels, steps = self._labels(label, num_frames), self._steps(steps)
+        text, notes = self._text([prompt, other_prompt], guidance_scale)
+        if seed == other_seed and (not text or prompt == other_prompt):
+            also = " or the two prompts" if self.is_prompted else ""
+            raise gr.Error(f"The two seeds{also} must differ.", print_exception=False)
+        fractions = [i / (num_frames - 1) for i in range(num_frames)]
         start, end = self._noise(seed), self._noise(other_seed)
-        latents = torch.cat([slerp(start, end, i / (num_frames - 1)) for i in range(num_frames)])
-        for step, images in self._denoise(latents, steps, labels):
+        latents = start.repeat(num_frames, 1, 1, 1)
+        if seed != other_seed:
+            latents = torch.cat([slerp(start, end, fraction) for fraction in fractions])
+        if text:
+            first_text, last_text = text["prompt_embeds"]
+            text["prompt_embeds"] = torch.stack([first_text.lerp(last_text, fraction) for fraction in fractions])
+        for step, images in self._denoise(latents, steps, labels, text):
             if step < steps:
                 yield show_walk(images, seed, other_seed, progress(step, steps)), None, None
         there_and_back = [*images, *images[-2:0:-1]]
@@ -109,6 +161,8 @@ class FaceMaker:
         scale = max(1, 256 // images[0].width)
         first, *others = [enlarged(image, scale) for image in there_and_back]
         comment = f"{SOFTWARE}, model {self.model}, seeds {seed} to {other_seed}, {steps} steps"
+        if text:
+            comment += f", prompts {prompt!r} to {other_prompt!r}, guidance scale {text['guidance_scale']:g}"
         with tempfile.TemporaryDirectory() as folder:
             webp, gif = (Path(folder, f"walk-{seed}-{other_seed}.{suffix}") for suffix in ("webp", "gif"))
             exif = Image.Exif()
@@ -116,8 +170,8 @@ class FaceMaker:
             animation: dict[str, Any] = {"save_all": True, "append_images": others, "duration": durations, "loop": 0}
             first.save(webp, quality=90, exif=exif, **animation)
             first.save(gif, comment=comment.encode(), **animation)
-            note = f'<div class="note">Made in {steps} steps</div>'
-            yield show_walk(images, seed, other_seed, note, webp.read_bytes()), str(webp), str(gif)
+            shown = show_walk(images, seed, other_seed, finished(steps, notes), webp.read_bytes())
+            yield shown, str(webp), str(gif)
 
     def _noise(self, seed: int) -> torch.Tensor:
         """Return the initial noise of the face of a seed, of shape `(1, channels, height, width)`."""
@@ -132,19 +186,34 @@ class FaceMaker:
     def _steps(self, steps: int) -> int:
         return whole_number("The number of steps", steps, 1, self.max_steps)
 
+    def _text(self, prompts: list[str], guidance_scale: float | None) -> tuple[dict[str, Any], list[str]]:
+        """Return arguments of the pipeline for prompts, or none without any, and what the visitor should know."""
+        for prompt in prompts:
+            if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT:
+                raise gr.Error(f"A prompt must be a text of at most {MAX_PROMPT} characters.", print_exception=False)
+        if not any(prompt.strip() for prompt in prompts):
+            return {}, []
+        if not self.is_prompted:
+            raise gr.Error("This model does not take prompts.", print_exception=False)
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 1 <= scale <= self.max_scale:
+            message = f"The guidance scale must be a number from 1 to {self.max_scale:g}, got {scale!r}."
+            raise gr.Error(message, print_exception=False)
+        text = {"prompt_embeds": self.pipeline.encode_prompt(prompts), "guidance_scale": float(scale)}
+        return text, self.pipeline.prompt_notes(prompts)
+
     def _metadata(self, **values: Any) -> PngInfo:
         info = PngInfo()
-        values = {"Software": SOFTWARE, "model": self.model, **values}
-        for name in ("guidance_scale", "autoguidance_scale"):
-            scale = self.pipeline.config.get(name, 1.0)
-            values |= {name: scale} if scale != 1 else {}
+        scales = {name: self.pipeline.config.get(name, 1.0) for name in ("guidance_scale", "autoguidance_scale")}
+        scales = {name: scale for name, scale in scales.items() if scale != 1}
+        values = {"Software": SOFTWARE, "model": self.model, **scales, **values}
         for name, value in values.items():
             if value is not None:
                 info.add_text(name, str(value))
         return info
 
     def _denoise(
-        self, latents: torch.Tensor, steps: int, labels: list[int] | None
+        self, latents: torch.Tensor, steps: int, labels: list[int] | None, text: dict[str, Any]
     ) -> Iterator[tuple[int, list[Image.Image]]]:
         """Yield (number of steps taken, images) while the pipeline runs. The last are the faces.
 
@@ -164,11 +233,12 @@ class FaceMaker:
         with ThreadPoolExecutor(1) as executor:
             result = executor.submit(
                 self.pipeline,
-                batch_size=len(latents),
+                batch_size=None if text else len(latents),
                 num_inference_steps=steps,
                 latents=latents,
                 class_labels=labels,
                 callback_on_step_end=on_step_end,
+                **text,
             )
             result.add_done_callback(lambda _: previews.put(None))
             try:
@@ -223,7 +293,7 @@ def columns_of(num_images: int) -> int:
     return {1: 1, 2: 2, 4: 2, 3: 3, 5: 3, 6: 3, 9: 3}.get(num_images, 4)
 
 
-# HTML. Its text consists of numbers, so no input of a visitor needs to be escaped.
+# HTML. Only notes contain texts of a visitor.
 
 
 def show_faces(images: Sequence[Image.Image], seeds: Sequence[int], note: str) -> str:
@@ -257,6 +327,10 @@ def progress(step: int, steps: int) -> str:
     return f'<div class="note">{bar}Step {step} of {steps}</div>'
 
 
+def finished(steps: int, notes: Sequence[str]) -> str:
+    return f'<div class="note">{html.escape(". ".join([f"Made in {steps} steps", *notes]))}</div>'
+
+
 def picture(image: Image.Image, alt: str) -> str:
     data = io.BytesIO()
     image.save(data, "WEBP", quality=92)
@@ -278,6 +352,8 @@ CSS = """
 .walk, #walk .empty { max-width: 320px; margin: 0 auto 12px; }
 .strip img { border-radius: 4px; }
 .strip { display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: 4px; }
+.chips { gap: 6px !important; }
+.chips button { flex: 0 0 auto; min-width: 0 !important; padding: 2px 10px; font-weight: normal; border-radius: 99px; }
 .note { display: flex; align-items: center; gap: 12px; min-height: 32px; font-size: 13px; }
 .bar { flex: 1; height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
 .bar div { height: 100%; background: var(--color-accent); }
@@ -312,19 +388,24 @@ def faces_tab(maker: FaceMaker) -> None:
             shown = gr.HTML(placeholder(8, columns=4), elem_id="faces")
             file = gr.DownloadButton("Download PNG", size="sm", interactive=False)
         with gr.Column(scale=2, min_width=300):
+            prompt = prompt_box(maker, "Prompt", "face-prompt")
+            if examples := maker.known(EXAMPLES):
+                gr.Examples(examples, prompt, label="Examples", api_visibility="private")
             seed = seed_number(42, "Seed", "Seed of the first face; the next faces use the next seeds.")
             num_images = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Number of faces", buttons=[])
             steps = steps_slider(maker)
-            label = class_dropdown(maker, IN_TURN)
+            label, scale = class_dropdown(maker, IN_TURN), guidance_slider(maker)
             with gr.Row():
                 dice = gr.Button("🎲 New seed", min_width=120, elem_id="dice")
                 run = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
 
     def generate(*values) -> Iterator[tuple]:
-        for html, path in maker.faces(*values):
-            yield html, gr.DownloadButton(value=path, interactive=path is not None)
+        for content, path in maker.faces(*values):
+            yield content, gr.DownloadButton(value=path, interactive=path is not None)
 
-    listen(generate, "faces", [run.click, seed.submit], dice, [seed], [seed, num_images, steps, label], [shown, file])
+    starts = [run.click, seed.submit, *submits(prompt)]
+    inputs = [seed, num_images, steps, label, prompt, scale]
+    listen(generate, "faces", starts, dice, [seed], inputs, [shown, file])
 
 
 def walk_tab(maker: FaceMaker) -> None:
@@ -335,21 +416,26 @@ def walk_tab(maker: FaceMaker) -> None:
                 webp = gr.DownloadButton("Download WebP", size="sm", min_width=120, interactive=False)
                 gif = gr.DownloadButton("Download GIF", size="sm", min_width=120, interactive=False)
         with gr.Column(scale=2, min_width=300):
+            prompts = [
+                prompt_box(maker, "From prompt", "walk-prompt"),
+                prompt_box(maker, "To prompt", "walk-other-prompt"),
+            ]
             with gr.Row():
                 seeds = [seed_number(42, "From seed"), seed_number(47, "To seed")]
             num_frames = gr.Slider(MIN_FRAMES, MAX_FRAMES, 12, step=1, label="Number of images", buttons=[])
             steps = steps_slider(maker)
-            label = class_dropdown(maker, 0)
+            label, scale = class_dropdown(maker, 0), guidance_slider(maker)
             with gr.Row():
                 dice = gr.Button("🎲 New seeds", min_width=120, elem_id="walk-dice")
                 run = gr.Button("Walk", variant="primary", min_width=120, elem_id="walk-run")
 
     def walk(*values) -> Iterator[tuple]:
-        for html, *paths in maker.walk(*values):
-            yield html, *(gr.DownloadButton(value=path, interactive=path is not None) for path in paths)
+        for content, *paths in maker.walk(*values):
+            yield content, *(gr.DownloadButton(value=path, interactive=path is not None) for path in paths)
 
-    starts = [run.click, *(seed.submit for seed in seeds)]
-    listen(walk, "walk", starts, dice, seeds, [*seeds, num_frames, steps, label], [shown, webp, gif])
+    starts = [run.click, *(seed.submit for seed in seeds), *submits(*prompts)]
+    inputs = [*seeds, num_frames, steps, label, *prompts, scale]
+    listen(walk, "walk", starts, dice, seeds, inputs, [shown, webp, gif])
 
 
 def listen(function, name: str, starts: list, dice: gr.Button, seeds: list, inputs: list, outputs: list) -> None:
@@ -374,6 +460,42 @@ def class_dropdown(maker: FaceMaker, value: int) -> gr.Dropdown | gr.State:
         return gr.State(IN_TURN)
     choices = [("All in turn", IN_TURN), *((f"Class {i}", i) for i in range(maker.num_classes))]
     return gr.Dropdown(choices, value=value, label="Class")
+
+
+def prompt_box(maker: FaceMaker, label: str, name: str) -> gr.Textbox | gr.State:
+    """Return a field for a prompt, with examples and with buttons that add attributes to it."""
+    if not maker.is_prompted:
+        return gr.State("")
+    box = gr.Textbox(
+        label=label,
+        placeholder="Faces of any kind",
+        max_length=MAX_PROMPT,
+        max_lines=2,
+        elem_id=name,
+        submit_btn=False,
+    )
+    attributes = maker.known(ATTRIBUTES)
+    with gr.Row(elem_classes="chips"):
+        for attribute in attributes:
+            chip = gr.Button(attribute.removeprefix("a "), size="sm", variant="secondary")
+            # "a man" + "glasses" = "a man with glasses", and then "... and a hat"
+            add = f"""text => {{
+                text = text.trim() || {json.dumps(maker.known(["a face", "a person", ""])[0])};
+                return (text + (/\\bwith\\b/.test(text) ? " and " : " with ") + {json.dumps(attribute)}).trim();
+            }}"""
+            chip.click(None, box, box, js=add, api_visibility="private")
+    return box
+
+
+def submits(*boxes: gr.Textbox | gr.State) -> list:
+    return [box.submit for box in boxes if isinstance(box, gr.Textbox)]
+
+
+def guidance_slider(maker: FaceMaker) -> gr.Slider | gr.State:
+    if not maker.is_prompted:
+        return gr.State(None)
+    info = "Larger values follow the prompt more closely, with less variety."
+    return gr.Slider(1, maker.max_scale, maker.guidance_scale, step=0.1, label="Guidance scale", info=info, buttons=[])
 
 
 def launch(maker: FaceMaker, **settings: Any) -> gr.Blocks:

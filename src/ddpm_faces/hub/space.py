@@ -22,6 +22,7 @@ REQUIREMENTS = (
     "safetensors>=0.8",
     "torch>=2.6",
 )
+TEXT_REQUIREMENT = "transformers>=5.18"  # of a model with a text encoder
 _APP = Path(__file__).parents[1] / "demo" / "app.py"
 _MODEL_LINE = 'MODEL, REVISION = "", ""'
 
@@ -63,9 +64,10 @@ def push_space(
     if not title.strip() or "\n" in title:
         raise ValueError(f"`title` must be one line of text, got {title!r}.")
     info = _model_info(model, token)
+    takes_prompts = any(file.rfilename.startswith("text_encoder/") for file in info.siblings or [])
 
     def write(folder: Path, old_card: str | None) -> None:
-        for name, text in space_files(model, info.sha or "main", title).items():
+        for name, text in space_files(model, info.sha or "main", title, takes_prompts).items():
             (folder / name).write_text(text, "utf-8")
 
     message = f"Publish the demo of {model}"
@@ -73,7 +75,7 @@ def push_space(
     return Space(commit, f"{_api(token).endpoint}/spaces/{repo_id}", bool(info.private or info.gated))
 
 
-def space_files(model: str, revision: str, title: str) -> dict[str, str]:
+def space_files(model: str, revision: str, title: str, takes_prompts: bool = False) -> dict[str, str]:
     """Return the content of the three files of a Space by their names."""
     app = _APP.read_text("utf-8")
     if app.count(_MODEL_LINE) != 1:
@@ -93,7 +95,7 @@ def space_files(model: str, revision: str, title: str) -> dict[str, str]:
     text = f"Generate faces with [{model}](https://huggingface.co/{model}), and walk between them.\n"
     return {
         "app.py": app.replace(_MODEL_LINE, f'MODEL, REVISION = "{model}", "{revision}"'),
-        "requirements.txt": "\n".join(REQUIREMENTS) + "\n",
+        "requirements.txt": "\n".join([*REQUIREMENTS, *([TEXT_REQUIREMENT] if takes_prompts else [])]) + "\n",
         "README.md": f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n{text}",
     }
 
