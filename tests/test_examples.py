@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, load_dataset
 from PIL import Image
+from test_prompts import a_prompt_model
 
 from ddpm_faces import DrawnFaces
 
@@ -49,6 +51,69 @@ def test_generate(run, model, tmp_path):
     assert one.shape == (128, 128, 3)
     assert four.shape == (258, 258, 3)
     assert abs(four[:128, :128] - one).max() <= 1  # face 0 does not depend on the number of faces
+
+
+def test_prompts(run, tmp_path):
+    a_prompt_model().save_pretrained(tmp_path / "model")
+    prompts = ["a young woman", "an older man"]
+    rows, walk = tmp_path / "rows.png", tmp_path / "walk.png"
+    run("examples/prompts.py", tmp_path / "model", *prompts, "--num_images", 3, "--output", rows)
+    run("examples/prompts.py", tmp_path / "model", *prompts, "--walk", "--num_images", 3, "--output", walk)
+    rows, walk = (np.asarray(Image.open(path)).astype(int) for path in (rows, walk))
+    assert rows.shape == (2 * 98 - 2, 180 + 3 * 98 - 2, 3)
+    assert rows[:, :180].min() < 50  # the prompts
+    assert walk.shape == (96, 180 + 3 * 98 - 2, 3)
+    faces = [walk[:, 180 + 98 * i : 180 + 98 * i + 96] for i in range(3)]
+    assert abs(faces[0] - rows[:96, 180:276]).max() <= 1  # the noise of the first seed, with both prompts
+    assert abs(faces[2] - rows[98:, 180:276]).max() <= 1
+    assert abs(faces[1] - faces[0]).max() > 1
+    with pytest.raises(SystemExit):
+        run("examples/prompts.py", tmp_path / "model", "a woman", "--walk")
+
+
+def test_write_captions(run, tmp_path):
+    columns = {
+        "image": [Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(4)],
+        "caption": ["a smiling older man", None, "a young woman with glasses", "a face"],
+        "gender": ["male", "female", "female", None],
+        "age": [72.0, 8.0, None, None],
+        "smile": [True, False, False, None],
+        "hair": ["bald", "blond", None, None],
+        "glasses": ["none", "none", "glasses", None],
+        "beard": [True, False, False, None],
+    }
+    (tmp_path / "faces").mkdir()
+    for split in ("train", "test"):
+        Dataset.from_dict(columns).to_parquet(tmp_path / "faces" / f"{split}.parquet")
+    output = tmp_path / "written"
+    run("examples/write_captions.py", tmp_path / "faces", output, "--num_captions", 40)
+    written = load_dataset(str(output))
+    assert set(written) == {"train", "test"}
+    rows = written["train"]
+    assert [row["image"].getpixel((0, 0)) for row in rows] == [image.getpixel((0, 0)) for image in columns["image"]]
+    old, girl, woman, face = rows["captions"]
+    assert old[0] == "a smiling older man"
+    assert len(old) == len(set(old)) > 20
+    words = [{*" ".join(texts[1:]).replace(",", "").split()} for texts in (old, girl, woman, face)]
+    assert {"old", "elderly", "seventies", "bearded", "bald", "cheerful", "gentleman"} < words[0]
+    assert not {"woman", "glasses", "young", "her"} & (words[0] - {"glasses"})
+    assert all("without glasses" in text for text in old if "glasses" in text)
+    assert {"girl", "child", "blonde", "fair", "serious"} < words[1]
+    assert not {"boy", "woman", "beard", "old", "smiling"} & words[1]
+    assert {"lady", "young", "spectacles"} < words[2]
+    assert not {"without", "hair", "guy"} & words[2]
+    assert words[3] == {"a", "person"}
+    again = tmp_path / "again"
+    run("examples/write_captions.py", tmp_path / "faces", again, "--num_captions", 40)
+    assert load_dataset(str(again))["train"]["captions"][:] == rows["captions"][:]
+
+    with pytest.raises(SystemExit):  # it would be overwritten
+        run("examples/write_captions.py", tmp_path / "faces", output)
+    Dataset.from_dict({"image": columns["image"]}).to_parquet(tmp_path / "faces" / "train.parquet")
+    (tmp_path / "faces" / "test.parquet").unlink()
+    with pytest.raises(SystemExit):
+        run("examples/write_captions.py", tmp_path / "faces", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_denoising_strip(run, model, tmp_path):

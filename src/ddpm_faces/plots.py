@@ -1,6 +1,7 @@
 """Plots of results: image grids, denoising strips, loss curves."""
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -59,6 +60,30 @@ def labelled_strip(
     fig.tight_layout(pad=0.4)
     fig.savefig(path, dpi=120)
     plt.close(fig)
+
+
+def labelled_rows(
+    rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], scale: int = 1, label_width: int = 180
+) -> Image.Image:
+    """Arrange rows of images, each beside its label, such as the prompt of these images.
+
+    Args:
+        rows (`list[list[PIL.Image.Image]]`): Rows of images, all of the same size.
+        labels (`list[str]`): Label of each row. Long ones are broken into lines.
+        scale (`int`, defaults to 1): Factor by which each pixel is enlarged.
+        label_width (`int`, defaults to 180): Width of the labels in pixels.
+    """
+    grids = [image_grid(row, columns=len(row), scale=scale) for row in rows]
+    height = grids[0].height + 2
+    canvas = Image.new("RGB", (label_width + grids[0].width, len(grids) * height - 2), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (grid, label) in enumerate(zip(grids, labels, strict=True)):
+        canvas.paste(grid, (label_width, i * height))
+        text = "\n".join(textwrap.wrap(label, width=label_width // 8))
+        draw.text(
+            (label_width - 10, i * height + grid.height / 2), text, "black", anchor="rm", align="right", font_size=14
+        )
+    return canvas
 
 
 def side_by_side(grids: Mapping[str, Image.Image], margin: int = 12) -> Image.Image:
