@@ -14,7 +14,8 @@ from ddpm_faces.data import FaceBatches, load_faces
 from ddpm_faces.data.captions import captions_of
 from ddpm_faces.data.stream import open_stream
 from ddpm_faces.text import make_text_encoder, make_tokenizer
-from ddpm_faces.training.text import PromptedUNet, TextSide, choose_captions
+from ddpm_faces.training.scripts import set_learning_rate
+from ddpm_faces.training.text import PromptedUNet, TextSide, choose_captions, parameter_groups
 
 
 TEXTS = ["a man with a hat", ["a woman", "a lady"], None, ["", " a  girl\n"], "", []]
@@ -124,3 +125,18 @@ def test_network_sees_the_texts_that_are_kept(is_trained):
 def _encode(tokenizer, encoder, text):
     output = encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state
     return output.mean(dim=1)
+
+
+def test_the_encoder_learns_more_slowly_than_the_network():
+    unet = tiny_unet(text_embed_dim=16)
+    network = PromptedUNet(unet, make_text_encoder(make_tokenizer(["a man"]), dim=16))
+    optimizer = torch.optim.SGD(parameter_groups(network), lr=1.0)
+    set_learning_rate(optimizer, 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(rates) == {id(p) for p in network.parameters()}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(rates)
+    assert {rates[id(p)] for p in unet.parameters()} == {0.5}
+    assert {rates[id(p)] for p in network.text_encoder.parameters()} == {0.05}
+    for plain in (unet, PromptedUNet(unet)):  # embeddings come with the batch
+        (group,) = parameter_groups(plain)
+        assert {id(p) for p in group["params"]} == {id(p) for p in unet.parameters()}

@@ -55,7 +55,7 @@ from ddpm_faces.training.setup import (
 from ddpm_faces.training.state import RunState
 from ddpm_faces.training.steps import StepRecorder
 from ddpm_faces.training.sync_batch_norm import convert_sync_batch_norm
-from ddpm_faces.training.text import PromptedUNet, make_text_side, sample_prompts
+from ddpm_faces.training.text import PromptedUNet, make_text_side, parameter_groups, sample_prompts
 
 
 # Networks of multi-process runs stay alive until the process ends, because deleting one may never return.
@@ -123,7 +123,7 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
         unet = PromptedUNet(unet, text.text_encoder if text.is_trained else None)
 
     # 3. Optimizer and EMA
-    optimizer = torch.optim.AdamW(unet.parameters(), fused=True, **optimizer_settings(config))
+    optimizer = torch.optim.AdamW(parameter_groups(unet), fused=True, **optimizer_settings(config))
     unet, optimizer = accelerator.prepare(unet, optimizer)
     if accelerator.num_processes > 1:
         LIVING.append(unet)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 
 if TYPE_CHECKING:
@@ -68,7 +69,11 @@ def make_text_encoder(tokenizer: "PreTrainedTokenizerFast", dim: int = 128) -> "
         pad_token_id=tokenizer.pad_token_id,
         **{TRAINED: True},
     )
-    return DistilBertModel(config)
+    encoder = DistilBertModel(config)
+    # The default, a standard deviation of 0.02, is so small that the first steps of Adam move all words together and
+    # make them the same.
+    torch.nn.init.normal_(encoder.embeddings.word_embeddings.weight)
+    return encoder
 
 
 def shortened(caption: str, rng: np.random.Generator) -> str:

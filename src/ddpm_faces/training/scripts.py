@@ -52,7 +52,7 @@ def clip_gradient(accelerator: Accelerator, unet: torch.nn.Module, max_grad_norm
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 def run_script(main: Callable[[], object]) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .config import TrainingConfig
     from .data import TrainingData
 
+ENCODER_LR_SCALE = 0.1
 SHORTENED = 0.5  # share of the captions that lose phrases
 _CAPTIONS = 3  # key of the random stream, beside those of `data.draws`
 
@@ -110,6 +111,20 @@ class TextSide:
             (folder / "config.json").write_text(self.text_encoder.config.to_json_string(), "utf-8")
         else:
             self.text_encoder.save_pretrained(folder)
+
+
+def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
+    """Return the parameters of a network for its optimizer; a text encoder has a tenth of the learning rate.
+
+    At the full rate, a new encoder soon gives all texts the same embedding: until the network has learned to read
+    them, their differences only disturb it.
+    """
+    if not isinstance(network, PromptedUNet) or network.text_encoder is None:
+        return [{"params": list(network.parameters())}]
+    return [
+        {"params": list(network.unet.parameters())},
+        {"params": list(network.text_encoder.parameters()), "lr_scale": ENCODER_LR_SCALE},
+    ]
 
 
 def make_text_side(
