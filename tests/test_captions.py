@@ -5,14 +5,16 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_unet
 from datasets import Dataset
 from PIL import Image
 
-from ddpm_faces import DrawnFaces
+from ddpm_faces import DDPMFacesUNet, DrawnFaces
 from ddpm_faces.data import FaceBatches, load_faces
 from ddpm_faces.data.captions import captions_of
 from ddpm_faces.data.stream import open_stream
+from ddpm_faces.pipeline_ddpm_faces import pooled, tokenize
 from ddpm_faces.text import make_text_encoder, make_tokenizer
 from ddpm_faces.training.scripts import set_learning_rate
 from ddpm_faces.training.text import PromptedUNet, TextSide, choose_captions, parameter_groups
@@ -140,3 +142,36 @@ def test_the_encoder_learns_more_slowly_than_the_network():
     for plain in (unet, PromptedUNet(unet)):  # embeddings come with the batch
         (group,) = parameter_groups(plain)
         assert {id(p) for p in group["params"]} == {id(p) for p in unet.parameters()}
+
+
+def test_training_keeps_texts_apart():
+    """Texts that say nothing of the images are not made the same, so that the network could still learn from them."""
+    torch.manual_seed(0)
+    captions = ["a man", "a woman", "a girl", "a boy", "a smiling man", "a woman with a hat"]
+    tokenizer = make_tokenizer(captions)
+    encoder = make_text_encoder(tokenizer, dim=32)
+    side, network = TextSide(tokenizer, encoder, True), PromptedUNet(tiny_unet(text_embed_dim=32), encoder)
+
+    def embeds() -> torch.Tensor:
+        with torch.no_grad():
+            texts = pooled(encoder, **tokenize(tokenizer, encoder, captions))
+            return F.layer_norm(torch.stack([*texts, network.unet.null_text_embed]), (32,))
+
+    before = embeds()
+    optimizer = torch.optim.AdamW(parameter_groups(network))
+    set_learning_rate(optimizer, 2e-3)
+    for step in range(300):
+        generator = torch.Generator().manual_seed(step)
+        x, noise = torch.randn(2, 6, 3, 16, 16, generator=generator)
+        text = side.batch(captions, torch.rand(6, generator=generator) > 0.2, torch.device("cpu"))
+        loss = F.mse_loss(network(x, torch.randint(20, (6,), generator=generator), **text).sample, noise)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = embeds()
+    # A few steps of Adam must not turn one text into another.
+    assert 0.5 < encoder.embeddings.word_embeddings.weight.std() < 2
+    assert 0.5 < DDPMFacesUNet(16, text_embed_dim=64).null_text_embed.std() < 2
+    spread_before, spread = ((e[:-1] - e[:-1].mean(dim=0)).norm(dim=1).mean() for e in (before, after))
+    assert spread > 0.7 * spread_before
+    assert F.cosine_similarity(before[-1], after[-1], dim=0) > 0.8  # of no text
