@@ -14,10 +14,13 @@ from conftest import tiny_unet
 from datasets import Dataset
 from hub_server import OWNER_TOKEN, READER_TOKEN
 from PIL import Image
+from test_adherence import a_face, image_of
 from test_convert import ArticleUNet
+from test_prompts import a_prompt_model
 
 from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler, DrawnFaces
 from ddpm_faces.evaluation.quality import read_metrics
+from ddpm_faces.hub.model_folder import export
 
 
 COMMAND = """
@@ -293,6 +296,50 @@ def test_evaluate(command, model, faces, tmp_path):
         assert (code, f"`{name}` must be an integer from" in text, len(text.splitlines())) == (2, True, 1), text
     code, text = command("evaluate", model, faces, "--num-images", 19)
     assert (code, text) == (2, "error: `num_images` must be an integer from 20 to 2147483647, got 19.\n")
+
+
+def test_evaluate_and_audit_with_prompts(command, model, tmp_path):
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    for split, first, last in (("train", 0, 120), ("test", 1000, 1100)):
+        rows = [{**a_face(i), "image": image_of(a_face(i), i)} for i in range(first, last)]
+        Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
+    prompted = tmp_path / "prompted"
+    a_prompt_model().save_pretrained(prompted)
+    (prompted / "metrics.json").write_text('{"kept": 1}')
+    code, text = command("evaluate", prompted, folder, "--prompts", "--guidance-scale", 2, "--steps", 1)
+    assert code == 0, text
+    assert "|  | real faces | scale 2 |" in text
+    assert "| gender (female, male) | " in text
+    saved = json.loads((prompted / "metrics.json").read_text())
+    assert saved["kept"] == 1
+    assert [entry["name"] for entry in saved["prompts"]["attributes"]][:1] == ["gender"]
+    code, text = command("audit", prompted, folder, "--prompts", "--steps", 1, "--num-images", 100,
+                         "--loss-images", 0, "--no-features")  # fmt: skip
+    assert code in (0, 3), text
+    assert (prompted / "audit_prompts.png").is_file()
+    assert not (prompted / "audit.json").exists()
+    verdict = json.loads((prompted / "metrics.json").read_text())["memorisation_with_prompts"]["verdict"]
+    assert verdict in text
+
+    # The card shows both.
+    export(prompted, tmp_path / "published", "user/prompted", variants=())
+    card = (tmp_path / "published" / "README.md").read_text("utf-8")
+    assert "|  | real faces | scale 2 |\n|---|---|---|\n| gender (female, male) | " in card
+    assert f"**With captions of training images as prompts:** {verdict}" in card
+    assert not (tmp_path / "published" / "audit_prompts.png").exists()
+
+    for options, message in (
+        (("--likelihood-images", 2), "`likelihood_images` cannot be combined with `prompts`"),
+        (("--baseline-split", ""), "`baseline_split` must name the training split"),
+        (("--caption-column", "gendre"), "`caption_column` 'gendre' of"),
+    ):
+        code, text = command("evaluate", prompted, folder, "--prompts", *options)
+        assert code == 2
+        assert message in text
+    code, text = command("evaluate", model, folder, "--prompts")
+    assert code == 2
+    assert "this model was not trained with texts" in text
 
 
 def test_audit(command, model, tmp_path):
