@@ -910,6 +910,17 @@ def test_classes_without_a_null_class_gain_one():
     assert torch.equal(unet.conv_in.weight, known.conv_in.weight)
 
 
+def test_texts_are_added_to_a_network_without_effect():
+    known, unet = tiny_unet(), tiny_unet(text_embed_dim=16)
+    no_text = unet.null_text_embed.clone()
+    copy_weights(known, unet)
+    x, texts = torch.randn(2, 3, 16, 16), torch.randn(2, 16)
+    assert torch.equal(unet(x, 3, text_embeds=texts).sample, known(x, 3).sample)
+    assert torch.equal(unet(x, 3).sample, known(x, 3).sample)
+    assert torch.equal(unet.null_text_embed, no_text)
+    assert 0.5 < no_text.std() < 2
+
+
 def test_resumed_run_no_longer_needs_its_pretrained_model(finished, tmp_path):
     base = shutil.copytree(finished, tmp_path / "base")
     run = {"pretrained_model_name_or_path": base, "learning_rate": 1e-4, "block_out_channels": None}

@@ -136,10 +136,12 @@ def load_pretrained(path: str, config: TrainingConfig) -> DDPMFacesPipeline:
 
 
 def copy_weights(pretrained: DDPMFacesUNet, unet: DDPMFacesUNet) -> None:
-    """Copy the weights that both networks have. New layers for classes, texts and augmentation start at zero."""
+    """Copy the weights that both networks have. New layers for classes, texts and augmentation have no effect yet."""
     expected, found = unet.state_dict(), pretrained.state_dict()
     same = {k: v for k, v in found.items() if k in expected and v.shape == expected[k].shape}
     new = {k: torch.zeros_like(v) for k, v in expected.items() if k not in same}
+    if "null_text_embed" in new:  # which has no effect anyway, and must not start at zero
+        new["null_text_embed"] = expected["null_text_embed"]
     classes = "class_embedding.weight"
     if classes in new and classes in found and pretrained.config.num_class_embeds == unet.config.num_class_embeds:
         count = unet.config.num_class_embeds  # the class for no class comes last
