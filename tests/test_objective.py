@@ -57,9 +57,11 @@ def test_perfect_prediction_has_no_loss():
     assert torch.equal(losses, torch.zeros(4))
 
 
-@pytest.mark.parametrize("snr_gamma", [5.0, float("inf")])
+@pytest.mark.parametrize(("snr_gamma", "snr_floor"), [(5.0, 0.0), (float("inf"), 0.0), (5.0, 1.0)])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_min_snr_weights_errors_in_x_0_equally_for_every_prediction_type(prediction_type, snr_gamma):
+def test_min_snr_weights_errors_in_x_0_equally_for_every_prediction_type(prediction_type, snr_gamma, snr_floor):
+    if snr_floor and prediction_type == "epsilon":
+        pytest.skip("the error of the noise has no floor")
     scheduler = DDPMFacesScheduler(prediction_type=prediction_type, beta_schedule="squaredcos_cap_v2")
     x_0, error = torch.rand(64, 3, 8, 8) * 2 - 1, 0.1
     timesteps, noise = draw(64)
@@ -72,13 +74,13 @@ def test_min_snr_weights_errors_in_x_0_equally_for_every_prediction_type(predict
         "sample": x_0_hat,
         "v_prediction": alpha_bar.sqrt() * noise_hat - (1 - alpha_bar).sqrt() * x_0_hat,
     }[prediction_type]
-    objective = DDPMFacesObjective(scheduler, snr_gamma=snr_gamma)
+    objective = DDPMFacesObjective(scheduler, snr_gamma=snr_gamma, snr_floor=snr_floor)
     losses, _ = objective(Recorder(answer), x_0, generator=torch.Generator().manual_seed(0))
 
     snr = (alpha_bar / (1 - alpha_bar)).flatten()
     assert snr.min() < 5 < snr.max()
     # At the last timesteps, almost no signal is left, so errors of 1e-7 in the float32 tables become visible.
-    torch.testing.assert_close(losses.double(), snr.clamp(max=snr_gamma) * error**2, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(losses.double(), snr.clamp(snr_floor, snr_gamma) * error**2, rtol=1e-3, atol=1e-6)
     if snr_gamma == float("inf"):
         noise_error = ((noise_hat - noise) ** 2).mean(dim=(1, 2, 3))
         torch.testing.assert_close(losses.double(), noise_error.double(), rtol=1e-3, atol=1e-6)
@@ -200,6 +202,12 @@ def test_bad_input():
         DDPMFacesObjective(DDPMFacesScheduler(), snr_gamma=0)
     with pytest.raises(ValueError, match="`snr_gamma` needs the `loss_type` 'l2', got 'l1'"):
         DDPMFacesObjective(DDPMFacesScheduler(), loss_type="l1", snr_gamma=5.0)
+    velocity = DDPMFacesScheduler(prediction_type="v_prediction")
+    for gamma, floor in ((5.0, 6.0), (None, 1.0), (5.0, -1.0), (float("inf"), float("inf")), (5.0, float("nan"))):
+        with pytest.raises(ValueError, match="`snr_floor` must be 0, or at most `snr_gamma`"):
+            DDPMFacesObjective(velocity, snr_gamma=gamma, snr_floor=floor)
+    with pytest.raises(ValueError, match="`snr_floor` must be 0 for the `prediction_type` 'epsilon', got 1.0"):
+        DDPMFacesObjective(DDPMFacesScheduler(), snr_gamma=5.0, snr_floor=1.0)
 
 
 def test_given_timesteps_noise_and_augmentation_replace_drawn_ones():

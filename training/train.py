@@ -102,7 +102,9 @@ def train(config: TrainingConfig, accelerator: Accelerator) -> Run:
         # 2. Network and loss
         set_seed(config.seed)
         scheduler = DDPMFacesScheduler(**config.scheduler_config())
-        objective = DDPMFacesObjective(scheduler, config.loss_type, config.snr_gamma or None)
+        objective = DDPMFacesObjective(
+            scheduler, config.loss_type, config.snr_gamma or None, snr_floor=config.snr_floor
+        )
         unet = DDPMFacesUNet(**config.unet_config())
     if pretrained is not None:
         copy_weights(pretrained.unet, unet)

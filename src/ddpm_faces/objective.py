@@ -41,19 +41,29 @@ class DDPMFacesObjective:
             for any prediction type (Min-SNR, section 3.4 of https://huggingface.co/papers/2303.09556, which uses
             5). With `inf`, the loss is the squared error of the noise, as in the article, for each prediction type. By
             default, the loss is the unweighted error of the prediction.
+        snr_floor (`float`, defaults to 0.0):
+            Weight it by at least this, max(`snr_floor`, min(SNR, `snr_gamma`)). With 1, errors at high noise, where
+            a condition says most, count as much as others (truncated SNR, section 4 of
+            https://huggingface.co/papers/2202.00512).
         bound_weight (`float`, defaults to 0.001):
             Weight of the variational bound, in bits per dimension. It is added to the loss if the variance is learned,
             and trains the variance only (hybrid loss of Improved DDPM, eq. 16 of
             https://huggingface.co/papers/2102.09672).
 
     Raises:
-        ValueError: `loss_type` is unknown; `snr_gamma` is not positive, or the loss is not `"l2"`; `bound_weight` is
-            negative; or the scheduler has the `variance_type` `"learned"` (nothing would keep the variance positive),
-            or `"learned_range"` but is not a [`DDPMFacesScheduler`].
+        ValueError: `loss_type` is unknown; `snr_gamma` is not positive, or the loss is not `"l2"`; `snr_floor` is not
+            from 0 to `snr_gamma`, or the prediction is the noise; `bound_weight` is negative; or the scheduler has the
+            `variance_type` `"learned"` (nothing would keep the variance positive), or `"learned_range"` but is not a
+            [`DDPMFacesScheduler`].
     """
 
     def __init__(
-        self, scheduler, loss_type: str = "l2", snr_gamma: float | None = None, bound_weight: float = 0.001
+        self,
+        scheduler,
+        loss_type: str = "l2",
+        snr_gamma: float | None = None,
+        bound_weight: float = 0.001,
+        snr_floor: float = 0.0,
     ) -> None:
         if loss_type not in LOSSES:
             raise ValueError(f"`loss_type` must be one of {', '.join(map(repr, LOSSES))}, got {loss_type!r}.")
@@ -72,10 +82,16 @@ class DDPMFacesObjective:
             raise ValueError(f"`snr_gamma` must be positive or None, got {snr_gamma}.")
         if snr_gamma is not None and loss_type != "l2":
             raise ValueError(f"`snr_gamma` needs the `loss_type` 'l2', got {loss_type!r}.")
+        if not (snr_floor == 0 or 0 <= snr_floor <= (snr_gamma or 0) and snr_floor < math.inf):
+            raise ValueError(
+                f"`snr_floor` must be 0, or at most `snr_gamma` ({snr_gamma}) and finite, got {snr_floor}."
+            )
+        if snr_floor and scheduler.config.prediction_type == "epsilon":
+            raise ValueError(f"`snr_floor` must be 0 for the `prediction_type` 'epsilon', got {snr_floor}.")
         self.scheduler = scheduler
         self.bound_weight = bound_weight
         self.loss_fn = LOSSES[loss_type]
-        self.weights = None if snr_gamma is None else self._min_snr_weights(snr_gamma)
+        self.weights = None if snr_gamma is None else self._snr_weights(snr_gamma, snr_floor)
 
     def __call__(
         self,
@@ -145,14 +161,15 @@ class DDPMFacesObjective:
             return original_samples
         return self.scheduler.get_velocity(original_samples, noise, timesteps)
 
-    def _min_snr_weights(self, snr_gamma: float) -> torch.Tensor:
-        """Return min(SNR, gamma) / w, of shape `(T,)`, where the unweighted loss already weights x_0 by w."""
+    def _snr_weights(self, snr_gamma: float, snr_floor: float) -> torch.Tensor:
+        """Return max(floor, min(SNR, gamma)) / w, of shape `(T,)`, where the unweighted loss weights x_0 by w."""
         alphas_cumprod = self.scheduler.alphas_cumprod.double()
-        # min(SNR, gamma) (1 - alpha_bar), without a division by 0. fmin ignores the NaN of `inf * 0`.
+        # max(floor, min(SNR, gamma)) (1 - alpha_bar), without a division by 0. fmin ignores the NaN of `inf * 0`.
         capped = torch.fmin(alphas_cumprod, snr_gamma * (1 - alphas_cumprod))
+        capped = capped.maximum(snr_floor * (1 - alphas_cumprod))
         weights = {
-            "epsilon": torch.where(alphas_cumprod > 0, capped / alphas_cumprod, 1.0),  # w = SNR
-            "sample": (alphas_cumprod / (1 - alphas_cumprod)).clamp(max=snr_gamma),  # w = 1
+            "epsilon": torch.where(alphas_cumprod > 0, capped / alphas_cumprod, 1.0),  # w = SNR, without a floor
+            "sample": (alphas_cumprod / (1 - alphas_cumprod)).clamp(snr_floor, snr_gamma),  # w = 1
             "v_prediction": capped,  # w = SNR + 1
         }
         return weights[self.scheduler.config.prediction_type].float()

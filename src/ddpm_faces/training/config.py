@@ -184,6 +184,13 @@ class TrainingConfig:
         "Gamma of the Min-SNR loss weights; inf weights by the error in the noise, 0 turns weighting off.",
     )
 
+    snr_floor: float = _field(
+        0.0,
+        "Diffusion",
+        "Lowest loss weight, up to `snr_gamma`; 1 makes errors at high noise, where captions and classes say most, "
+        "count as much as others.",
+    )
+
     seed: int = _field(
         0, "Optimization", "Seed of the initial weights, the order of the images, the noise and the sample grids."
     )
@@ -346,6 +353,15 @@ class TrainingConfig:
                 raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
         if not self.snr_gamma >= 0:  # inf is allowed, nan is not
             raise ValueError(f"`snr_gamma` must be at least 0 (or inf), got {self.snr_gamma}.")
+        if self.snr_floor and not (0 < self.snr_floor <= self.snr_gamma and self.snr_floor < math.inf):
+            raise ValueError(
+                f"`snr_floor` must be 0, or at most `snr_gamma` ({self.snr_gamma:g}) and finite, got {self.snr_floor}."
+            )
+        if self.snr_floor and self.prediction_type == "epsilon":
+            raise ValueError(
+                f"`snr_floor` ({self.snr_floor}) needs the `prediction_type` v_prediction or sample: the error of the "
+                "noise hardly depends on the image at high noise."
+            )
         for name in ("adam_beta1", "adam_beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
