@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .config import TrainingConfig
     from .data import TrainingData
 
-ENCODER_LR_SCALE = 0.1
+ENCODER_LR_SCALE = 0.01
 SHORTENED = 0.5  # share of the captions that lose phrases
 _CAPTIONS = 3  # key of the random stream, beside those of `data.draws`
 
@@ -114,10 +114,10 @@ class TextSide:
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """Return the parameters of a network for its optimizer; a text encoder has a tenth of the learning rate.
+    """Return the parameters of a network for its optimizer; a text encoder has a hundredth of the learning rate.
 
-    At the full rate, a new encoder soon gives all texts the same embedding: until the network has learned to read
-    them, their differences only disturb it.
+    At a tenth of it, a new encoder still moves all texts towards the same embedding: until the network has learned to
+    read them, their differences only disturb it.
     """
     if not isinstance(network, PromptedUNet) or network.text_encoder is None:
         return [{"params": list(network.parameters())}]
