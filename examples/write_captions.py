@@ -12,6 +12,7 @@ stand in for an unknown age.
 """
 
 import argparse
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,16 +137,24 @@ def main() -> None:
     args = parser.parse_args()
 
     output = Path(args.output)
+    if args.num_captions < 1:
+        parser.error(f"--num_captions must be at least 1, got {args.num_captions}.")
     if output.exists():
         parser.error(f"{args.output!r} exists already.")
     splits = load_dataset(args.dataset)
+    if any("captions" in split.column_names for split in splits.values()):
+        parser.error(f"{args.dataset!r} has a column `captions` already.")
     if not any({*COLUMNS} & {*split.column_names} for split in splits.values()):
         parser.error(f"{args.dataset!r} has none of the columns {', '.join(COLUMNS)}.")
-    (output / "data").mkdir(parents=True)
-    for name, split in splits.items():
-        faces = split.select_columns([column for column in COLUMNS if column in split.column_names])
-        texts = [captions(face, seed, args.num_captions) for seed, face in enumerate(faces)]
-        split.add_column("captions", texts).to_parquet(output / "data" / f"{name}-00000-of-00001.parquet")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:  # the output appears once it is complete
+        data = Path(folder, "dataset", "data")
+        data.mkdir(parents=True)
+        for name, split in splits.items():
+            faces = split.select_columns([column for column in COLUMNS if column in split.column_names])
+            texts = [captions(face, seed, args.num_captions) for seed, face in enumerate(faces)]
+            split.add_column("captions", texts).to_parquet(data / f"{name}-00000-of-00001.parquet")
+        data.parent.rename(output)
     print(output)
 
 

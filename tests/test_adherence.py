@@ -239,7 +239,7 @@ def test_attributes_are_columns_with_few_values():
     assert attributes["smile"].values == ["no", "yes"]
     assert attributes["smile"].codes.tolist() == [1, 0, -1, 1]
     assert attributes["kind"].values == ["1", "3"]
-    assert attributes["kind"][1] == "kind 3"
+    assert attributes["kind"].full_name(1) == "kind 3"
     # Thirds, with round bounds; a bound belongs to the upper group.
     assert attributes["age"].codes.tolist() == [0, 1, -1, 2]
     ages = attributes_of({"age": [*range(90), 30.0]})[0]
@@ -271,7 +271,7 @@ def test_captions_are_read_by_their_words():
     assert read("a boy with a beard")["age"] == "below 9"
     assert read("a face")["gender"] is None
     assert read("a face")["age"] is None
-    # As no training caption says it.
+    # No training caption says this.
     assert {name: read("a girl with a beard")[name] for name in ("gender", "beard")} == {
         "gender": "female",
         "beard": "yes",

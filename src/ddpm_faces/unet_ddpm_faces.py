@@ -167,7 +167,7 @@ class DDPMFacesUNet(ModelMixin, ConfigMixin):
         self.text_embedding = None
         if text_embed_dim is not None:  # without effect at first, so that training may start from any network
             self.text_embedding = _zero_init(nn.Linear(text_embed_dim, time_embedding_dim))
-            # Of the scale of normalized embeddings: near 0, each step of Adam would turn it into another one.
+            # As large as normalized embeddings: near 0, every step of Adam would change its direction completely.
             self.null_text_embed = nn.Parameter(torch.randn(text_embed_dim))
         self.augment_embedding = None
         if augment_dim is not None:  # without bias, so that labels of 0 have no effect

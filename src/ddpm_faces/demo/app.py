@@ -82,7 +82,7 @@ class FaceMaker:
         self.shape = (config.in_channels, height, width)
         self.num_classes = config.get("num_class_embeds") or 0
         self.is_prompted = pipeline.components.get("text_encoder") is not None
-        self.guidance_scale = pipeline.config.get("guidance_scale", 1.0)
+        self.guidance_scale = max(1.0, pipeline.config.get("guidance_scale", 1.0))
         self.max_scale = max(MAX_SCALE, self.guidance_scale)
         self.max_steps = min(MAX_STEPS, scheduler.config.num_train_timesteps)
         has_default = pipeline.config.default_preset not in (None, "exact")

@@ -1,4 +1,4 @@
-"""How closely generated faces follow prompts, and what that costs in quality, at several scales of guidance.
+"""Measure how closely generated faces follow prompts, and their quality, at several guidance scales.
 
 Classifiers that are fitted to real faces tell which attributes a generated face has. How often they recognize what the
 caption states on held-out real faces is what a perfect model would reach.
@@ -131,7 +131,7 @@ def evaluate_prompts(
     for argument, dataset in (("training_split", training), ("split", held_out)):
         if len(dataset) < MIN_IMAGES:
             raise ValueError(f"`{argument}` must have at least {MIN_IMAGES} images with captions, has {len(dataset)}.")
-    training_captions, captions = (_first(dataset.captions) for dataset in (training, held_out))
+    training_captions, captions = ([texts[0] for texts in dataset.captions or []] for dataset in (training, held_out))
     caption_reader = CaptionReader(training_captions, attributes)
     stated = caption_reader.read(captions)
     values = {attribute: _frequent(codes) for attribute, codes in stated.items()}
@@ -188,7 +188,7 @@ def evaluate_prompts(
         ],
         "unseen": [
             {
-                "name": " and ".join(a[pair.values[a.name]] for a in attributes if a.name in pair.values),
+                "name": " and ".join(a.full_name(pair.values[a.name]) for a in attributes if a.name in pair.values),
                 "prompts": pair.prompts,
                 "n": len(pair.prompts),
                 "generated": [results[i] for results in of_pairs],
@@ -243,10 +243,6 @@ def _share_of_pairs(pairs: Sequence[UnseenPair], shown: Mapping[str, np.ndarray]
 def _frequent(codes: np.ndarray) -> list[int]:
     found, counts = np.unique(codes[codes != UNKNOWN], return_counts=True)
     return found[counts >= MIN_CAPTIONS].tolist()
-
-
-def _first(captions: list[list[str]] | None) -> list[str]:
-    return [texts[0] for texts in captions or []]
 
 
 def _captioned(

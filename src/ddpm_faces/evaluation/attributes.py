@@ -48,7 +48,7 @@ class Attribute:
     values: list[str]
     codes: np.ndarray
 
-    def __getitem__(self, code: int) -> str:
+    def full_name(self, code: int) -> str:
         """Return the name of a value with that of the attribute, such as "hair brown"."""
         return f"{self.name} {self.values[code]}"
 
@@ -98,7 +98,7 @@ class CaptionReader:
     """
 
     def __init__(self, captions: Sequence[str], attributes: Sequence[Attribute]) -> None:
-        # A tokenizer of words, because texts in lower case are split by other rules in each language.
+        # The default pattern leaves out words of one letter.
         self._words = CountVectorizer(binary=True, max_features=_NUM_WORDS, token_pattern=r"\w+")
         self._trees: dict[str, DecisionTreeClassifier] = {}
         words = self._words.fit_transform(captions)

@@ -193,6 +193,8 @@ def audit_model(
         raise ValueError(f"`held_out_split` must contain at least {MIN_IMAGES} images, has {len(held_out)}.")
     if isinstance(pictures, Generated) and train.captions is not None:
         captions = [texts[0] for texts in train.captions if texts]
+        if not captions:
+            raise ValueError(f"`caption_column` {caption_column!r} of {data!r} contains no captions in {split!r}.")
         order = np.random.default_rng(0).permutation(len(captions))
         pictures = pictures.with_prompts([captions[i] for i in order])
     indices = torch.arange(num_images).split(batch_size)
