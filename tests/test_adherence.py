@@ -210,7 +210,7 @@ def test_bad_input_is_named(data, changes, message):
 
 def test_a_model_without_texts_has_no_adherence(data, pipeline, tmp_path):
     with pytest.raises(ValueError, match="this model was not trained with texts"):
-        evaluate_prompts(pipeline, data, networks=Plain(), guidance_scales=[1])
+        evaluate_prompts(pipeline, data, networks=Plain(), guidance_scales=[2])
     image_of(a_face(1), 1).save(tmp_path / "face.png")
     with pytest.raises(ValueError, match="model_index.json"):
         evaluate_prompts(tmp_path, data, networks=Plain())
@@ -296,6 +296,14 @@ def test_unseen_pairs_are_those_of_no_training_image():
     # Or if the pair is to be expected in fewer images.
     assert unseen_pairs(reader, attributes, values, captions, captions, min_expected=100) == []
     assert unseen_pairs(reader, attributes, values, ["a face"], captions) == []
+
+
+def test_a_phrase_that_changes_the_other_value_makes_no_prompt():
+    captions = ["a person"] * 50 + ["a person with a cap"] * 50
+    columns = {"gender": ["female"] * 50 + ["male"] * 50, "hat": [False] * 50 + [True] * 50}
+    attributes = attributes_of(columns)
+    reader = CaptionReader(captions, attributes)
+    assert unseen_pairs(reader, attributes, {"gender": [0, 1], "hat": [0, 1]}, captions, ["a person"]) == []
 
 
 # Audit with prompts

@@ -110,6 +110,7 @@ def evaluate_prompts(
 
     # 1. Samplers of all scales, before anything is decoded
     pipeline = source if isinstance(source, DDPMFacesPipeline) else load_pipeline(source, device=state.device)
+    pipeline.check_prompts(["a face"])
     samplers = []
     for scale in guidance_scales:
         opened = open_samples(
@@ -120,7 +121,7 @@ def evaluate_prompts(
             dtype=dtype,
         )
         assert isinstance(opened, Generated)
-        samplers.append(opened.with_prompts(["a face"]))
+        samplers.append(opened)
 
     # 2. Captions and attributes
     size = samplers[0].image_size
