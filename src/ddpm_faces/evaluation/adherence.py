@@ -7,6 +7,7 @@ caption states on held-out real faces is what a perfect model would reach.
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,85 +125,135 @@ def evaluate_prompts(
         samplers.append(opened)
 
     # 2. Captions and attributes
-    size = samplers[0].image_size
     with state.main_process_first():  # the main process decodes the images, the others read its cache
-        training, held_out, attributes, name = _captioned(
-            *(data, training_split, split, size, caption_column, num_images or MAX_IMAGES, cache_dir)
+        faces = _CaptionedFaces.load(
+            *(data, training_split, split, samplers[0].image_size, caption_column, num_images or MAX_IMAGES, cache_dir)
         )
-    for argument, dataset in (("training_split", training), ("split", held_out)):
-        if len(dataset) < MIN_IMAGES:
-            raise ValueError(f"`{argument}` must have at least {MIN_IMAGES} images with captions, has {len(dataset)}.")
-    training_captions, captions = ([texts[0] for texts in dataset.captions or []] for dataset in (training, held_out))
-    caption_reader = CaptionReader(training_captions, attributes)
-    stated = caption_reader.read(captions)
-    values = {attribute: _frequent(codes) for attribute, codes in stated.items()}
-    attributes = [attribute for attribute in attributes if len(values[attribute.name]) >= 2]
-    if not attributes:
-        raise ValueError(
-            f"`data` has no attributes that can be measured: in no column are there two values that {MIN_CAPTIONS} "
-            f"captions of {split!r} state."
-        )
-    pairs = unseen_pairs(caption_reader, attributes, values, training_captions, captions)
 
     # 3. Real faces
     networks = networks or MetricNetworks(state.device)
     learned = _FirstExtractor(networks)
-    fitted = measure(select(training.images), len(training), learned, batch_size, "Training faces")
-    image_reader = ImageReader(fitted.features[0], attributes, values)
-    reference = measure(select(held_out.images), len(held_out), networks, batch_size, "Real faces")
-    measure_as = partial(_adherence, attributes=attributes, values=values)
-    real = measure_as(stated, image_reader.read(reference.features[0]))
+    fitted = measure(select(faces.training.images), len(faces.training), learned, batch_size, "Training faces")
+    image_reader = ImageReader(fitted.features[0], faces.attributes, faces.values)
+    reference = measure(select(faces.held_out.images), len(faces.held_out), networks, batch_size, "Real faces")
+    real = faces.adherence(image_reader.read(reference.features[0]))
 
     # 4. Generated faces
-    num_images = num_images or len(held_out)
-    asked = {attribute: np.resize(codes, num_images) for attribute, codes in stated.items()}
-    prompts_of_pairs = [prompt for pair in pairs for prompt in pair.prompts]
+    num_images = num_images or len(faces.held_out)
+    prompts_of_pairs = [prompt for pair in faces.pairs for prompt in pair.prompts]
     by_scale, quality, of_pairs = [], [], []
     for scale, sampler in zip(guidance_scales, samplers, strict=True):
-        faces = sampler.with_prompts(captions)
-        measured = measure(faces.batches, num_images, networks, batch_size, f"Guidance scale {scale:g}")
-        by_scale.append(measure_as(asked, image_reader.read(measured.features[0])))
+        generated = sampler.with_prompts(faces.captions)
+        measured = measure(generated.batches, num_images, networks, batch_size, f"Guidance scale {scale:g}")
+        by_scale.append(faces.adherence(image_reader.read(measured.features[0])))
         quality.append([m for m in compare(measured, reference, networks) if m["type"] in _QUALITY])
-        if pairs:
-            faces = sampler.with_prompts(prompts_of_pairs)
-            few = measure(faces.batches, len(prompts_of_pairs), learned, batch_size, "Unseen pairs")
-            of_pairs.append(_share_of_pairs(pairs, image_reader.read(few.features[0])))
+        if faces.pairs:
+            generated = sampler.with_prompts(prompts_of_pairs)
+            few = measure(generated.batches, len(prompts_of_pairs), learned, batch_size, "Unseen pairs")
+            of_pairs.append(_share_of_pairs(faces.pairs, image_reader.read(few.features[0])))
     provenance = samplers[0].provenance(num_images)
     return {
         "guidance_scales": list(guidance_scales),
-        "attributes": [
+        **faces.describe(real, by_scale, of_pairs),
+        "quality": _by_metric(quality),
+        "n": num_images,
+        "n_reference": len(faces.held_out),
+        "n_fitted": len(faces.training),
+        "image_size": "{1}x{0}".format(*samplers[0].image_size),
+        "reference": f"{faces.name} ({fingerprint(faces.held_out.images)})",
+        **{key: value for key, value in provenance.items() if key != "guidance_scale"},
+    }
+
+
+@dataclass
+class _CaptionedFaces:
+    """Real faces for the classifiers, held-out ones whose captions are the prompts, and what the captions state."""
+
+    name: str
+    training: FaceDataset
+    held_out: FaceDataset
+    captions: list[str]
+    attributes: list[Attribute]
+    stated: dict[str, np.ndarray]  # for each attribute, the code of its value in each caption, or UNKNOWN
+    values: dict[str, list[int]]  # for each attribute, the codes that enough captions state
+    pairs: list[UnseenPair]
+
+    @classmethod
+    def load(
+        cls,
+        data: str | None,
+        training_split: str,
+        split: str,
+        size: tuple[int, int],
+        caption_column: str,
+        num_images: int,
+        cache_dir: str | None,
+    ) -> "_CaptionedFaces":
+        training, held_out, attributes, name = _captioned(
+            *(data, training_split, split, size, caption_column, num_images, cache_dir)
+        )
+        for argument, dataset in (("training_split", training), ("split", held_out)):
+            if len(dataset) < MIN_IMAGES:
+                raise ValueError(
+                    f"`{argument}` must have at least {MIN_IMAGES} images with captions, has {len(dataset)}."
+                )
+        training_captions, captions = (
+            [texts[0] for texts in dataset.captions or []] for dataset in (training, held_out)
+        )
+        reader = CaptionReader(training_captions, attributes)
+        stated = reader.read(captions)
+        values = {attribute: _frequent(codes) for attribute, codes in stated.items()}
+        attributes = [attribute for attribute in attributes if len(values[attribute.name]) >= 2]
+        if not attributes:
+            raise ValueError(
+                f"`data` has no attributes that can be measured: in no column are there two values that "
+                f"{MIN_CAPTIONS} captions of {split!r} state."
+            )
+        pairs = unseen_pairs(reader, attributes, values, training_captions, captions)
+        return cls(name, training, held_out, captions, attributes, stated, values, pairs)
+
+    def adherence(self, shown: Mapping[str, np.ndarray]) -> list[dict[str, float]]:
+        """Return the balanced accuracy of each attribute, with its error, for images that show the prompts in turn."""
+        results = []
+        for attribute in self.attributes:
+            stated = np.resize(self.stated[attribute.name], len(shown[attribute.name]))
+            shares, errors = [], []
+            for code in self.values[attribute.name]:
+                is_right = shown[attribute.name][stated == code] == code
+                shares.append(float(is_right.mean()))
+                errors.append(share_error(shares[-1], len(is_right)))
+            results.append({"value": float(np.mean(shares)), "error": math.hypot(*errors) / len(errors)})
+        return results
+
+    def describe(
+        self,
+        real: Sequence[dict[str, float]],
+        by_scale: Sequence[Sequence[dict[str, float]]],
+        of_pairs: Sequence[Sequence[dict[str, float]]],
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Return the results with the names of the attributes and of the unseen pairs."""
+        attributes = [
             {
                 "name": attribute.name,
-                "values": [attribute.values[code] for code in values[attribute.name]],
-                "n": int(np.isin(stated[attribute.name], values[attribute.name]).sum()),
+                "values": [attribute.values[code] for code in self.values[attribute.name]],
+                "n": int(np.isin(self.stated[attribute.name], self.values[attribute.name]).sum()),
                 "real": real[i],
                 "generated": [results[i] for results in by_scale],
             }
-            for i, attribute in enumerate(attributes)
-        ],
-        "quality": [
+            for i, attribute in enumerate(self.attributes)
+        ]
+        unseen = [
             {
-                **{key: same[0][key] for key in ("name", "type", "extractor")},
-                "generated": [{key: metric[key] for key in ("value", "error")} for metric in same],
-            }
-            for same in zip(*quality, strict=True)
-        ],
-        "unseen": [
-            {
-                "name": " and ".join(a.full_name(pair.values[a.name]) for a in attributes if a.name in pair.values),
+                "name": " and ".join(
+                    a.full_name(pair.values[a.name]) for a in self.attributes if a.name in pair.values
+                ),
                 "prompts": pair.prompts,
                 "n": len(pair.prompts),
                 "generated": [results[i] for results in of_pairs],
             }
-            for i, pair in enumerate(pairs)
-        ],
-        "n": num_images,
-        "n_reference": len(held_out),
-        "n_fitted": len(training),
-        "image_size": f"{size[1]}x{size[0]}",
-        "reference": f"{name} ({fingerprint(held_out.images)})",
-        **{key: value for key, value in provenance.items() if key != "guidance_scale"},
-    }
+            for i, pair in enumerate(self.pairs)
+        ]
+        return {"attributes": attributes, "unseen": unseen}
 
 
 class _FirstExtractor(MetricNetworks):
@@ -213,24 +264,6 @@ class _FirstExtractor(MetricNetworks):
         self.detector = lambda images: images.new_zeros(len(images))  # type: ignore[assignment]
 
 
-def _adherence(
-    stated: Mapping[str, np.ndarray],
-    shown: Mapping[str, np.ndarray],
-    attributes: Sequence[Attribute],
-    values: Mapping[str, Sequence[int]],
-) -> list[dict[str, float]]:
-    """Return the balanced accuracy of each attribute, with its standard error."""
-    results = []
-    for attribute in attributes:
-        shares, errors = [], []
-        for code in values[attribute.name]:
-            is_right = shown[attribute.name][stated[attribute.name] == code] == code
-            shares.append(float(is_right.mean()))
-            errors.append(share_error(shares[-1], len(is_right)))
-        results.append({"value": float(np.mean(shares)), "error": math.hypot(*errors) / len(errors)})
-    return results
-
-
 def _share_of_pairs(pairs: Sequence[UnseenPair], shown: Mapping[str, np.ndarray]) -> list[dict[str, float]]:
     results, first = [], 0
     for pair in pairs:
@@ -239,6 +272,17 @@ def _share_of_pairs(pairs: Sequence[UnseenPair], shown: Mapping[str, np.ndarray]
         share = float(np.all([shown[name][rows] == code for name, code in pair.values.items()], axis=0).mean())
         results.append({"value": share, "error": share_error(share, len(pair.prompts))})
     return results
+
+
+def _by_metric(quality: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Turn the metrics of each scale into one entry per metric, with a value for each scale."""
+    return [
+        {
+            **{key: same[0][key] for key in ("name", "type", "extractor")},
+            "generated": [{key: metric[key] for key in ("value", "error")} for metric in same],
+        }
+        for same in zip(*quality, strict=True)
+    ]
 
 
 def _frequent(codes: np.ndarray) -> list[int]:
