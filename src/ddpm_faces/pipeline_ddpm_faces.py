@@ -51,6 +51,8 @@ CODE_FILES = {
     "DDPMFacesUNet": "unet_ddpm_faces",
     "DDPMFacesScheduler": "scheduling_ddpm_faces",
 }
+# Files beside this one that a saved folder also has: `custom_pipeline="restoration_ddpm_faces"` loads them.
+COMPANION_FILES = ("restoration_ddpm_faces.py", "operators_ddpm_faces.py")
 # The settings of a pipeline, which `model_index.json` holds beside the components.
 SETTINGS = (
     "weights",
@@ -622,7 +624,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
             unexpected = [*kwargs, *(["repo_id"] if repo_id is not None else [])]
             raise TypeError(f"save_pretrained() got arguments of `push_to_hub=True`: {', '.join(unexpected)}.")
         super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
-        shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))  # each component does the same
+        for name in (Path(__file__).name, *COMPANION_FILES):  # each component does the same with its file
+            if Path(__file__).with_name(name).is_file():
+                shutil.copyfile(Path(__file__).with_name(name), Path(save_directory, name))
         if hub is not None:
             hub.push(self, repo_id, **kwargs)
 

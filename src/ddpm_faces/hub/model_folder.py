@@ -29,6 +29,8 @@ MODEL_FILES = (
     "README.md",
     "model_index.json",
     "pipeline_ddpm_faces.py",
+    "restoration_ddpm_faces.py",
+    "operators_ddpm_faces.py",
     "unet/config.json",
     "unet/*.safetensors",
     "unet/*.safetensors.index*.json",

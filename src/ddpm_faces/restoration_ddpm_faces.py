@@ -1,0 +1,296 @@
+# Copyright 2026 The ddpm-faces authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Restoration of faces with a model that was trained only to generate them.
+
+Sampling, with one more operation in each step: the predicted image is moved to explain the observation (DiffPIR,
+https://huggingface.co/papers/2305.08995, which is DDNM, https://huggingface.co/papers/2212.00490, without noise). No
+gradient passes through the network, so that a step costs as much as one of generation.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image, ImageOps
+
+from .operators_ddpm_faces import Inpaint, LinearOperator
+from .pipeline_ddpm_faces import Condition, DDPMFacesPipeline, Guidance, evaluating
+
+
+ROUNDING = 1 / (255 * math.sqrt(3))  # standard deviation of the rounding to 8 bits, for values in [-1, 1]
+MAX_NOISE, MAX_RESAMPLES = 2.0, 20
+# Noise-to-signal ratios between which steps are repeated: the content of an image is decided there.
+RESAMPLED = (0.05, 10.0)
+STEPS = 50
+# Standard deviation of the pixels of faces: the error of a predicted image is never larger, however noisy its input.
+IMAGE_STD = 0.5
+SCHEDULER = {"algorithm": "ddim", "timestep_spacing": "logsnr"}
+
+
+class DDPMFacesRestorePipeline(DDPMFacesPipeline):
+    """Pipeline that restores faces: missing pixels, low resolution, blur, lost colors, noise.
+
+    It uses the networks of any [`DDPMFacesPipeline`]: load it from the same folders and repositories, or take those of
+    a loaded one with `DDPMFacesRestorePipeline.from_pipe(pipeline)`. Its arguments are the same.
+
+    Attributes:
+        operators: The module of the operators: `pipeline.operators.Inpaint` is `ddpm_faces.Inpaint`.
+    """
+
+    operators = sys.modules[LinearOperator.__module__]
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]  # as in diffusers, each kind of pipeline has its own arguments
+        self,
+        image: Any,
+        operator: LinearOperator,
+        noise_level: float = 0.0,
+        num_inference_steps: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["DDPMFacesRestorePipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        class_labels: Sequence[int] | torch.Tensor | None = None,
+        guidance_scale: float | None = None,
+        autoguidance_scale: float | None = None,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        eta: float = 1.0,
+        regularization: float = 1.0,
+        num_resamples: int = 2,
+    ) -> ImagePipelineOutput | tuple:
+        """Restore faces.
+
+        What an observation leaves open has many answers. Each call draws one, or `num_images_per_prompt` for each
+        observation; their mean is the restoration with the least squared error, and their spread shows what is known.
+
+        Args:
+            image (`PIL.Image.Image`, a list of them, or `torch.Tensor` of shape `(batch, *operator.output_shape)`):
+                The observations y = A x + noise. Tensors are in the range of x, [-1, 1].
+            operator ([`LinearOperator`]): A, what happened to the images.
+            noise_level (`float`, defaults to 0.0):
+                Standard deviation of the noise of the observations, of images in [-1, 1], from 0 to 2: 0.05 is 6.4 of
+                the 255 levels. The rounding of `PIL` images is added, unless pixels are just missing.
+            num_inference_steps (`int`, *optional*):
+                Denoising steps, 1 to T, those that are repeated included; defaults to 50, or T if that is less.
+            num_images_per_prompt (`int`, defaults to 1): Number of restorations of each observation.
+            generator (`torch.Generator` or a list of one per result, *optional*):
+                Makes the result reproducible. With a list, result i depends only on generator i, not on the batch.
+            output_type (`str`, defaults to `"pil"`): As in [`DDPMFacesPipeline.__call__`].
+            return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
+            callback_on_step_end (`Callable`, *optional*): As in [`DDPMFacesPipeline.__call__`].
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): As in [`DDPMFacesPipeline.__call__`].
+            class_labels (`list[int]` or `torch.Tensor`, *optional*): Class of each result, for a model with classes.
+            guidance_scale (`float`, *optional*): As in [`DDPMFacesPipeline.__call__`].
+            autoguidance_scale (`float`, *optional*): As in [`DDPMFacesPipeline.__call__`], without presets.
+            prompt (`str` or `list[str]`, *optional*):
+                What the faces should show, one text for all observations or one for each.
+            negative_prompt (`str` or `list[str]`, *optional*): What they should not show.
+            prompt_embeds (`torch.Tensor`, *optional*): Instead of `prompt`.
+            negative_prompt_embeds (`torch.Tensor`, *optional*): Instead of `negative_prompt`.
+            eta (`float`, defaults to 1.0):
+                Noise that each step draws anew, as in DDIM: 0 is none (except in repetitions), 1 that of DDPM.
+            regularization (`float`, defaults to 1.0):
+                How much more the prediction counts than `noise_level` says, at least 0. Without noise it has no
+                effect.
+            num_resamples (`int`, defaults to 2):
+                How often each step between little and much noise is taken (RePaint,
+                https://huggingface.co/papers/2201.09865, section 4.2), from 1 to 20. Repetitions let known pixels
+                influence unknown ones; with the same number of steps in total, these become coarser.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, in the form of `output_type`. The restorations of
+            the first observation come first.
+
+        Raises:
+            ValueError: An argument is invalid, the images do not fit the operator, or the network does not.
+        """
+        # 0. Check
+        if not isinstance(operator, LinearOperator):
+            raise ValueError(
+                f"`operator` must be a LinearOperator, such as Inpaint(mask), got {type(operator).__name__}."
+            )
+        if operator.image_shape[0] != self.image_shape[0]:
+            raise ValueError(
+                f"`operator` must be of images with {self.image_shape[0]} channels, as the model, got "
+                f"{operator.image_shape[0]}."
+            )
+        for name, value, low, high in (
+            ("noise_level", noise_level, 0, MAX_NOISE),
+            ("eta", eta, 0, 1),
+            ("regularization", regularization, 0, math.inf),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                allowed = f"from {low} to {high:g}" if high < math.inf else f"of at least {low}"
+                raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")
+        if not self._scheduler_is_of({"DDPMFacesScheduler"}):
+            raise ValueError(
+                f"`scheduler` must be a DDPMFacesScheduler, got {type(self.scheduler).__name__}: restoration takes "
+                "its own steps."
+            )
+        if num_inference_steps is None:
+            num_inference_steps = min(STEPS, self.scheduler.config.num_train_timesteps)
+        observed, is_rounded = observations(image, operator.output_shape)
+        prompts = self.check_prompts(prompt, negative_prompt, 1, prompt_embeds, negative_prompt_embeds)
+        if prompts not in (None, 1, len(observed)):
+            raise ValueError(
+                f"`prompt` must be one text, or one for each of the {len(observed)} images, got {prompts}."
+            )
+        if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int):
+            raise ValueError(f"`num_images_per_prompt` must be an integer, got {num_images_per_prompt!r}.")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be at least 1, got {num_images_per_prompt}.")
+        if type(num_resamples) is not int or not 1 <= num_resamples <= MAX_RESAMPLES:
+            raise ValueError(f"`num_resamples` must be an integer from 1 to {MAX_RESAMPLES}, got {num_resamples!r}.")
+        batch_size = len(observed) * num_images_per_prompt
+        guidance = Guidance(
+            self.config.guidance_scale if guidance_scale is None else guidance_scale,
+            self.config.autoguidance_scale if autoguidance_scale is None else autoguidance_scale,
+        )
+        self.check_inputs(
+            *(batch_size, num_inference_steps, generator, None, output_type, class_labels),
+            *(callback_on_step_end_tensor_inputs, 0.0, guidance),
+        )
+
+        # 1. Observations, condition and timesteps
+        device = self._execution_device
+        observed = observed.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+        if is_rounded and not isinstance(operator, Inpaint):
+            noise_level = math.hypot(noise_level, ROUNDING)
+        if class_labels is not None:
+            class_labels = torch.as_tensor(class_labels, device=device)
+        condition = Condition(class_labels)
+        if prompts is not None:
+            pairs = (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
+            count = batch_size // num_images_per_prompt
+            condition = Condition(class_labels, *(self._texts(*pair, count, num_images_per_prompt) for pair in pairs))
+        scheduler = self._scheduler_with(SCHEDULER)
+        plan = _plan(scheduler, num_inference_steps, num_resamples, eta)
+
+        # 2. Noise, around what the observation says
+        def noise() -> torch.Tensor:
+            shape = (batch_size, *operator.image_shape)
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+        signal, spread = _rates(plan[0].sigma)
+        latents = signal * operator.pseudo_inverse(observed) + spread * noise()
+
+        # 3. Denoise
+        with evaluating(self.unet, self.guide):
+            for i, (t, sigma, next_sigma, kept) in enumerate(self.progress_bar(plan)):
+                # 3.1 Predict x_0
+                output = self.predict(latents, t, condition, guidance)[:, : latents.shape[1]]
+                x_0 = scheduler.predict_original_sample(output, t, latents)
+
+                # 3.2 Move it to explain the observation
+                error = 1 / (1 / sigma**2 + 1 / IMAGE_STD**2)  # variance of the error of x_0
+                x_0 = operator.proximal(x_0, observed, regularization * noise_level**2 / error)
+
+                # 3.3 The next x_t: part of its noise is kept, part is new
+                (signal, spread), (next_signal, next_spread) = _rates(sigma), _rates(next_sigma)
+                latents_noise = kept * (latents - signal * x_0) / spread
+                if next_spread and kept < 1:
+                    latents_noise = latents_noise + math.sqrt(1 - kept**2) * noise()
+                latents = next_signal * x_0 + next_spread * latents_noise
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                    latents = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", latents)
+
+        # 4. Images
+        images = self.postprocess(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+class _Step(NamedTuple):
+    """A step from `sigma` to `next_sigma`, which keeps `kept` of the noise and draws the rest of its variance."""
+
+    timestep: int
+    sigma: float
+    next_sigma: float
+    kept: float
+
+
+def _plan(scheduler: Any, num_steps: int, num_resamples: int, eta: float) -> list[_Step]:
+    """Return `num_steps` steps, or a few less, with repeated ones among them."""
+    plan: list[_Step] = []
+    for num_levels in range(num_steps, 0, -1):
+        scheduler.set_timesteps(num_levels)
+        sigmas, plan = scheduler.sigmas.tolist(), []
+        for t, sigma, next_sigma in zip(scheduler.timesteps.tolist(), sigmas[:-1], sigmas[1:], strict=True):
+            ratio = next_sigma / sigma
+            kept = math.sqrt(1 - eta**2 * (1 - ratio**2))  # DDIM, eq. 16
+            if RESAMPLED[0] < sigma < RESAMPLED[1] and next_sigma:
+                # A repetition goes to the next noise level and back, by DDPM's forward process.
+                plan += [_Step(t, sigma, sigma, ratio * kept)] * (num_resamples - 1)
+            plan.append(_Step(t, sigma, next_sigma, kept))
+        if len(plan) <= num_steps:
+            break
+    return plan
+
+
+def observations(image: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, bool]:
+    """Return observations as a tensor, and whether they are rounded to 8 bits.
+
+    Args:
+        image (`PIL.Image.Image`, a list of them, or `torch.Tensor`): As in [`DDPMFacesRestorePipeline.__call__`].
+        shape (`tuple[int, int, int]`): Channels, height and width that they must have.
+
+    Raises:
+        ValueError: They are of another type or shape, have transparent pixels, or contain other than finite numbers.
+    """
+    if isinstance(image, torch.Tensor):
+        if image.ndim != 4 or tuple(image.shape[1:]) != shape or not len(image):
+            allowed = ", ".join(map(str, shape))
+            raise ValueError(f"`image` must be of shape (batch, {allowed}), got {tuple(image.shape)}.")
+        if not image.is_floating_point() or not image.isfinite().all():
+            raise ValueError("`image` must contain finite floating-point numbers, with pixels in [-1, 1].")
+        return image.float(), False
+    images = image if isinstance(image, list) else [image]
+    if not images or not all(isinstance(one, Image.Image) for one in images):
+        raise ValueError(f"`image` must be a PIL image, a list of them or a tensor, got {type(image).__name__}.")
+    return torch.stack([_to_tensor(one, shape) for one in images]), True
+
+
+def _to_tensor(image: Image.Image, shape: tuple[int, ...]) -> torch.Tensor:
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise ValueError(f"`image` must be a tensor: the operator makes observations of {channels} channels.")
+    image = ImageOps.exif_transpose(image)
+    if image.size != (width, height):
+        raise ValueError(
+            f"`image` must be of {width}x{height} pixels, as the operator makes them, got "
+            f"{image.size[0]}x{image.size[1]}."
+        )
+    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        raise ValueError("`image` must be opaque, but some of its pixels are transparent.")
+    if image.mode.startswith("I;16"):
+        pixels = np.asarray(image, dtype=np.float32) / 257  # 65535 is white
+        array = np.repeat(pixels[..., None], channels, axis=2)
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"`image` of mode {image.mode!r} has no defined white: convert it to 8 or 16 bits.")
+    else:
+        array = np.asarray(image.convert("RGB" if channels == 3 else "L"), dtype=np.float32)
+        array = array.reshape(height, width, channels)
+    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def _rates(sigma: float) -> tuple[float, float]:
+    """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) of a noise-to-signal ratio."""
+    return (0.0, 1.0) if sigma == math.inf else (1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma))
+
+
+# diffusers refuses a file with two pipelines as a `custom_pipeline`.
+del DDPMFacesPipeline

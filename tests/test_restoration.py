@@ -1,0 +1,318 @@
+"""Restoration, against the exact posterior of Gaussian images, for which the best denoiser is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_unet
+from PIL import Image
+from test_prompts import a_prompt_model
+
+from ddpm_faces import (
+    Blur,
+    DDPMFacesPipeline,
+    DDPMFacesRestorePipeline,
+    DDPMFacesScheduler,
+    Downsample,
+    GaussianBlur,
+    Gray,
+    Inpaint,
+)
+from ddpm_faces.operators_ddpm_faces import motion_kernel
+from ddpm_faces.restoration_ddpm_faces import ROUNDING, observations
+
+
+SIZE = 8
+
+
+@pytest.fixture
+def restore(pipeline) -> DDPMFacesRestorePipeline:
+    restore = DDPMFacesRestorePipeline.from_pipe(pipeline)
+    restore.set_progress_bar_config(disable=True)
+    return restore
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def a_mask(size: int = 16) -> torch.Tensor:
+    return torch.rand(size, size, generator=torch.Generator().manual_seed(1)) < 0.6
+
+
+def a_photo(size: int = 16, mode: str = "RGB") -> Image.Image:
+    pixels = torch.randint(0, 256, (size, size, 3), generator=torch.Generator().manual_seed(0)).byte()
+    return Image.fromarray(pixels.numpy()).convert(mode)
+
+
+class GaussianFaces:
+    """A model of images of 8x8 pixels whose values are normally distributed, with a perfect prediction."""
+
+    def __init__(self) -> None:
+        self.scheduler = DDPMFacesScheduler(
+            beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
+        )
+        unet = tiny_unet(sample_size=SIZE, in_channels=1, out_channels=1)
+        self.restore = DDPMFacesRestorePipeline(unet, self.scheduler)
+        self.restore.predict = self.predict
+        self.restore.set_progress_bar_config(disable=True)
+        places = torch.cartesian_prod(torch.arange(SIZE), torch.arange(SIZE)).double()
+        self.covariance = 0.25 * torch.exp(-torch.cdist(places, places) / 4)
+        self.variances, self.axes = torch.linalg.eigh(self.covariance)
+
+    def draw(self, seed: int) -> torch.Tensor:
+        noise = torch.randn(1, SIZE**2, generator=torch.Generator().manual_seed(seed)).double()
+        return ((noise * self.variances.sqrt()) @ self.axes.T).view(1, 1, SIZE, SIZE)
+
+    def predict(self, sample, timestep, *_):
+        bar = self.scheduler.alphas_cumprod[int(timestep)].double()
+        shrunk = (sample.double().flatten(1) @ self.axes) * bar.sqrt() * self.variances
+        x_0 = (shrunk / (bar * self.variances + 1 - bar)) @ self.axes.T
+        noise = (sample.flatten(1) - bar.sqrt() * x_0) / (1 - bar).sqrt()
+        return (bar.sqrt() * noise - (1 - bar).sqrt() * x_0).view_as(sample).float()
+
+    def posterior(self, operator, observed, noise_level):
+        """Return the mean and the variances of the image, given the observation."""
+        matrix = operator(torch.eye(SIZE**2).double().view(-1, 1, SIZE, SIZE)).flatten(1).T
+        noise = max(noise_level, 1e-4) ** 2 * torch.eye(len(matrix)).double()
+        gain = self.covariance @ matrix.T @ torch.linalg.inv(matrix @ self.covariance @ matrix.T + noise)
+        return gain @ observed.flatten().double(), (self.covariance - gain @ matrix @ self.covariance).diagonal()
+
+
+SHAPE = (1, SIZE, SIZE)
+LINEAR = {
+    "x4": (Downsample(4, SHAPE), 0.0),
+    "x4 with noise": (Downsample(4, SHAPE), 0.05),
+    "x2, bicubic": (Downsample(2, SHAPE, "bicubic"), 0.02),
+    "pixels": (Inpaint(a_mask(SIZE), 1), 0.05),
+    "blur with noise": (GaussianBlur(1.0, SHAPE), 0.1),
+    "motion with noise": (Blur(motion_kernel(3, 20), SHAPE), 0.05),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_restorations_are_drawn_from_the_posterior(name):
+    operator, noise_level = LINEAR[name]
+    model = GaussianFaces()
+    observed = operator(model.draw(5))
+    observed += noise_level * torch.randn(observed.shape, generator=torch.Generator().manual_seed(1)).double()
+    mean, variances = model.posterior(operator, observed, noise_level)
+    drawn = model.restore(observed, operator, noise_level, 50, 400, torch.Generator().manual_seed(0), "latent").images
+    drawn = drawn.double().flatten(1)
+    # The steps are an approximation: its mean is much closer than a single draw is, and its spread is about right.
+    error = (drawn.mean(dim=0) - mean).square().mean()
+    assert error < 0.45**2 * variances.mean()
+    assert 0.7 < drawn.var(dim=0).mean() / variances.mean() < 1.4
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        Inpaint(a_mask()),
+        Downsample(4, (3, 16, 16)),
+        Gray((3, 16, 16)),
+        GaussianBlur(1.0, (3, 16, 16)),
+        Downsample(2, (3, 16, 16)) @ GaussianBlur(0.5, (3, 16, 16)),
+    ],
+)
+def test_results_explain_the_observation(restore, operator):
+    face = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    observed = operator(face)
+    found = restore(observed, operator, num_inference_steps=5, output_type="latent").images
+    assert found.shape == face.shape
+    assert (operator(found) - observed).abs().max() < 1e-3
+
+
+def test_known_pixels_stay(restore):
+    photo, mask = a_photo(), a_mask()
+    images = restore(photo, Inpaint(mask), num_inference_steps=5, num_images_per_prompt=2).images
+    known = ~mask.numpy()
+    for image in images:
+        assert (np.asarray(image)[known] == np.asarray(photo)[known]).all()
+    assert (np.asarray(images[0])[~known] != np.asarray(images[1])[~known]).any()  # two different answers
+
+
+def test_result_depends_only_on_its_generator(restore):
+    operator, observed = Gray((3, 16, 16)), torch.rand(2, 1, 16, 16)
+    together = restore(observed, operator, 0.1, 4, 2, generators(4), "latent").images
+    alone = restore(observed[1:], operator, 0.1, 4, 2, generators(4)[2:], "latent").images
+    torch.testing.assert_close(together[2:], alone)
+
+
+def test_without_eta_and_repetitions_only_the_start_is_random(restore):
+    operator, observed = Gray((3, 16, 16)), torch.rand(1, 1, 16, 16)
+    states = []
+    for seed in (1, 1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        restore(observed, operator, num_inference_steps=4, generator=generator, eta=0.0, num_resamples=1)
+        states.append(generator.get_state())
+    fresh = torch.Generator().manual_seed(1)
+    torch.randn(1, 3, 16, 16, generator=fresh)
+    assert torch.equal(states[0], fresh.get_state())
+
+
+def test_prompts_and_guidance_reach_the_network():
+    restore = DDPMFacesRestorePipeline.from_pipe(a_prompt_model())
+    restore.set_progress_bar_config(disable=True)
+    operator, observed = Gray((3, 16, 16)), torch.rand(2, 1, 16, 16)
+    texts = ["a woman", "an older man"]
+
+    def call(**arguments):
+        arguments = {"num_inference_steps": 3, "output_type": "latent", **arguments}
+        return restore(observed, operator, generator=generators(2), **arguments).images
+
+    asked = call(prompt=texts)
+    assert not torch.equal(asked, call())
+    torch.testing.assert_close(call(prompt="a woman")[0], asked[0])
+    torch.testing.assert_close(call(prompt_embeds=restore.encode_prompt(texts)), asked)
+    assert not torch.equal(call(prompt=texts, guidance_scale=3.0), asked)
+    many = restore(observed, operator, 0.0, 3, 2, generators(4), "latent", prompt=texts).images
+    first = restore(observed[:1], operator, 0.0, 3, 2, generators(2), "latent", prompt="a woman").images
+    torch.testing.assert_close(many[:2], first)
+
+
+@pytest.mark.parametrize(("num_steps", "num_resamples"), [(1, 1), (1, 2), (7, 1), (7, 2), (20, 2), (20, 20)])
+def test_number_of_steps_includes_the_repeated_ones(restore, num_steps, num_resamples):
+    calls = []
+    restore.unet.register_forward_hook(lambda *_: calls.append(1))
+    arguments = {"num_inference_steps": num_steps, "num_resamples": num_resamples}
+    restore(torch.zeros(1, 1, 16, 16), Gray((3, 16, 16)), **arguments)
+    assert max(1, num_steps - num_resamples) <= len(calls) <= num_steps
+    assert num_resamples > 1 or len(calls) == num_steps
+
+
+def test_callback_sees_each_step_and_changes_it(restore):
+    seen = []
+
+    def callback(pipeline, step, timestep, tensors):
+        seen.append((step, int(timestep), tuple(tensors["latents"].shape)))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    images = restore(
+        torch.rand(1, 1, 16, 16), Gray((3, 16, 16)), num_inference_steps=3, num_resamples=1,
+        callback_on_step_end=callback, output_type="latent",
+    ).images  # fmt: skip
+    assert [step for step, *_ in seen] == [0, 1, 2]
+    assert seen[0][2] == (1, 3, 16, 16)
+    assert (images == 0).all()
+
+
+def test_8_bit_images_count_as_rounded():
+    photo = a_photo()
+    observed, is_rounded = observations([photo, photo], (3, 16, 16))
+    assert is_rounded
+    assert observed.shape == (2, 3, 16, 16)
+    exact = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    error = ((exact / 2 + 0.5) * 255).round() / 127.5 - 1 - exact
+    assert error.std() == pytest.approx(ROUNDING, rel=0.05)
+
+
+def test_any_photo_is_read_or_refused():
+    colored, gray = (3, 16, 16), (1, 16, 16)
+    expected, _ = observations(a_photo(), colored)
+    assert expected.min() >= -1
+    assert expected.max() <= 1
+    assert expected[0, :, 0, 1].tolist() == pytest.approx([v / 127.5 - 1 for v in a_photo().getpixel((1, 0))])
+    # Turned by EXIF
+    turned = a_photo().transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6
+    torch.testing.assert_close(observations(turned, colored)[0], expected)
+    # 16 bits
+    deep = Image.fromarray(np.full((16, 16), 65535, dtype=np.uint16))
+    assert (observations(deep, gray)[0] == 1).all()
+    assert (observations(deep, colored)[0] == 1).all()
+    # Other modes
+    assert observations(a_photo(mode="CMYK"), colored)[0].shape == (1, *colored)
+    assert observations(a_photo(mode="RGBA"), colored)[0].shape == (1, *colored)  # opaque
+    torch.testing.assert_close(observations(a_photo(), gray)[0], Gray(colored)(expected), atol=0.006, rtol=0)
+    holes = a_photo(mode="RGBA")
+    holes.putpixel((3, 3), (0, 0, 0, 0))
+    with pytest.raises(ValueError, match="some of its pixels are transparent"):
+        observations(holes, colored)
+    with pytest.raises(ValueError, match="mode 'F' has no defined white"):
+        observations(a_photo(mode="F"), gray)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"operator": None}, "`operator` must be a LinearOperator"),
+        ({"operator": Inpaint(a_mask(), 1)}, "images with 3 channels, as the model, got 1"),
+        ({"noise_level": -0.1}, "`noise_level` must be a number from 0 to 2, got -0.1"),
+        ({"noise_level": math.nan}, "got nan"),
+        ({"eta": 1.5}, "`eta` must be a number from 0 to 1"),
+        ({"regularization": -1}, "`regularization` must be a number of at least 0"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be from 1 to 20"),
+        ({"num_resamples": 0}, "`num_resamples` must be an integer from 1 to 20, got 0"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be at least 1"),
+        ({"image": a_photo(8)}, "`image` must be of 16x16 pixels, as the operator makes them, got 8x8"),
+        ({"image": []}, "a PIL image, a list of them or a tensor, got list"),
+        ({"image": torch.zeros(3, 16, 16)}, r"`image` must be of shape \(batch, 3, 16, 16\)"),
+        ({"image": torch.full((1, 3, 16, 16), math.inf)}, "finite"),
+        ({"image": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, r"pixels in \[-1, 1\]"),
+        ({"prompt": "a woman"}, "not trained with texts"),
+        ({"guidance_scale": 2.0}, "`guidance_scale` must be 1"),
+        ({"generator": generators(2)}, "one generator per image"),
+        ({"output_type": "jpg"}, "`output_type` must be one of"),
+    ],
+)
+def test_bad_input(restore, arguments, message):
+    arguments = {"image": a_photo(), "operator": Inpaint(a_mask()), **arguments}
+    with pytest.raises(ValueError, match=message):
+        restore(**arguments)
+
+
+def test_other_scheduler_is_refused(restore):
+    from diffusers import DDIMScheduler
+
+    restore.scheduler = DDIMScheduler.from_config(restore.scheduler.config)
+    with pytest.raises(ValueError, match="`scheduler` must be a DDPMFacesScheduler, got DDIMScheduler"):
+        restore(a_photo(), Inpaint(a_mask()))
+
+
+def test_number_of_prompts():
+    restore = DDPMFacesRestorePipeline.from_pipe(a_prompt_model())
+    with pytest.raises(ValueError, match="one text, or one for each of the 3 images, got 2"):
+        restore([a_photo()] * 3, Inpaint(a_mask()), prompt=["a woman", "a man"])
+
+
+CALL = """
+import torch
+mask = torch.zeros(16, 16)
+mask[4:12, 4:12] = 1
+pipeline.set_progress_bar_config(disable=True)
+operator = pipeline.operators.Inpaint(mask) if mask is not None else None
+y = torch.zeros(1, 3, 16, 16)
+result = pipeline(y, operator, 0.0, 3, 1, torch.Generator().manual_seed(0), "pt").images.tolist()
+"""
+WITH = "from ddpm_faces import DDPMFacesRestorePipeline\npipeline = DDPMFacesRestorePipeline.from_pretrained(source)"
+WITHOUT = """
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(source, custom_pipeline="restoration_ddpm_faces", trust_remote_code=True)
+"""
+
+
+def test_it_works_with_and_without_the_package(client, bare_client, restore, tmp_path):
+    restore.save_pretrained(tmp_path)
+    mask = torch.zeros(16, 16)
+    mask[4:12, 4:12] = 1
+    expected = restore(torch.zeros(1, 3, 16, 16), Inpaint(mask), 0.0, 3, 1, generators(1)[0], "pt").images
+    for who, load in ((client, WITH), (bare_client, WITHOUT)):
+        outcome = who.run(load + CALL, source=str(tmp_path))
+        assert outcome.error is None, outcome.output
+        torch.testing.assert_close(torch.tensor(outcome.value), expected)
+    again = DDPMFacesPipeline.from_pretrained(tmp_path)
+    assert type(DDPMFacesPipeline.from_pipe(restore)) is type(again) is DDPMFacesPipeline
+
+
+def test_it_loads_from_the_hub(server, client, bare_client, restore, tmp_path):
+    restore.save_pretrained(tmp_path)
+    server.put("models", "owner/restore", {str(path.relative_to(tmp_path)): path.read_bytes()
+                                           for path in tmp_path.rglob("*") if path.is_file()})  # fmt: skip
+    found = []
+    for who, load in ((client, WITH), (bare_client, WITHOUT)):
+        outcome = who.run(load + CALL, source="owner/restore")
+        assert outcome.error is None, outcome.output
+        found.append(outcome.value)
+    assert found[0] == found[1]
