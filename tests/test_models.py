@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from ddpm_faces import DDPMFacesPipeline, hub
-from ddpm_faces.evaluation.detection import MTCNN
+from ddpm_faces.data.detection import MTCNN
 from ddpm_faces.evaluation.quality import read_metrics
 
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from .detection import MTCNN
+from ..data.detection import MTCNN
 from .extractors import EfficientNetLite0, Extractor, InceptionV3, MobileNetV2
 from .metrics import channel_statistics
 

@@ -1,9 +1,11 @@
 """Face detection by MTCNN (Zhang et al. 2016, https://arxiv.org/abs/1604.02878)."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-from .extractors import check_images, load_weights, package_folder
+from ..weights import check_images, load_weights, package_folder
 
 
 _MIN_FACE, _SHRINK, _CELL, _STRIDE = 20, 0.709, 12, 2
@@ -14,6 +16,22 @@ _POOLS = {"pnet": [(2, 2), None, None], "rnet": [(3, 2), (3, 2), None], "onet": 
 _SHA256 = {"pnet": "a2a71925e0b9996a", "rnet": "bbb937de72efc9ef", "onet": "165bfbe42940416c"}
 
 State = dict[str, torch.Tensor]
+
+
+class DetectedFace(NamedTuple):
+    """A face in an image, in pixels from its upper left corner.
+
+    Args:
+        score (`float`): Probability that it is a face.
+        box (`tuple[float, float, float, float]`): Left, top, right and bottom edge.
+        landmarks (`torch.Tensor` of shape `(5, 2)`):
+            x and y of the left eye, the right eye, the nose and the left and right corner of the mouth, as seen in the
+            image.
+    """
+
+    score: float
+    box: tuple[float, float, float, float]
+    landmarks: torch.Tensor
 
 
 class MTCNN:
@@ -54,13 +72,35 @@ class MTCNN:
         Raises:
             ValueError: The images have a wrong type or shape.
         """
+        owners, _, scores, _ = self._detect(images)
+        best = torch.zeros(len(images), device=self.device)
+        return best.scatter_reduce(0, owners, scores, "amax").cpu()
+
+    @torch.no_grad()
+    def find(self, image: torch.Tensor) -> list[DetectedFace]:
+        """Find the faces in an image.
+
+        Args:
+            image (`torch.Tensor` of shape `(3, height, width)`, `torch.uint8`): An image, 0 to 255.
+
+        Returns:
+            `list[DetectedFace]`: The faces of at least 20 pixels, the largest first.
+
+        Raises:
+            ValueError: The image has a wrong type or shape.
+        """
+        _, boxes, scores, landmarks = (values.cpu() for values in self._detect(image[None]))
+        rows = zip(scores.tolist(), boxes.tolist(), landmarks, strict=True)
+        faces = [DetectedFace(score, tuple(box), points) for score, box, points in rows]
+        return sorted(faces, key=lambda face: face.box[0] - face.box[2])
+
+    def _detect(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return owners (n,), boxes (n, 4), scores (n,) and landmarks (n, 5, 2) of the faces in all images."""
         check_images(images)
         pixels = images.to(self.device).float()
         owners, boxes = self._propose(pixels)
-        owners, boxes, _ = self._refine("rnet", pixels, owners, boxes, 24, _THRESHOLDS[1])
-        owners, _, scores = self._refine("onet", pixels, owners, boxes, 48, _THRESHOLDS[2])
-        best = torch.zeros(len(images), device=self.device)
-        return best.scatter_reduce(0, owners, scores, "amax").cpu()
+        owners, boxes, *_ = self._refine("rnet", pixels, owners, boxes, 24, _THRESHOLDS[1])
+        return self._refine("onet", pixels, owners, boxes, 48, _THRESHOLDS[2])
 
     def _propose(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slide the first network over the images at all scales. Return candidates: owners (n,), boxes (n, 4)."""
@@ -88,29 +128,37 @@ class MTCNN:
 
     def _refine(
         self, name: str, pixels: torch.Tensor, owners: torch.Tensor, boxes: torch.Tensor, side: int, threshold: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run a network on the content of the boxes. Return owners, corrected boxes and scores of those that pass."""
-        crops, nonempty = [], []
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run a network on the content of the boxes. Return owners, corrected boxes, scores, landmarks of faces."""
+        crops, nonempty, places = [], [], []
         height, width = pixels.shape[2:]
         for index, (owner, box) in enumerate(zip(owners.tolist(), boxes.trunc().int().tolist(), strict=True)):
             left, top, right, bottom = max(box[0], 1) - 1, max(box[1], 1) - 1, min(box[2], width), min(box[3], height)
             if right > left and bottom > top:
                 crops.append(_resize(pixels[owner : owner + 1, :, top:bottom, left:right], (side, side)))
                 nonempty.append(index)
+                places.append((left, top, right - left, bottom - top))
         if not crops:
-            return owners[:0], boxes[:0], boxes[:0, 0]
+            return owners[:0], boxes[:0], boxes[:0, 0], boxes.new_zeros(0, 5, 2)
         owners, boxes = owners[nonempty], boxes[nonempty]
         state, last = self.states[name], {"rnet": 5, "onet": 6}[name]
         features = _features(state, name, torch.cat(crops)).permute(0, 3, 2, 1).flatten(start_dim=1)
         features = F.prelu(_linear(state, f"dense{last - 1}", features), state[f"prelu{last - 1}.weight"])
         scores = _linear(state, f"dense{last}_1", features).softmax(dim=1)[:, 1]
         shifts = _linear(state, f"dense{last}_2", features)
+        landmarks = boxes.new_zeros(len(boxes), 5, 2)
+        if name == "onet":  # the network tells five x, then five y, as parts of its input
+            place = torch.tensor(places, dtype=boxes.dtype, device=boxes.device)
+            parts = _linear(state, "dense6_3", features).view(-1, 2, 5).transpose(1, 2)
+            landmarks = place[:, None, :2] + parts * place[:, None, 2:]
         passed = scores > threshold
-        owners, boxes, scores, shifts = (values[passed] for values in (owners, boxes, scores, shifts))
+        owners, boxes, scores, shifts, landmarks = (
+            values[passed] for values in (owners, boxes, scores, shifts, landmarks)
+        )
         sides = (boxes[:, 2:] - boxes[:, :2] + 1).repeat(1, 2)
         kept = _suppress(owners, boxes, scores, 0.7)
         boxes = boxes + shifts * sides
-        return owners[kept], _square(boxes[kept]), scores[kept]
+        return owners[kept], _square(boxes[kept]), scores[kept], landmarks[kept]
 
 
 def _conv(state: State, name: str, x: torch.Tensor) -> torch.Tensor:
