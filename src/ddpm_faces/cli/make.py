@@ -91,6 +91,64 @@ def generate(
     report({"files": files}, f"{num_images} {noun}: {output}", as_json)
 
 
+def restore(
+    model: Model,
+    photo: Annotated[Path, typer.Argument(help="Photo with one or more faces. It is not changed.")],
+    inpaint: Annotated[
+        Path | None, typer.Option(metavar="MASK", help="Repaint where this image of the same size is white.")
+    ] = None,
+    upscale: Annotated[int | None, typer.Option(metavar="FACTOR", help="Enlarge the photo, 2 to 8 times.")] = None,
+    colorize: Annotated[bool, typer.Option("--colorize", help="Color a photo in shades of gray.")] = False,
+    deblur: Annotated[
+        float | None,
+        typer.Option(metavar="SIGMA", help="Remove a Gaussian blur of this standard deviation, in pixels."),
+    ] = None,
+    noise_level: Annotated[
+        float, typer.Option(help="Standard deviation of the photo's noise, for pixels in [-1, 1].")
+    ] = 0.0,
+    aligned: Annotated[
+        bool, typer.Option("--aligned", help="The photo is a single face, cropped as the model expects it.")
+    ] = False,
+    prompt: Annotated[str | None, typer.Option(help="What the faces should show, for a model with captions.")] = None,
+    guidance_scale: GuidanceScale = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps (default: 50).")] = None,
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for the result (default: PHOTO-restored.png).")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Restore the faces in a photo: repaint parts, enlarge, color, or remove blur.
+
+    Give one of --inpaint, --upscale, --colorize and --deblur. Faces are found, restored at the size of the model and
+    blended into the photo; the rest of the photo stays. What is lost has many possible answers, one for each --seed:
+    the result is a guess, not what was there.
+    """
+    from ..models import check_model, load_pipeline
+    from ..photos import Damage, open_photo, restore_photo, save_photo
+    from ..restoration_ddpm_faces import DDPMFacesRestorePipeline
+
+    check_model(model)
+    mask = None if inpaint is None else open_photo(inpaint, "inpaint")
+    damage = Damage(mask, upscale, colorize, deblur, noise_level)
+    output = output or photo.with_name(f"{photo.stem}-restored.png")
+    image = open_photo(photo, "photo")
+    save = save_photo(output, [photo, *([inpaint] if inpaint else [])], overwrite)
+    pipeline = DDPMFacesRestorePipeline.from_pipe(load_pipeline(model))
+    result = restore_photo(pipeline, image, damage, aligned, seed, steps, prompt=prompt, guidance_scale=guidance_scale)
+    save(result.image)
+    side = pipeline.image_shape[1]
+    sides = ", ".join(f"{length:.0f}" for length in result.sides)
+    count = "1 face" if len(result.sides) == 1 else f"{len(result.sides)} faces"
+    lines = [
+        f"{output}: {count} of {sides} pixels, restored at the size of the model, {side}x{side}.",
+        *(f"Not restored: {reason}." for reason in result.skipped),
+    ]
+    values = {"file": str(output), "sides": result.sides, "model_size": side, "skipped": result.skipped}
+    report(values, "\n".join(lines), as_json)
+
+
 def prepare(
     source: Annotated[str, typer.Argument(help="Folder of images, or a dataset in a folder or on the Hub.")],
     output: Annotated[Path | None, typer.Option(help="New folder for the dataset.")] = None,

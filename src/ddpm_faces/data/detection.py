@@ -33,6 +33,11 @@ class DetectedFace(NamedTuple):
     box: tuple[float, float, float, float]
     landmarks: torch.Tensor
 
+    def is_near(self, other: "DetectedFace") -> bool:
+        """Whether the center of the box is within that of `other`, so that both are the same face."""
+        x, y = (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+        return other.box[0] < x < other.box[2] and other.box[1] < y < other.box[3]
+
 
 class MTCNN:
     """Finds faces of at least 20 pixels with three small networks; each filters the candidates of the previous one.
@@ -90,8 +95,11 @@ class MTCNN:
             ValueError: The image has a wrong type or shape.
         """
         _, boxes, scores, landmarks = (values.cpu() for values in self._detect(image[None]))
-        rows = zip(scores.tolist(), boxes.tolist(), landmarks, strict=True)
-        faces = [DetectedFace(score, tuple(box), points) for score, box, points in rows]
+        rows = zip(scores.tolist(), map(tuple, boxes.tolist()), landmarks, strict=True)
+        faces: list[DetectedFace] = []
+        for face in sorted((DetectedFace(*row) for row in rows), key=lambda face: -face.score):
+            if not any(face.is_near(other) for other in faces):
+                faces.append(face)
         return sorted(faces, key=lambda face: face.box[0] - face.box[2])
 
     def _detect(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -91,7 +91,7 @@ def picture_to_tensor(image: Image.Image, size: tuple[int, int], mode: str = "RG
     """
     height, width = size
     with _memory_for(image):
-        image = _upright(image, size, mode)
+        image = upright(image, mode, size)
         if image.size != (width, height):
             image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
         return _pixels(image)
@@ -111,7 +111,7 @@ def resize_to_cover(image: Image.Image, size: tuple[int, int], mode: str = "RGB"
     """
     height, width = size
     with _memory_for(image):
-        image = _upright(image, size, mode)
+        image = upright(image, mode, size)
         scale = max(height / image.height, width / image.width)
         covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
         if image.size != covering:
@@ -161,8 +161,21 @@ def _memory_for(image: Image.Image) -> AbstractContextManager:
     return _ONE_AT_A_TIME if image.width * image.height > LARGE else nullcontext()
 
 
-def _upright(image: Image.Image, size: tuple[int, int], mode: str) -> Image.Image:
-    if image.width * image.height > LARGE:
+def upright(image: Image.Image, mode: str = "RGB", size: tuple[int, int] | None = None) -> Image.Image:
+    """Decode one image in its own size.
+
+    Args:
+        image (`PIL.Image.Image`): An image, as for [`picture_to_tensor`].
+        mode (`str`, defaults to `"RGB"`): `"L"`, `"RGB"` or `"RGBA"`.
+        size (`(int, int)`, *optional*): Height and width that are needed; a very large JPEG may be decoded smaller.
+
+    Returns:
+        `PIL.Image.Image`: The upright image with this mode.
+
+    Raises:
+        ValueError: As for [`picture_to_tensor`].
+    """
+    if size is not None and image.width * image.height > LARGE:
         side = 2 * max(size)  # the least to decode, enough for the antialiasing filter
         image.draft(None, (side, side))  # affects only JPEGs
     # ImageOps.exif_transpose would rewrite all other tags, and fail if one of them is unusual.

@@ -1,0 +1,330 @@
+"""Restore the faces in photos of any size: find them, restore them at the size of the model, and put them back."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from .checks import check_seed
+from .data.alignment import Frame, find_frames
+from .data.detection import MTCNN
+from .data.images import open_image, upright
+from .files import check_writable, replacing
+from .operators_ddpm_faces import Downsample, GaussianBlur, Gray, Inpaint, LinearOperator
+from .restoration_ddpm_faces import DDPMFacesRestorePipeline
+
+
+MIN_BLUR = 0.3  # standard deviation, in pixels of the model; a smaller one is not visible
+MAX_FACTOR = 8  # of `upscale`
+MIN_SCORE = 0.9  # of a face; a likelier mistake would spoil a part of the photo
+_SOFT = 0.08  # width of the soft edge, in sides of the frame
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What happened to a photo. Exactly one of the first four is given.
+
+    Args:
+        inpaint (`PIL.Image.Image`, *optional*): Mask of the size of the photo: white where it is repainted.
+        upscale (`int`, *optional*): Factor by which the photo is enlarged, 2 to 8.
+        colorize (`bool`, defaults to `False`): Whether the photo has lost its colors.
+        deblur (`float`, *optional*): Standard deviation of a Gaussian blur, in pixels of the photo.
+        noise_level (`float`, defaults to 0.0):
+            Standard deviation of the noise of the photo, of pixels in [-1, 1]; 0.05 is 6.4 of the 255 levels.
+
+    Raises:
+        ValueError: Not exactly one is given, or a value is not allowed.
+    """
+
+    inpaint: Image.Image | None = None
+    upscale: int | None = None
+    colorize: bool = False
+    deblur: float | None = None
+    noise_level: float = 0.0
+
+    def __post_init__(self) -> None:
+        kinds = ("inpaint", "upscale", "colorize", "deblur")
+        given = [name for name in kinds if not (getattr(self, name) is None or getattr(self, name) is False)]
+        if len(given) != 1:
+            names = "`inpaint`, `upscale`, `colorize` or `deblur`"
+            raise ValueError(f"Give exactly one of {names}, got {' and '.join(given) or 'none of them'}.")
+        factor = self.upscale
+        if factor is not None and (type(factor) is not int or not 2 <= factor <= MAX_FACTOR):
+            raise ValueError(f"`upscale` must be an integer from 2 to {MAX_FACTOR}, got {factor!r}.")
+        if self.deblur is not None and not 0 < self.deblur < math.inf:
+            raise ValueError(f"`deblur` must be a positive number of pixels, got {self.deblur}.")
+        if not 0 <= self.noise_level <= 2:
+            raise ValueError(f"`noise_level` must be from 0 to 2, got {self.noise_level}.")
+
+
+@dataclass(frozen=True)
+class RestoredPhoto:
+    """Result of [`restore_photo`].
+
+    Args:
+        image (`PIL.Image.Image`): The photo with the restored faces.
+        faces (`list[PIL.Image.Image]`): The restored faces at the size of the model.
+        sides (`list[float]`): Sides of their frames in the given photo, in pixels.
+        skipped (`list[str]`): Why other faces were not restored.
+    """
+
+    image: Image.Image
+    faces: list[Image.Image]
+    sides: list[float]
+    skipped: list[str]
+
+
+def restore_photo(
+    pipeline: DDPMFacesRestorePipeline,
+    photo: Image.Image,
+    damage: Damage,
+    is_aligned: bool = False,
+    seed: int = 0,
+    num_inference_steps: int | None = None,
+    detector: MTCNN | None = None,
+    **options: Any,
+) -> RestoredPhoto:
+    """Restore the faces in a photo.
+
+    Each face is found, cut out in the frame of FFHQ (eyes at 47 % of the height), restored at the size of the model
+    and blended into the photo with a soft edge. Everything else keeps its pixels, or is enlarged (`upscale`). Of a
+    color or a blur that a face had lost, only the difference is added, so that details finer than the model knows
+    stay.
+
+    Args:
+        pipeline ([`DDPMFacesRestorePipeline`]): A model of aligned faces.
+        photo (`PIL.Image.Image`): The photo. It is not changed.
+        damage ([`Damage`]): What happened to it.
+        is_aligned (`bool`, defaults to `False`): Whether the photo shows just one face, as the model expects it.
+        seed (`int`, defaults to 0): Seed of the first face; face i uses `seed + i`.
+        num_inference_steps (`int`, *optional*): As in [`DDPMFacesRestorePipeline.__call__`].
+        detector ([`MTCNN`], *optional*): By default loaded on the CPU.
+        options: Other arguments of [`DDPMFacesRestorePipeline.__call__`], such as `prompt`.
+
+    Returns:
+        [`RestoredPhoto`]
+
+    Raises:
+        ValueError: No face is found or can be restored, the mask does not fit, or an argument is not allowed.
+        ImportError: The face detector is not installed.
+    """
+    check_seed(seed)
+    photo = upright(photo)
+    channels, height, width = pipeline.image_shape
+    if channels != 3 or height != width:
+        raise ValueError(f"`pipeline` must be of square images in color, got {width}x{height}, {channels} channels.")
+    mask = None if damage.inpaint is None else _check_mask(damage.inpaint, photo)
+    frames = _frames(photo if mask is None else _filled(photo, mask), is_aligned, detector)
+
+    enlarged = photo
+    if damage.upscale is not None:
+        size = photo.width * damage.upscale, photo.height * damage.upscale
+        enlarged = photo.resize(size, Image.Resampling.BICUBIC)
+    pixels = np.asarray(enlarged, dtype=np.float32).copy()
+    if damage.colorize:
+        photo = photo.convert("L")
+        pixels = np.asarray(photo.convert("RGB"), dtype=np.float32).copy()
+    faces, sides, skipped = [], [], []
+    for i, frame in enumerate(frames):
+        try:
+            operator, observed = _problem(photo, frame, damage, mask, height)
+        except _CannotBeRestoredError as error:
+            skipped.append(str(error))
+            continue
+        generator = torch.Generator().manual_seed(seed + i)
+        (face,) = pipeline(
+            observed,
+            operator,
+            damage.noise_level,
+            num_inference_steps,
+            generator=generator,
+            **options,
+        ).images
+        _put(pixels, frame.scaled(damage.upscale or 1), face, observed, damage, mask)
+        faces.append(face)
+        sides.append(frame.side)
+    if not faces:
+        raise ValueError(f"No face can be restored: {'; '.join(skipped)}.")
+    image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+    return RestoredPhoto(image, faces, sides, skipped)
+
+
+def open_photo(path: str | os.PathLike, argument: str = "photo") -> Image.Image:
+    """Open a file of an image.
+
+    Raises:
+        ValueError: There is no such file, or it is not an image. The message names `argument`.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"`{argument}` {str(path)!r} is not a file.")
+    try:
+        image = open_image(path)
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"`{argument}` {str(path)!r} cannot be read as an image: {error}.") from error
+    return image
+
+
+def save_photo(
+    path: str | os.PathLike, sources: Sequence[str | os.PathLike], overwrite: bool = False
+) -> Callable[[Image.Image], None]:
+    """Check where a result is to be saved, and return a function that saves it, completely or not at all.
+
+    Args:
+        path (`str` or `os.PathLike`): File to save to. Its name ends with a format of PIL, such as .png or .jpg.
+        sources (`list[str | os.PathLike]`): Files that are never overwritten.
+        overwrite (`bool`, defaults to `False`): Whether to replace an existing file.
+
+    Raises:
+        ValueError: The file is one of the sources, exists, cannot be written, or its format is unknown.
+    """
+    path = Path(path)
+    if any(path.exists() and path.samefile(source) for source in sources):
+        raise ValueError(f"`output` {str(path)!r} must differ from the files that are read.")
+    if path.exists() and not overwrite:
+        raise ValueError(f"`output` {str(path)!r} exists: choose another file, or overwrite it.")
+    format = Image.registered_extensions().get(path.suffix.lower())
+    if format not in Image.SAVE:
+        raise ValueError(f"`output` {str(path)!r} must end with the format of the image, such as .png or .jpg.")
+    check_writable(path.parent)
+
+    def save(image: Image.Image) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as unfinished:
+            image.save(unfinished, format, **({"quality": 95} if format == "JPEG" else {}))
+
+    return save
+
+
+class _CannotBeRestoredError(ValueError):
+    """A reason why one of several faces is left as it is."""
+
+
+def _check_mask(mask: Image.Image, photo: Image.Image) -> np.ndarray:
+    """Return where the photo is repainted, as booleans."""
+    mask = upright(mask, "L")
+    if mask.size != photo.size:
+        raise ValueError(
+            f"`inpaint` must be of the size of the photo, {photo.width}x{photo.height} pixels, got "
+            f"{mask.width}x{mask.height}."
+        )
+    values = np.asarray(mask)
+    if ((values > 32) & (values < 223)).mean() > 0.1:  # edges may be soft
+        raise ValueError("`inpaint` must be black and white: white where the photo is repainted.")
+    is_missing = values > 127
+    if not is_missing.any():
+        raise ValueError("`inpaint` must be white where the photo is repainted, but it is black everywhere.")
+    return is_missing
+
+
+def _filled(photo: Image.Image, mask: np.ndarray) -> Image.Image:
+    """Fill what is repainted with the colors around it, so that the detector sees no object there."""
+    pixels, known = np.asarray(photo, dtype=np.float32), ~mask[..., None]
+    filled, share = pixels * known, known.astype(np.float32)
+    sigma = 1.0
+    while (share < 0.01).any() and sigma < max(photo.size):  # ever wider, until the whole hole is reached
+        wider = _blurred(share, sigma)
+        filled = np.where(share < 0.01, _blurred(filled, sigma), filled)
+        share = np.where(share < 0.01, wider, share)
+        sigma *= 1.5
+    filled /= np.maximum(share, 1e-6)
+    return Image.fromarray(np.where(known, pixels, filled).round().clip(0, 255).astype(np.uint8))
+
+
+def _frames(photo: Image.Image, is_aligned: bool, detector: MTCNN | None) -> Sequence[Frame]:
+    if is_aligned:
+        if photo.width != photo.height:
+            raise ValueError(f"`photo` of an aligned face must be square, got {photo.width}x{photo.height} pixels.")
+        return [Frame((0.0, 0.0), (float(photo.width), 0.0))]
+    frames = [frame for frame in find_frames(photo, detector or MTCNN()) if frame.score > MIN_SCORE]
+    if not frames:
+        raise ValueError(
+            f"`photo` ({photo.width}x{photo.height} pixels) shows no face of at least 20 pixels that could be found. "
+            "If it is a single aligned face, say so with `is_aligned`."
+        )
+    return frames
+
+
+def _problem(
+    photo: Image.Image, frame: Frame, damage: Damage, mask: np.ndarray | None, size: int
+) -> tuple[LinearOperator, Image.Image]:
+    """Return what happened to a face, and the face as observed, for a model of `size` pixels."""
+    shape = (3, size, size)
+    place = f"the face of {frame.side:.0f} pixels at ({frame.center[0]:.0f}, {frame.center[1]:.0f})"
+    if damage.upscale is not None:
+        small = size // damage.upscale
+        if size % damage.upscale:
+            raise ValueError(f"`upscale` must divide {size}, the size of the model, got {damage.upscale}.")
+        if frame.side > 1.5 * small:
+            raise _CannotBeRestoredError(
+                f"{place} has more detail than the model adds: it enlarges faces of {small} pixels to {size}"
+            )
+        return Downsample(damage.upscale, shape), frame.cut(photo, small)
+    observed = frame.cut(photo, size)
+    if mask is not None:
+        missing = np.asarray(frame.cut(Image.fromarray(mask.astype(np.uint8) * 255), size)) > 8
+        if not missing.any():
+            raise _CannotBeRestoredError(f"no part of {place} is to be repainted")
+        if missing.all():
+            raise _CannotBeRestoredError(f"nothing of {place} is left")
+        return Inpaint(torch.from_numpy(missing)), observed
+    if damage.deblur is not None:
+        sigma = damage.deblur * size / frame.side
+        if not MIN_BLUR <= sigma <= size / 4:
+            extent = "too fine" if sigma < MIN_BLUR else "too coarse"
+            raise _CannotBeRestoredError(
+                f"the blur of {place} is {extent} for the model: {sigma:.2g} of its {size} pixels"
+            )
+        return GaussianBlur(sigma, shape), observed
+    return Gray(shape), observed
+
+
+def _put(
+    pixels: np.ndarray, frame: Frame, face: Image.Image, observed: Image.Image, damage: Damage, mask: np.ndarray | None
+) -> None:
+    """Blend a restored face into the pixels of the photo."""
+    values = np.asarray(face, dtype=np.float32)
+    is_difference = damage.colorize or damage.deblur is not None
+    if is_difference:
+        values = values - np.asarray(observed.convert("RGB"), dtype=np.float32)
+    photo_size = pixels.shape[1], pixels.shape[0]
+    place, values = frame.spread(values, photo_size)
+    _, weights = frame.spread(_soft_square(), photo_size)
+    weights = weights.clip(0, 1)[..., None]
+    before = pixels[place]
+    if mask is not None:
+        known = ~mask[place][..., None]
+        values = _seamless(before, values, known, frame.side / face.width)
+        weights = np.where(known, 0.0, weights > 0)
+    pixels[place] = before + weights * (values if is_difference else values - before)
+
+
+def _seamless(before: np.ndarray, values: np.ndarray, known: np.ndarray, width: float) -> np.ndarray:
+    """Correct new pixels by the differences to the known ones beside them."""
+    share = _blurred(known, 2 * width)
+    difference = _blurred((before - values) * known, 2 * width) / np.maximum(share, 1e-3)
+    return values + difference * np.clip(2 * share, 0, 1)
+
+
+def _blurred(values: np.ndarray, sigma: float) -> np.ndarray:
+    radius = math.ceil(3 * sigma)
+    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    weights = (weights / weights.sum()).view(1, 1, -1, 1)
+    planes = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1)[:, None]
+    planes = F.pad(planes, [radius] * 4, mode="replicate")
+    return F.conv2d(F.conv2d(planes, weights), weights.transpose(2, 3))[:, 0].permute(1, 2, 0).numpy()
+
+
+def _soft_square(size: int = 64) -> np.ndarray:
+    """Return weights that rise from 0 at the edges of a square to 1 inside."""
+    distance = np.minimum(np.arange(size), size - 1 - np.arange(size)) / size
+    rise = np.clip(distance / _SOFT, 0, 1)
+    rise = rise * rise * (3 - 2 * rise)
+    return np.outer(rise, rise).astype(np.float32)

@@ -1,0 +1,325 @@
+"""Faces in photos: found, cut out, restored and put back."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_unet
+from PIL import Image, ImageDraw
+from typer.testing import CliRunner
+
+from ddpm_faces import DDPMFacesRestorePipeline, DDPMFacesScheduler, DrawnFaces
+from ddpm_faces.cli.app import app
+from ddpm_faces.data.alignment import Frame, find_frames
+from ddpm_faces.data.detection import MTCNN
+from ddpm_faces.photos import Damage, _seamless, open_photo, restore_photo, save_photo
+
+
+@pytest.fixture(scope="module")
+def detector() -> MTCNN:
+    return MTCNN()
+
+
+@pytest.fixture
+def restore(pipeline) -> DDPMFacesRestorePipeline:
+    restore = DDPMFacesRestorePipeline.from_pipe(pipeline)
+    restore.set_progress_bar_config(disable=True)
+    return restore
+
+
+def a_face(side: int = 128, index: int = 3) -> Image.Image:
+    return DrawnFaces(index + 1, resolution=side, seed=0)[index]["image"]
+
+
+def a_photo(*frames: Frame, size: tuple[int, int] = (300, 220), faces: tuple[int, ...] = (3, 9)) -> Image.Image:
+    """Put drawn faces into a gray photo."""
+    pixels = np.full((size[1], size[0], 3), 128, dtype=np.float32)
+    for frame, index in zip(frames, faces, strict=False):
+        place, values = frame.spread(np.asarray(a_face(index=index)), size)
+        _, inside = frame.spread(np.pad(np.ones((126, 126)), 1), size)
+        pixels[place] = np.where(inside[..., None] > 0.5, values, pixels[place])
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def turned(x: float, y: float, side: float, degrees: float = 0) -> Frame:
+    angle = math.radians(degrees)
+    return Frame((x, y), (side * math.cos(angle), side * math.sin(angle)))
+
+
+def distance(one: Frame, other: Frame) -> float:
+    """Return the mean distance of the corners, in sides."""
+    corners = []
+    for (x, y), (dx, dy) in ((one.corner, one.edge), (other.corner, other.edge)):
+        corners.append(np.array([(x, y), (x + dx, y + dy), (x - dy, y + dx), (x + dx - dy, y + dy + dx)]))
+    return float(np.hypot(*(corners[0] - corners[1]).T).mean() / one.side)
+
+
+# Frames
+
+
+def test_frame_of_landmarks_is_that_of_ffhq():
+    """Eyes and mouth of an upright face, by the formulas of the data set: the square is around them."""
+    landmarks = torch.tensor([[40.0, 50.0], [60.0, 50.0], [50.0, 60.0], [42.0, 72.0], [58.0, 72.0]])
+    frame = Frame.from_landmarks(landmarks, 0.9)
+    assert frame.side == pytest.approx(2 * max(2.0 * 20, 1.8 * 22))
+    assert frame.center == pytest.approx((50, 50 + 0.1 * 22))
+    assert (frame.edge[1], frame.score) == (0, 0.9)
+    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])  # the same, a quarter turn
+    other = Frame.from_landmarks(landmarks @ turn)
+    assert other.side == pytest.approx(frame.side)
+    assert other.edge == pytest.approx((0.0, frame.side), abs=1e-4)
+
+
+def test_a_frame_cuts_pixels_exactly():
+    photo = a_photo(turned(80, 40, 128))
+    whole = Frame((0.0, 0.0), (128.0, 0.0)).cut(a_face(), 128)
+    assert np.array_equal(np.asarray(whole), np.asarray(a_face()))
+    inner = Frame((80.0, 40.0), (128.0, 0.0)).cut(photo, 128)
+    assert np.array_equal(np.asarray(inner), np.asarray(photo.crop((80, 40, 208, 168))))
+    half = Frame((80.0, 40.0), (128.0, 0.0)).cut(photo, 64)
+    blocks = np.asarray(inner, dtype=float).reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
+    assert np.abs(np.asarray(half) - blocks).max() <= 1
+
+
+@pytest.mark.parametrize("degrees", [-30, 10, 90])
+def test_what_is_put_into_a_photo_is_cut_out_again(degrees):
+    frame = turned(150, 60, 120, degrees)
+    back = frame.cut(a_photo(frame, size=(400, 300)), 128)
+    error = np.abs(np.asarray(back, dtype=float) - np.asarray(a_face()))[8:-8, 8:-8]
+    assert error.mean() < 4
+
+
+def test_a_frame_may_reach_beyond_the_photo():
+    photo = a_face()
+    wide = Frame((-64.0, -64.0), (256.0, 0.0)).cut(photo, 256)
+    assert np.array_equal(np.asarray(wide)[64:192, 64:192], np.asarray(photo))
+    assert np.array_equal(np.asarray(wide)[64:192, 63], np.asarray(photo)[:, 0])  # mirrored
+    (rows, columns), values = Frame((-64.0, -64.0), (256.0, 0.0)).spread(np.ones((64, 64)), photo.size)
+    assert (rows, columns, values.shape) == (slice(0, 128), slice(0, 128), (128, 128))
+
+
+# Detection
+
+
+@pytest.mark.parametrize("degrees", [0, 15])
+def test_frames_follow_the_face(detector, degrees):
+    """The frame in a photo is that of the face alone, moved, turned and scaled with it."""
+    (alone,) = find_frames(a_face(), detector)
+    put = turned(90, 50, 110, degrees)
+    (found,) = find_frames(a_photo(put), detector)
+    scale, (dx, dy) = put.side / 128, put.edge
+    (x, y), (ex, ey) = alone.corner, alone.edge
+    c, s = dx / put.side, dy / put.side
+    expected = Frame(
+        (put.corner[0] + scale * (c * x - s * y), put.corner[1] + scale * (s * x + c * y)),
+        (scale * (c * ex - s * ey), scale * (s * ex + c * ey)),
+    )
+    assert distance(expected, found) < 0.06
+
+
+def test_several_faces_the_largest_first(detector):
+    photo = a_photo(turned(10, 60, 90), turned(130, 40, 150))
+    frames = find_frames(photo, detector)
+    assert len(frames) == 2
+    assert frames[0].center[0] > 130 > frames[1].center[0]
+    enlarged = find_frames(photo.resize((3000, 2200)), detector)
+    for frame, large in zip(frames, enlarged, strict=True):
+        assert distance(frame.scaled(10), large) < 0.06
+
+
+def test_no_face(detector):
+    assert find_frames(Image.new("RGB", (200, 100)), detector) == []
+
+
+# Restoration
+
+
+@pytest.fixture
+def two_frames(monkeypatch):
+    frames = [turned(120, 50, 100, 10), turned(10, 60, 80)]
+    monkeypatch.setattr("ddpm_faces.photos.find_frames", lambda *_: frames)
+    return frames
+
+
+@pytest.fixture
+def photo(two_frames) -> Image.Image:
+    return a_photo(*two_frames)
+
+
+def far_from(frames, shape) -> np.ndarray:
+    """Return which pixels are outside the frames."""
+    outside = np.ones(shape, dtype=bool)
+    for frame in frames:
+        place, inside = frame.spread(np.pad(np.ones((62, 62)), 1), (shape[1], shape[0]))
+        outside[place] &= inside <= 0
+    return outside
+
+
+@pytest.mark.parametrize("damage", [Damage(colorize=True), Damage(deblur=5.0, noise_level=0.05)])
+def test_only_faces_change(restore, photo, two_frames, damage):
+    result = restore_photo(restore, photo, damage, num_inference_steps=3, detector=object())
+    assert result.image.size == photo.size
+    assert (result.sides, result.skipped) == ([pytest.approx(100), pytest.approx(80)], [])
+    assert [face.size for face in result.faces] == [(16, 16), (16, 16)]
+    before = np.asarray(photo.convert("L").convert("RGB") if damage.colorize else photo)
+    after, outside = np.asarray(result.image), far_from(two_frames, (220, 300))
+    assert (after[outside] == before[outside]).all()
+    assert (after[~outside] != before[~outside]).mean() > 0.5
+
+
+def test_details_stay_where_only_colors_are_added(restore, photo, two_frames):
+    result = restore_photo(restore, photo, Damage(colorize=True), num_inference_steps=3, detector=object())
+    gray = np.asarray(result.image.convert("L"), dtype=float) - np.asarray(photo.convert("L"))
+    assert np.abs(gray).mean() < 3  # clipped colors lose some
+
+
+def test_inpaint_changes_what_is_white_and_nothing_else(restore, photo):
+    mask = Image.new("L", photo.size)
+    ImageDraw.Draw(mask).rectangle((140, 80, 180, 110), fill=255)
+    result = restore_photo(restore, photo, Damage(inpaint=mask), num_inference_steps=3, detector=object())
+    before, after, white = np.asarray(photo), np.asarray(result.image), np.asarray(mask) > 0
+    assert (after[~white] == before[~white]).all()
+    assert (after[white] != before[white]).any(axis=1).mean() > 0.95
+    assert result.sides == [pytest.approx(100)]
+    assert result.skipped == ["no part of the face of 80 pixels at (50, 100) is to be repainted"]
+
+
+def test_new_pixels_continue_the_known_ones():
+    """The error at the edge of the hole is removed, and that in its middle stays."""
+    known = np.ones((60, 60, 1), dtype=bool)
+    known[10:50, 10:50] = False
+    before = np.full((60, 60, 3), 100.0, dtype=np.float32)
+    result = _seamless(before, before + 30, known, width=3.0)
+    assert np.abs(result[10, 12:48] - 100).max() < 5
+    assert np.abs(result[30, 30] - 130).max() < 1
+
+
+def test_upscale_enlarges_photo_and_faces(restore, monkeypatch):
+    frames = [turned(5, 5, 8)]
+    monkeypatch.setattr("ddpm_faces.photos.find_frames", lambda *_: frames)
+    photo = a_photo(frames[0], size=(40, 30))
+    result = restore_photo(restore, photo, Damage(upscale=2), num_inference_steps=3, detector=object())
+    assert result.image.size == (80, 60)
+    plain = np.asarray(photo.resize((80, 60), Image.Resampling.BICUBIC))
+    outside = far_from([frames[0].scaled(2)], (60, 80))
+    assert (np.asarray(result.image)[outside] == plain[outside]).all()
+    assert (np.asarray(result.image)[~outside] != plain[~outside]).mean() > 0.5
+
+
+def test_an_aligned_face_needs_no_detector(restore):
+    result = restore_photo(restore, a_face(), Damage(colorize=True), is_aligned=True, num_inference_steps=2)
+    assert result.sides == [128]
+    with pytest.raises(ValueError, match="must be square, got 300x220 pixels"):
+        restore_photo(restore, a_photo(), Damage(colorize=True), is_aligned=True)
+
+
+def test_faces_have_their_own_seeds(restore, photo):
+    def call(seed):
+        damage = Damage(colorize=True)
+        return restore_photo(restore, photo, damage, seed=seed, num_inference_steps=2, detector=object()).faces
+
+    one, same, other = call(1), call(1), call(2)
+    assert np.array_equal(one[0], same[0])
+    assert not np.array_equal(one[0], other[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "Give exactly one of .*, got none of them"),
+        ({"upscale": 2, "colorize": True}, "got upscale and colorize"),
+        ({"upscale": 1}, "`upscale` must be an integer from 2 to 8, got 1"),
+        ({"deblur": 0}, "`deblur` must be a positive number"),
+        ({"deblur": math.nan}, "got nan"),
+        ({"colorize": True, "noise_level": -1}, "`noise_level` must be from 0 to 2"),
+    ],
+)
+def test_bad_damage(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Damage(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Damage(deblur=0.5), "the blur of the face of 100 pixels .* is too fine for the model: 0.08 of its 16 pixels"),
+        (Damage(deblur=50.0), "too coarse for the model"),
+        (Damage(upscale=2), "has more detail than the model adds: it enlarges faces of 8 pixels to 16"),
+        (Damage(upscale=3), "`upscale` must divide 16"),
+        (Damage(inpaint=Image.new("L", (10, 10))), "must be of the size of the photo, 300x220 pixels, got 10x10"),
+        (Damage(inpaint=Image.new("L", (300, 220))), "black everywhere"),
+        (Damage(inpaint=Image.new("L", (300, 220), 255)), "nothing of the face .* is left"),
+        (Damage(inpaint=Image.linear_gradient("L").resize((300, 220))), "must be black and white"),
+    ],
+)
+def test_photos_that_cannot_be_restored(restore, photo, damage, message):
+    with pytest.raises(ValueError, match=message):
+        restore_photo(restore, photo, damage, num_inference_steps=2, detector=object())
+
+
+def test_photo_without_a_face(restore, detector):
+    with pytest.raises(ValueError, match=r"`photo` \(90x80 pixels\) shows no face of at least 20 pixels"):
+        restore_photo(restore, Image.new("RGB", (90, 80)), Damage(colorize=True), detector=detector)
+
+
+# Files
+
+
+def test_result_is_saved_completely_or_not_at_all(tmp_path):
+    source = tmp_path / "photo.png"
+    a_face().save(source)
+    (tmp_path / "other.png").write_bytes(b"mine")
+    for path, message in (
+        (source, "must differ from the files that are read"),
+        (tmp_path / "other.png", "exists: choose another file"),
+        (tmp_path / "result.xyz", "must end with the format"),
+        (source / "result.png", "is a file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_photo(path, [source])
+    save_photo(tmp_path / "other.png", [source], overwrite=True)(a_face())
+    save_photo(tmp_path / "new" / "result.jpg", [source])(a_face())
+    assert Image.open(tmp_path / "other.png").size == Image.open(tmp_path / "new/result.jpg").size == (128, 128)
+
+    class Damaged(Image.Image):
+        def save(self, *_args, **_kwargs):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_photo(tmp_path / "lost.png", [source])(Damaged())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "other.png", "photo.png"]
+
+
+def test_files_that_are_no_photos(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        open_photo(tmp_path / "text.png")
+    with pytest.raises(ValueError, match="`inpaint` .* is not a file"):
+        open_photo(tmp_path / "missing.png", "inpaint")
+
+
+def test_command(pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipeline.save_pretrained("model")
+    a_face().save("photo.png")
+    before = (tmp_path / "photo.png").read_bytes()
+    command = ["restore", "model", "photo.png", "--colorize", "--aligned", "--steps", "3"]
+    result = CliRunner().invoke(app, [*command, "--json"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told == {"file": "photo-restored.png", "sides": [128.0], "model_size": 16, "skipped": []}
+    assert Image.open("photo-restored.png").size == (128, 128)
+    assert (tmp_path / "photo.png").read_bytes() == before
+    result = CliRunner().invoke(app, [*command, "--overwrite"])
+    assert "photo-restored.png: 1 face of 128 pixels, restored at the size of the model, 16x16." in result.output
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, ValueError)
+    assert "exists" in str(result.exception)
+
+
+def test_model_must_be_square(restore):
+    tall = DDPMFacesRestorePipeline(tiny_unet(sample_size=(16, 8)), DDPMFacesScheduler())
+    with pytest.raises(ValueError, match="must be of square images in color, got 8x16"):
+        restore_photo(tall, a_face(), Damage(colorize=True), is_aligned=True)
