@@ -14,7 +14,7 @@ from PIL import Image
 
 PREPARE = """
 from ddpm_faces.data.preparation import prepare
-result = prepare(source, push=repo_id, resolution=16, **settings)
+result = prepare(source, push=repo_id, resolution=16, **settings).where
 """
 LOAD = """
 import datasets, numpy

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .checks import check_seed
-from .data.alignment import Frame, find_frames
+from .data.alignment import MIN_SCORE, Frame, find_frames
 from .data.detection import MTCNN
 from .data.images import open_image, upright
 from .files import check_writable, replacing
@@ -23,7 +23,6 @@ from .restoration_ddpm_faces import DDPMFacesRestorePipeline
 
 MIN_BLUR = 0.3  # standard deviation, in pixels of the model; a smaller one is not visible
 MAX_FACTOR = 8  # of `upscale`
-MIN_SCORE = 0.9  # of a face; a likelier mistake would spoil a part of the photo
 _SOFT = 0.08  # width of the soft edge, in sides of the frame
 
 
@@ -139,14 +138,8 @@ def restore_photo(
             skipped.append(str(error))
             continue
         generator = torch.Generator().manual_seed(seed + i)
-        (face,) = pipeline(
-            observed,
-            operator,
-            damage.noise_level,
-            num_inference_steps,
-            generator=generator,
-            **options,
-        ).images
+        options = {"noise_level": damage.noise_level, "num_inference_steps": num_inference_steps, **options}
+        (face,) = pipeline(observed, operator, generator=generator, return_dict=False, **options)[0]
         _put(pixels, frame.scaled(damage.upscale or 1), face, observed, damage, mask)
         faces.append(face)
         sides.append(frame.side)
@@ -243,7 +236,7 @@ def _frames(photo: Image.Image, is_aligned: bool, detector: MTCNN | None) -> Seq
         if photo.width != photo.height:
             raise ValueError(f"`photo` of an aligned face must be square, got {photo.width}x{photo.height} pixels.")
         return [Frame((0.0, 0.0), (float(photo.width), 0.0))]
-    frames = [frame for frame in find_frames(photo, detector or MTCNN()) if frame.score > MIN_SCORE]
+    frames = [frame for frame in find_frames(photo, detector or MTCNN()) if frame.score >= MIN_SCORE]
     if not frames:
         raise ValueError(
             f"`photo` ({photo.width}x{photo.height} pixels) shows no face of at least 20 pixels that could be found. "

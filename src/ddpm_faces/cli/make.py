@@ -1,7 +1,7 @@
 """Commands that make something: faces, a dataset, a guided pipeline, a converted checkpoint."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -166,17 +166,22 @@ def prepare(
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Skip images that cannot be read, and list them.")
     ] = False,
+    align: Annotated[
+        bool, typer.Option("--align", help="Find the faces in photos, cut them out and turn them upright, as in FFHQ.")
+    ] = False,
     license: Annotated[str | None, typer.Option(help="License of the images, such as cc-by-nc-sa-4.0.")] = None,
     private: Private = None,
     as_json: Json = False,
 ) -> None:
     """Make a dataset from your images: crop, resize, remove metadata.
 
-    It is written to a folder, published on the Hub, or both.
+    It is written to a folder or published on the Hub. With --align, the images are photos with any number of faces;
+    what was skipped is listed, with the reason.
     """
+    from ..data.folders import shorten
     from ..data.preparation import prepare
 
-    where = prepare(
+    result = prepare(
         source,
         output,
         push,
@@ -189,8 +194,17 @@ def prepare(
         skip_unreadable=skip_unreadable,
         license=license,
         private=private,
+        align=align,
     )
-    report({"dataset": str(where)}, f"The dataset is at {where}", as_json)
+    values: dict[str, Any] = {"dataset": result.where, "images": result.num_images}
+    text = f"The dataset of {result.num_images:,} images is at {result.where}"
+    if result.aligner is not None:
+        found = result.aligner
+        values |= {"photos": found.num_photos, "skipped": found.skipped}
+        text += f"\n{found.num_faces:,} faces in {found.num_photos:,} photos"
+        if found.skipped:
+            text += f". Skipped:\n{shorten(found.skipped)}"
+    report(values, text, as_json)
 
 
 def guide(

@@ -5,16 +5,22 @@ with respect to the face. Coordinates are in pixels from the upper left corner o
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from .detection import MTCNN, DetectedFace
+from .folders import shorten
+from .images import MAX_IMAGE_PIXELS, open_image, upright
+from .sources import Source
 
 
 DETECTION_SIDE = 1280  # longer photos are reduced before the search; their faces are at least 1/64 of this
+MIN_SCORE = 0.9  # of what counts as a face
 _CROP_SIDE = 128  # of the part of the photo in which the landmarks are determined
 _MIRRORED = (1, 0, 2, 4, 3)  # the landmarks in a mirrored image
 
@@ -137,6 +143,86 @@ def find_frames(photo: Image.Image, detector: MTCNN) -> list[Frame]:
     small = photo if scale == 1 else photo.resize([max(1, round(side * scale)) for side in photo.size])
     frames = [_refined(face, small, detector) for face in detector.find(_to_tensor(small))]
     return sorted((frame.scaled(photo.width / small.width) for frame in frames), key=lambda frame: -frame.side)
+
+
+class FaceAligner:
+    """Finds the faces in a collection of photos, for [`load_faces`].
+
+    Args:
+        detector ([`MTCNN`], *optional*): By default loaded on the CPU.
+
+    Attributes:
+        num_photos (`int`): Number of photos that were searched.
+        num_faces (`int`): Number of faces that were found in them, without those that were skipped.
+        skipped (`list[str]`): What was skipped, and why: photos without a face and faces that are too small.
+
+    Raises:
+        ImportError: The face detector is not installed.
+    """
+
+    def __init__(self, detector: MTCNN | None = None) -> None:
+        self.detector = detector or MTCNN()
+        self.num_photos = self.num_faces = 0
+        self.skipped: list[str] = []
+
+    def __call__(
+        self, source: Source, size: tuple[int, int], max_photos: int | None = None, max_pixels: int = MAX_IMAGE_PIXELS
+    ) -> Source:
+        """Return the faces of the photos as a source, in the order of the photos, the largest of a photo first.
+
+        Args:
+            source ([`Source`]): The photos.
+            size (`(int, int)`): Height and width of the faces; they must be the same.
+            max_photos (`int`, *optional*): Number of photos to search, from the first.
+            max_pixels (`int`, *optional*): Upper limit of the pixels of a photo.
+
+        Raises:
+            ValueError: The size is not square, or there is no face in all photos.
+        """
+        height, width = size
+        if height != width:
+            raise ValueError(f"`resolution` of aligned faces must be square, got {height}x{width}.")
+        faces: list[tuple[int, Frame]] = []
+        self.num_photos, self.skipped = min(source.num_images, max_photos or source.num_images), []
+        for index in tqdm(range(self.num_photos), desc="Finding faces", unit="img"):
+            name, value = source.read(index)
+            try:
+                frames = find_frames(upright(open_image(value, max_pixels)), self.detector)
+            except MemoryError:
+                raise
+            except Exception as error:  # PIL raises many kinds of errors on damaged images
+                self.skipped.append(f"{name}: {error or type(error).__name__}")
+                continue
+            likely = [frame for frame in frames if frame.score >= MIN_SCORE]
+            if not likely:
+                self.skipped.append(f"{name}: no face")
+            for frame in likely:
+                if frame.side < width:
+                    self.skipped.append(f"{name}: a face of {frame.side:.0f} pixels, which is less than {width}")
+                else:
+                    faces.append((index, frame))
+        self.num_faces = len(faces)
+        if not faces:
+            raise ValueError(f"No face of {width} pixels or more was found:\n{shorten(self.skipped)}")
+
+        def read(i: int) -> tuple[str, Image.Image]:
+            index, frame = faces[i]
+            name, value = source.read(index)
+            return name, frame.cut(upright(open_image(value, max_pixels)), width)
+
+        def of_faces(values: Callable[[], list] | None) -> Callable[[], list] | None:
+            if values is None:
+                return None
+
+            def of_each() -> list:
+                of_photos = values()
+                return [of_photos[index] for index, _ in faces]
+
+            return of_each
+
+        identity = ["aligned", source.identity, [(index, *frame.corner, *frame.edge) for index, frame in faces]]
+        labels, captions = of_faces(source.labels), of_faces(source.captions)
+        return Source(identity, len(faces), read, labels, source.class_names, captions)
 
 
 def _refined(face: DetectedFace, photo: Image.Image, detector: MTCNN) -> Frame:

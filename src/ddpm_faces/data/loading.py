@@ -4,6 +4,7 @@ import logging
 
 import PIL
 
+from .alignment import FaceAligner
 from .cache import cached
 from .dataset import FaceDataset
 from .folders import find_source, shorten
@@ -32,6 +33,7 @@ def load_faces(
     crop: str = "center",
     skip_unreadable: bool = False,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    align: FaceAligner | None = None,
 ) -> FaceDataset:
     """Open all images of a source, decoded and resized. The first process to ask decodes them into a cache.
 
@@ -66,6 +68,8 @@ def load_faces(
         max_image_pixels (`int`, defaults to 2**29):
             Upper limit of width times height; larger images count as unreadable. 2**29 pixels take 2 GiB of memory
             while they are decoded. Images above 179 megapixels are decoded one at a time.
+        align ([`FaceAligner`], *optional*):
+            Find the faces in the images, which may be several, and cut them out; by default, each image is one face.
 
     Returns:
         [`FaceDataset`]
@@ -96,6 +100,8 @@ def load_faces(
             source = dataset_source(
                 *(name, dataset_config_name, split, image_column, label_column, cache_dir, caption_column)
             )
+    if align is not None:
+        source = align(source, size, max_images, max_image_pixels)
     num_images = min(source.num_images, max_images or source.num_images)
     if num_images == 0:
         raise ValueError("The dataset is empty: it contains no images.")

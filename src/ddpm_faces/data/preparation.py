@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..files import check_new, new_folder
 from ..hub.card import check_license, merge_cards
 from ..hub.transport import check_permission, check_repo_id, publish
+from .alignment import FaceAligner
 from .dataset import FaceDataset, hold_out
 from .loading import load_faces
 
@@ -31,13 +32,15 @@ _CARD = """---
 # {{ title }}
 
 <!-- generated: summary (publishing again rewrites each section between such marks; all other text is yours) -->
-{{ count }} of {{ height }}x{{ width }} pixels ({{ mode }}), each center-cropped, resized, and stored as PNG without
+{{ count }} of {{ height }}x{{ width }} pixels ({{ mode }}), each {{ cropping }}, and stored as PNG without
 the metadata of its file (such as place, time and camera).
 
 {% for name, number in splits.items() -%}
 - `{{ name }}`: {{ number }}
 {% endfor -%}
 {% if classes %}- Classes: {{ classes }}
+{% endif -%}
+{% if aligner %}- Photos: {{ "{:,}".format(aligner.num_photos) }}, with {{ "{:,}".format(aligner.num_faces) }} faces
 {% endif -%}
 {% if skipped %}- Skipped because they could not be read: {{ skipped }}
 {% endif -%}
@@ -63,6 +66,20 @@ State here where the images come from, whether the people in them gave their con
 """
 
 
+class Prepared(NamedTuple):
+    """Result of [`prepare`].
+
+    Args:
+        where (`str`): The folder, or the URL of the commit on the Hub.
+        num_images (`int`): Number of images.
+        aligner ([`FaceAligner`], *optional*): What was found in photos, and what was skipped.
+    """
+
+    where: str
+    num_images: int
+    aligner: FaceAligner | None
+
+
 def prepare(
     source: str,
     output: str | os.PathLike | None = None,
@@ -78,7 +95,8 @@ def prepare(
     private: bool | None = None,
     token: str | bool | None = None,
     cache_dir: str | None = None,
-) -> str:
+    align: bool = False,
+) -> Prepared:
     """Make a dataset for training and for `datasets.load_dataset`, with or without streaming.
 
     Args:
@@ -96,13 +114,17 @@ def prepare(
         private (`bool`, *optional*): As in [`ddpm_faces.hub.push`].
         token (`str`, *optional*): As in [`ddpm_faces.hub.push`].
         cache_dir (`str`, *optional*): As in [`load_faces`].
+        align (`bool`, defaults to `False`):
+            Whether the images are photos whose faces are to be found, cut out and turned upright as in FFHQ. There may
+            be several in a photo, or none.
 
     Returns:
-        `str`: The folder, or the URL of the commit on the Hub.
+        [`Prepared`]
 
     Raises:
         ValueError: Neither or both of `output` and `push` are given, the source cannot be read, or `output` exists.
         HubError: As for [`ddpm_faces.hub.push`].
+        ImportError: The face detector is not installed, for `align`.
     """
     if (output is None) == (push is None):
         raise ValueError("Give either `output` or `push`, as the destination of the dataset.")
@@ -115,6 +137,7 @@ def prepare(
     else:
         folder = str(output)
         check_new(folder)
+    aligner = FaceAligner() if align else None
     faces = load_faces(
         dataset_name=source,
         resolution=resolution,
@@ -124,6 +147,7 @@ def prepare(
         label_column=label_column,
         skip_unreadable=skip_unreadable,
         cache_dir=cache_dir,
+        align=aligner,
     )
     splits = {"train": faces}
     if num_test_images:
@@ -132,13 +156,14 @@ def prepare(
         splits["train"], splits["test"] = hold_out(faces, num_test_images)  # with duplicates
     if push is None:
         with new_folder(folder) as unfinished:
-            _write(unfinished, splits, faces, Path(folder).name, license, None)
-        return folder
+            _write(unfinished, splits, faces, Path(folder).name, license, None, aligner)
+        return Prepared(folder, len(faces), aligner)
 
     def write(folder: Path, old_card: str | None) -> None:
-        _write(folder, splits, faces, push, license, old_card)
+        _write(folder, splits, faces, push, license, old_card, aligner)
 
-    return str(publish(write, push, "dataset", DATASET_FILES, f"Publish {len(faces)} faces", private, token))
+    url = publish(write, push, "dataset", DATASET_FILES, f"Publish {len(faces)} faces", private, token)
+    return Prepared(str(url), len(faces), aligner)
 
 
 def _write(
@@ -148,6 +173,7 @@ def _write(
     repo_id: str,
     license: str | None,
     old_card: str | None,
+    aligner: FaceAligner | None,
 ) -> None:
     """Write the shards and the card of the splits of `faces`."""
     import datasets
@@ -191,6 +217,8 @@ def _write(
         splits={name: f"{len(part):,} images" for name, part in splits.items()},
         classes=None if faces.class_names is None else ", ".join(faces.class_names),
         skipped=len(faces.unreadable),
+        aligner=aligner,
+        cropping="found in a photo and cut out as in FFHQ" if aligner else "center-cropped, resized",
         validation=" --validation_split test" if "test" in splits else "",
     )
     (folder / "README.md").write_text(str(card) if old_card is None else merge_cards(old_card, str(card)), "utf-8")
