@@ -122,6 +122,7 @@ def workplace(tmp_path_factory) -> Path:
     for name in ("my_faces", "my_photos"):
         (folder / name).mkdir()
         DrawnFaces(1, resolution=16)[0]["image"].save(folder / name / "0.png")
+    DrawnFaces(1, resolution=64)[0]["image"].save(folder / "my-face.png")
     for name in ("fast.json", "model.pt"):
         (folder / name).write_text("{}")
     return folder
