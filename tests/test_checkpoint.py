@@ -69,7 +69,7 @@ def test_pipeline_is_replaced_and_other_files_stay(tmp_path):
     for sample_size in (16, 24):
         save_pipeline(make_pipeline(sample_size), tmp_path)
         assert DDPMFacesPipeline.from_pretrained(tmp_path).unet.config.sample_size == sample_size
-    code = {"pipeline_ddpm_faces.py", "restoration_ddpm_faces.py", "operators_ddpm_faces.py"}
+    code = {f"{name}_ddpm_faces.py" for name in ("pipeline", "restoration", "editing", "operators")}
     names = {"model_index.json", "notes.txt", *code, "scheduler", "unet"}
     assert {path.name for path in tmp_path.iterdir()} == names  # and so diffusers alone can load it
 

@@ -107,7 +107,7 @@ def test_exactly_the_needed_files_are_published(server, published, folder):
     weights = [f"unet/diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".bf16", ".fp16")]
     assert set(files) == {
         ".gitattributes", "README.md", "model_index.json", "pipeline_ddpm_faces.py", "restoration_ddpm_faces.py",
-        "operators_ddpm_faces.py", "scheduler/scheduler_config.json",
+        "editing_ddpm_faces.py", "operators_ddpm_faces.py", "scheduler/scheduler_config.json",
         "scheduler/scheduling_ddpm_faces.py", "unet/config.json", "unet/unet_ddpm_faces.py", *weights, "samples.png",
         "denoising_strip.png", "loss_curve.png", "training_config.yaml", "training_summary.json", "metrics.json",
     }  # fmt: skip

@@ -18,6 +18,7 @@ TRAVELLING = (
     "pipeline_ddpm_faces",
     "operators_ddpm_faces",
     "restoration_ddpm_faces",
+    "editing_ddpm_faces",
 )
 
 

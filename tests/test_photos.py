@@ -14,7 +14,7 @@ from ddpm_faces import DDPMFacesRestorePipeline, DDPMFacesScheduler, DrawnFaces
 from ddpm_faces.cli.app import app
 from ddpm_faces.data.alignment import Frame, find_frames
 from ddpm_faces.data.detection import MTCNN
-from ddpm_faces.photos import Damage, _seamless, open_photo, restore_photo, save_photo
+from ddpm_faces.data.photos import Damage, _seamless, open_photo, restore_photo, save_photo
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_no_face(detector):
 @pytest.fixture
 def two_frames(monkeypatch):
     frames = [turned(120, 50, 100, 10), turned(10, 60, 80)]
-    monkeypatch.setattr("ddpm_faces.photos.find_frames", lambda *_: frames)
+    monkeypatch.setattr("ddpm_faces.data.photos.find_frames", lambda *_: frames)
     return frames
 
 
@@ -198,7 +198,7 @@ def test_new_pixels_continue_the_known_ones():
 
 def test_upscale_enlarges_photo_and_faces(restore, monkeypatch):
     frames = [turned(5, 5, 8)]
-    monkeypatch.setattr("ddpm_faces.photos.find_frames", lambda *_: frames)
+    monkeypatch.setattr("ddpm_faces.data.photos.find_frames", lambda *_: frames)
     photo = a_photo(frames[0], size=(40, 30))
     result = restore_photo(restore, photo, Damage(upscale=2), num_inference_steps=3, detector=object())
     assert result.image.size == (80, 60)

@@ -19,8 +19,7 @@ from ddpm_faces import (
     Gray,
     Inpaint,
 )
-from ddpm_faces.operators_ddpm_faces import motion_kernel
-from ddpm_faces.restoration_ddpm_faces import ROUNDING, observations
+from ddpm_faces.operators_ddpm_faces import ROUNDING, motion_kernel, observations
 
 
 SIZE = 8

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .data.drawn_faces import DrawnFaces as DrawnFaces
+    from .editing_ddpm_faces import DDPMFacesEditPipeline as DDPMFacesEditPipeline
     from .objective import DDPMFacesObjective as DDPMFacesObjective
     from .operators_ddpm_faces import Blur as Blur
     from .operators_ddpm_faces import Downsample as Downsample
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 # Imported on first use, so that `import ddpm_faces` is fast and optional packages stay optional.
 _MODULE_OF = {
     "Blur": "operators_ddpm_faces",
+    "DDPMFacesEditPipeline": "editing_ddpm_faces",
     "DDPMFacesObjective": "objective",
     "DDPMFacesPipeline": "pipeline_ddpm_faces",
     "DDPMFacesRestorePipeline": "restoration_ddpm_faces",
@@ -41,7 +43,7 @@ __all__ = ["__version__", *sorted(_MODULE_OF)]
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("DDPMFacesPipeline", "DDPMFacesRestorePipeline"):
+    if name.endswith("Pipeline"):
         # Its `from_pretrained` finds components only in modules that are already imported.
         importlib.import_module(".scheduling_ddpm_faces", __name__)
         importlib.import_module(".unet_ddpm_faces", __name__)

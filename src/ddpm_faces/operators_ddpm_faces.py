@@ -14,11 +14,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 
 
 RCOND = 1e-3  # singular values below this part of the largest count as 0 in the pseudo-inverse
+ROUNDING = 1 / (255 * math.sqrt(3))  # standard deviation of the rounding to 8 bits, for values in [-1, 1]
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in PIL's conversion to "L"
 MAX_FACTOR, MAX_KERNEL = 64, 511
 
@@ -485,6 +488,52 @@ class PhysicsOperator(LinearOperator):
     def from_unit_range(self, y: torch.Tensor) -> torch.Tensor:
         """Convert an observation of images in [0, 1] to that of the same images in [-1, 1]."""
         return 2 * y - self._of_ones.to(y)
+
+
+def observations(image: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, bool]:
+    """Return observations as a tensor, and whether they are rounded to 8 bits.
+
+    Args:
+        image (`PIL.Image.Image`, a list of them, or `torch.Tensor`): Images.
+        shape (`tuple[int, int, int]`): Channels, height and width that they must have.
+
+    Raises:
+        ValueError: They are of another type or shape, have transparent pixels, or contain other than finite numbers.
+    """
+    if isinstance(image, torch.Tensor):
+        if image.ndim != 4 or tuple(image.shape[1:]) != shape or not len(image):
+            allowed = ", ".join(map(str, shape))
+            raise ValueError(f"`image` must be of shape (batch, {allowed}), got {tuple(image.shape)}.")
+        if not image.is_floating_point() or not image.isfinite().all():
+            raise ValueError("`image` must contain finite floating-point numbers, with pixels in [-1, 1].")
+        return image.float(), False
+    images = image if isinstance(image, list) else [image]
+    if not images or not all(isinstance(one, Image.Image) for one in images):
+        raise ValueError(f"`image` must be a PIL image, a list of them or a tensor, got {type(image).__name__}.")
+    return torch.stack([_to_tensor(one, shape) for one in images]), True
+
+
+def _to_tensor(image: Image.Image, shape: tuple[int, ...]) -> torch.Tensor:
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise ValueError(f"`image` must be a tensor: the operator makes observations of {channels} channels.")
+    image = ImageOps.exif_transpose(image)
+    if image.size != (width, height):
+        raise ValueError(
+            f"`image` must be of {width}x{height} pixels, as the operator makes them, got "
+            f"{image.size[0]}x{image.size[1]}."
+        )
+    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        raise ValueError("`image` must be opaque, but some of its pixels are transparent.")
+    if image.mode.startswith("I;16"):
+        pixels = np.asarray(image, dtype=np.float32) / 257  # 65535 is white
+        array = np.repeat(pixels[..., None], channels, axis=2)
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"`image` of mode {image.mode!r} has no defined white: convert it to 8 or 16 bits.")
+    else:
+        array = np.asarray(image.convert("RGB" if channels == 3 else "L"), dtype=np.float32)
+        array = array.reshape(height, width, channels)
+    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
 def _mix(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,7 @@ CODE_FILES = {
     "DDPMFacesScheduler": "scheduling_ddpm_faces",
 }
 # Files beside this one that a saved folder also has: `custom_pipeline="restoration_ddpm_faces"` loads them.
-COMPANION_FILES = ("restoration_ddpm_faces.py", "operators_ddpm_faces.py")
+COMPANION_FILES = ("restoration_ddpm_faces.py", "editing_ddpm_faces.py", "operators_ddpm_faces.py")
 # The settings of a pipeline, which `model_index.json` holds beside the components.
 SETTINGS = (
     "weights",

@@ -125,8 +125,8 @@ def restore(
     blended into the photo; the rest of the photo stays. What is lost has many possible answers, one for each --seed:
     the result is a guess, not what was there.
     """
+    from ..data.photos import Damage, open_photo, restore_photo, save_photo
     from ..models import check_model, load_pipeline
-    from ..photos import Damage, open_photo, restore_photo, save_photo
     from ..restoration_ddpm_faces import DDPMFacesRestorePipeline
 
     check_model(model)

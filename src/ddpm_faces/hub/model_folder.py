@@ -30,6 +30,7 @@ MODEL_FILES = (
     "model_index.json",
     "pipeline_ddpm_faces.py",
     "restoration_ddpm_faces.py",
+    "editing_ddpm_faces.py",
     "operators_ddpm_faces.py",
     "unet/config.json",
     "unet/*.safetensors",

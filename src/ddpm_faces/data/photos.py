@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .checks import check_seed
-from .data.alignment import MIN_SCORE, Frame, find_frames
-from .data.detection import MTCNN
-from .data.images import open_image, upright
-from .files import check_writable, replacing
-from .operators_ddpm_faces import Downsample, GaussianBlur, Gray, Inpaint, LinearOperator
-from .restoration_ddpm_faces import DDPMFacesRestorePipeline
+from ..checks import check_seed
+from ..files import check_writable, replacing
+from ..operators_ddpm_faces import Downsample, GaussianBlur, Gray, Inpaint, LinearOperator
+from ..restoration_ddpm_faces import DDPMFacesRestorePipeline
+from .alignment import MIN_SCORE, Frame, find_frames
+from .detection import MTCNN
+from .images import open_image, upright
 
 
 MIN_BLUR = 0.3  # standard deviation, in pixels of the model; a smaller one is not visible

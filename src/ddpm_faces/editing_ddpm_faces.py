@@ -1,0 +1,240 @@
+# Copyright 2026 The ddpm-faces authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Changes of a given face: noise is added or found that leads to it, and removed again under another prompt.
+
+With noise, this is SDEdit (https://huggingface.co/papers/2108.01073). Inversion finds the noise from which DDIM
+(https://huggingface.co/papers/2010.02502) makes the face. A step of DDIM from sigma_s to sigma_t, in terms of the
+noisy image z = x / sqrt(alpha_bar) = x_0 + sigma noise and the prediction D, is
+
+    z_t = D(z_s) + r (z_s - D(z_s)),   r = sigma_t / sigma_s
+
+Its inverse is the solution z_s of z_s = (z_t - (1 - r) D(z_s)) / r, which repeated substitution finds.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from .operators_ddpm_faces import observations
+from .pipeline_ddpm_faces import UNGUIDED, Condition, DDPMFacesPipeline, Guidance, evaluating
+
+
+METHODS = ("inversion", "noise")
+SIGMA_MIN, SIGMA_MAX = 0.02, 120.0  # noise-to-signal ratios of the last and of the first step
+STEPS, MAX_ITERATIONS = 50, 100
+TOLERANCE = 1e-4  # of a solution, in pixels of [-1, 1]: 0.013 of the 255 levels
+
+
+class DDPMFacesEditPipeline(DDPMFacesPipeline):
+    """Pipeline that changes faces, above all with prompts, and finds the noise that leads to a face.
+
+    It uses the networks of any [`DDPMFacesPipeline`]: load it from the same folders and repositories, or take those of
+    a loaded one with `DDPMFacesEditPipeline.from_pipe(pipeline)`. Its arguments are the same.
+    """
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]  # as in diffusers, each kind of pipeline has its own arguments
+        self,
+        image: Any,
+        prompt: str | list[str] | None = None,
+        source_prompt: str | list[str] | None = None,
+        strength: float = 0.6,
+        method: str = "inversion",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Change faces.
+
+        Args:
+            image (`PIL.Image.Image`, a list of them, or `torch.Tensor` of shape `(batch, channels, height, width)`):
+                Faces of the size of the model. Tensors are in [-1, 1].
+            prompt (`str` or `list[str]`, *optional*): What they should show: one text, or one for each.
+            source_prompt (`str` or `list[str]`, *optional*):
+                What they show now, for `"inversion"`. Only what differs between the two prompts changes.
+            strength (`float`, defaults to 0.6):
+                How far back the change begins, in (0, 1]: 0.3 changes details, 1 leaves only what the noise keeps.
+            method (`str`, defaults to `"inversion"`):
+                `"inversion"` finds the noise that leads to the face and goes back under the new prompt; nothing is
+                random. `"noise"` adds random noise (SDEdit) and gives a new answer each time.
+            num_inference_steps (`int`, *optional*):
+                Denoising steps, 1 to T; defaults to 50, or T if that is less. Inversion takes several evaluations for
+                each.
+            guidance_scale (`float`, *optional*):
+                Scale of classifier-free guidance towards `prompt`. The inversion is not guided.
+            generator (`torch.Generator` or a list of one per image, *optional*): Source of the noise of `"noise"`.
+            output_type (`str`, defaults to `"pil"`): As in [`DDPMFacesPipeline.__call__`].
+            return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, in the form of `output_type`.
+
+        Raises:
+            ValueError: An argument is invalid, or the inversion does not converge.
+        """
+        if method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
+        if method == "noise" and source_prompt is not None:
+            raise ValueError("`source_prompt` must be None for the method 'noise', which does not use it.")
+        if method == "inversion":
+            latents = self.invert(image, source_prompt, strength, num_inference_steps)
+        else:
+            faces, _ = observations(image, self.image_shape)
+            levels = self._levels(strength, num_inference_steps)
+            self._check_generator(len(faces), generator)
+            faces = faces.to(self._execution_device)
+            noise = randn_tensor(faces.shape, generator=generator, device=faces.device, dtype=torch.float32)
+            latents = levels[0].signal * faces + levels[0].noise * noise
+        return self.reconstruct(
+            latents, prompt, strength, num_inference_steps, guidance_scale, output_type, return_dict
+        )
+
+    @torch.no_grad()
+    def invert(
+        self,
+        image: Any,
+        prompt: str | list[str] | None = None,
+        strength: float = 1.0,
+        num_inference_steps: int | None = None,
+    ) -> torch.Tensor:
+        """Find the noisy images from which [`reconstruct`], with the same arguments, makes these faces.
+
+        Points between the results for two faces (on the sphere, by slerp) lead to faces between them.
+
+        Args:
+            image (`PIL.Image.Image`, a list of them, or `torch.Tensor` of shape `(batch, channels, height, width)`):
+                As in [`__call__`].
+            prompt (`str` or `list[str]`, *optional*): What the faces show.
+            strength (`float`, defaults to 1.0): How much noise to find, in (0, 1]; 1 is that of the last timestep.
+            num_inference_steps (`int`, *optional*): Steps, 1 to T; defaults to 50, or T if that is less.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, channels, height, width)`: x_t at the timestep of `strength`.
+
+        Raises:
+            ValueError: An argument is invalid, or the solutions do not converge to 0.0001.
+        """
+        faces, _ = observations(image, self.image_shape)
+        levels = self._levels(strength, num_inference_steps)
+        condition = self._condition(prompt, len(faces))
+        state = faces.to(self._execution_device)
+        with evaluating(self.unet):
+            for level, following in self.progress_bar([*zip(levels[:-1], levels[1:], strict=True)][::-1]):
+                state = self._solve(state, level, following.sigma / level.sigma, condition)
+        return levels[0].signal * state
+
+    def _solve(self, target: torch.Tensor, level: "_Level", ratio: float, condition: Condition) -> torch.Tensor:
+        """Return the z_s whose step leads to `target`."""
+        state = target
+        for _ in range(MAX_ITERATIONS):
+            guess = (target - (1 - ratio) * self._denoised(state, level, condition)) / ratio
+            # The error of a step, in units of pixels: what the step would miss the target by.
+            change = ratio * (guess - state).abs().max().item()
+            state = guess
+            if change < TOLERANCE:
+                return state
+        raise ValueError(
+            f"`num_inference_steps` is too small: the inversion of a step has not converged after {MAX_ITERATIONS} "
+            f"iterations (it still changes pixels by {change:.2g}, of [-1, 1])."
+        )
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        latents: torch.Tensor,
+        prompt: str | list[str] | None = None,
+        strength: float = 1.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Make faces from the noisy images of [`invert`], by DDIM without new noise.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch, channels, height, width)`): From [`invert`].
+            prompt (`str` or `list[str]`, *optional*): What the faces should show: one text, or one for each.
+            strength (`float`, defaults to 1.0): As in [`invert`].
+            num_inference_steps (`int`, *optional*): As in [`invert`].
+            guidance_scale (`float`, *optional*): Scale of classifier-free guidance; defaults to that of the pipeline.
+            output_type (`str`, defaults to `"pil"`): As in [`DDPMFacesPipeline.__call__`].
+            return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, in the form of `output_type`.
+
+        Raises:
+            ValueError: An argument is invalid.
+        """
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != self.image_shape:
+            allowed = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"`latents` must be of shape (batch, {allowed}), got {tuple(latents.shape)}.")
+        levels = self._levels(strength, num_inference_steps)
+        guidance = Guidance(self.config.guidance_scale if guidance_scale is None else guidance_scale)
+        self.check_inputs(len(latents), len(levels), None, None, output_type, None, (), 0.0, guidance)
+        condition = self._condition(prompt, len(latents))
+        state = latents.to(self._execution_device, torch.float32) / levels[0].signal
+        with evaluating(self.unet):
+            for level, following in self.progress_bar([*zip(levels[:-1], levels[1:], strict=True)]):
+                predicted = self._denoised(state, level, condition, guidance)
+                state = predicted + following.sigma / level.sigma * (state - predicted)
+        images = self.postprocess(state, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _denoised(
+        self, state: torch.Tensor, level: "_Level", condition: Condition, guidance: Guidance = UNGUIDED
+    ) -> torch.Tensor:
+        """Return the prediction D of z at a level."""
+        noisy = level.signal * state
+        output = self.predict(noisy, level.timestep, condition, guidance)[:, : state.shape[1]]
+        return self.scheduler.predict_original_sample(output, level.timestep, noisy)
+
+    def _condition(self, prompt: str | list[str] | None, num_images: int) -> Condition:
+        prompts = self.check_prompts(prompt)
+        if prompts is None:
+            return Condition()
+        if prompts not in (1, num_images):
+            raise ValueError(f"`prompt` must be one text, or one for each of the {num_images} images, got {prompts}.")
+        return Condition(None, self._texts(prompt, None, num_images, 1))
+
+    def _levels(self, strength: float, num_inference_steps: int | None) -> list["_Level"]:
+        """Return the noise levels of all steps, from the most to the least noise."""
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+            raise ValueError(f"`strength` must be a number above 0 and at most 1, got {strength!r}.")
+        if not self._scheduler_is_of({"DDPMFacesScheduler"}):
+            raise ValueError(f"`scheduler` must be a DDPMFacesScheduler, got {type(self.scheduler).__name__}.")
+        bars = self.scheduler.alphas_cumprod.double().cpu()
+        total = len(bars)
+        count = min(STEPS, total) if num_inference_steps is None else num_inference_steps
+        self._check_steps(count, "`num_inference_steps`")
+        sigmas = ((1 - bars) / bars).sqrt()
+        first = min(round(strength * (total - 1)), int((sigmas <= SIGMA_MAX).sum()) - 1)
+        last = min(int((sigmas < SIGMA_MIN).sum()), max(first - 1, 0))
+        wanted = torch.linspace(sigmas[first].log(), sigmas[last].log(), count + 1, dtype=torch.float64)
+        nearest = (sigmas.log() - wanted[:, None]).abs().argmin(dim=1).tolist()
+        timesteps = sorted({*nearest, first, last}, reverse=True)  # fewer than asked where timesteps are sparse
+        return [_Level(t, math.sqrt(bars[t]), math.sqrt(1 - bars[t]), float(sigmas[t])) for t in timesteps]
+
+    def _check_generator(self, count: int, generator: Any) -> None:
+        self.check_inputs(count, 1, generator, None, "pt", None, (), 0.0)
+
+
+class _Level(NamedTuple):
+    """A timestep, with sqrt(alpha_bar), sqrt(1 - alpha_bar) and their ratio."""
+
+    timestep: int
+    signal: float
+    noise: float
+    sigma: float
+
+
+# diffusers refuses a file with two pipelines as a `custom_pipeline`.
+del DDPMFacesPipeline

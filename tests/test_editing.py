@@ -1,0 +1,142 @@
+"""Inversion and changes of faces."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+from test_prompts import a_prompt_model
+from test_restoration import a_photo, generators
+
+from ddpm_faces import DDPMFacesEditPipeline
+
+
+@pytest.fixture
+def edit(pipeline) -> DDPMFacesEditPipeline:
+    edit = DDPMFacesEditPipeline.from_pipe(pipeline)
+    edit.set_progress_bar_config(disable=True)
+    return edit
+
+
+@pytest.fixture
+def with_prompts() -> DDPMFacesEditPipeline:
+    edit = DDPMFacesEditPipeline.from_pipe(a_prompt_model())
+    edit.set_progress_bar_config(disable=True)
+    return edit
+
+
+def some_faces(count: int = 2) -> torch.Tensor:
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("strength", [0.4, 1.0])
+@pytest.mark.parametrize("num_steps", [None, 12])
+def test_inversion_is_exact(edit, strength, num_steps):
+    faces = some_faces()
+    latents = edit.invert(faces, strength=strength, num_inference_steps=num_steps)
+    again = edit.reconstruct(latents, strength=strength, num_inference_steps=num_steps, output_type="latent").images
+    torch.testing.assert_close(again, faces, atol=2e-3, rtol=0)
+    assert (latents - faces).abs().mean() > 0.01
+
+
+def test_reconstruction_is_that_of_the_sampler(edit):
+    """The steps are those of DDIM: the sampler of the pipeline, at the same timesteps, makes the same image."""
+    latents = torch.randn(1, 3, 16, 16, generator=generators(1)[0])
+    levels = edit._levels(1.0, None)
+    scheduler = edit._scheduler_with({"algorithm": "ddim"})
+    scheduler.set_timesteps(timesteps=[level.timestep for level in levels])
+    sample = latents
+    for t in scheduler.timesteps[:-1]:
+        sample = scheduler.step(edit.predict(sample, t), t, sample).prev_sample
+    expected = sample / levels[-1].signal
+    torch.testing.assert_close(edit.reconstruct(latents, output_type="latent").images, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_inversion_with_a_prompt(with_prompts):
+    faces = some_faces()
+    latents = with_prompts.invert(faces, ["a woman", "an older man"])
+    again = with_prompts.reconstruct(latents, ["a woman", "an older man"], output_type="latent", guidance_scale=1.0)
+    torch.testing.assert_close(again.images, faces, atol=2e-3, rtol=0)
+    assert not torch.allclose(with_prompts.invert(faces, "a woman")[1], latents[1])
+
+
+def test_only_the_difference_of_the_prompts_changes_the_face(with_prompts):
+    faces = some_faces()
+    arguments = {"output_type": "latent", "guidance_scale": 1.0}
+    same = with_prompts(faces, "a woman", "a woman", **arguments).images
+    torch.testing.assert_close(same, faces, atol=2e-3, rtol=0)
+    other = with_prompts(faces, "an older man", "a woman", **arguments).images
+    more = with_prompts(faces, "an older man", "a woman", **{**arguments, "guidance_scale": 3.0}).images
+    less = with_prompts(faces, "an older man", "a woman", strength=0.2, **arguments).images
+    changes = [(result - faces).abs().mean() for result in (less, other, more)]
+    assert 1e-3 < changes[0] < changes[1] < changes[2]
+
+
+def test_noise_gives_new_answers(edit):
+    face = some_faces(1)
+    images = [
+        edit(face, strength=0.5, method="noise", generator=torch.Generator().manual_seed(seed), output_type="latent")
+        for seed in (1, 1, 2)
+    ]
+    first, same, other = (output.images for output in images)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    weak = edit(face, strength=0.05, method="noise", generator=generators(1)[0], output_type="latent").images
+    assert (weak - face).abs().mean() < (first - face).abs().mean() / 2
+
+
+def test_photos_go_in_and_come_out(edit):
+    images = edit([a_photo(), a_photo()], strength=0.2).images
+    assert all(isinstance(image, Image.Image) and image.size == (16, 16) for image in images)
+
+
+def test_a_network_that_is_too_steep_for_the_steps(edit):
+    edit.predict = lambda sample, *_: 40 * sample.roll(1, dims=-1)
+    with pytest.raises(ValueError, match="`num_inference_steps` is too small: the inversion of a step has not"):
+        edit.invert(some_faces(), num_inference_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strength": 0}, "`strength` must be a number above 0 and at most 1, got 0"),
+        ({"strength": math.nan}, "got nan"),
+        ({"method": "magic"}, "`method` must be one of 'inversion', 'noise', got 'magic'"),
+        ({"method": "noise", "source_prompt": "a woman"}, "`source_prompt` must be None for the method 'noise'"),
+        ({"method": "noise", "generator": generators(2)}, "one generator per image"),
+        ({"num_inference_steps": 21}, "`num_inference_steps` must be from 1 to 20"),
+        ({"prompt": "a woman"}, "not trained with texts"),
+        ({"guidance_scale": 2.0}, "`guidance_scale` must be 1"),
+        ({"image": a_photo(8)}, "must be of 16x16 pixels"),
+        ({"output_type": "jpg"}, "`output_type` must be one of"),
+    ],
+)
+def test_bad_input(edit, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        edit(**{"image": a_photo(), **arguments})
+
+
+def test_latents_of_another_shape(edit):
+    with pytest.raises(ValueError, match=r"`latents` must be of shape \(batch, 3, 16, 16\)"):
+        edit.reconstruct(torch.zeros(1, 3, 8, 8))
+
+
+CALL = """
+import torch
+pipeline.set_progress_bar_config(disable=True)
+result = pipeline.invert(torch.zeros(1, 3, 16, 16), strength=0.5).tolist()
+"""
+WITH = "from ddpm_faces import DDPMFacesEditPipeline\npipeline = DDPMFacesEditPipeline.from_pretrained(source)"
+WITHOUT = """
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(source, custom_pipeline="editing_ddpm_faces", trust_remote_code=True)
+"""
+
+
+def test_it_works_with_and_without_the_package(client, bare_client, edit, tmp_path):
+    edit.save_pretrained(tmp_path)
+    expected = edit.invert(torch.zeros(1, 3, 16, 16), strength=0.5)
+    for who, load in ((client, WITH), (bare_client, WITHOUT)):
+        outcome = who.run(load + CALL, source=str(tmp_path))
+        assert outcome.error is None, outcome.output
+        torch.testing.assert_close(torch.tensor(outcome.value), expected)
