@@ -124,7 +124,7 @@ def test_latents_of_another_shape(edit):
 CALL = """
 import torch
 pipeline.set_progress_bar_config(disable=True)
-result = pipeline.invert(torch.zeros(1, 3, 16, 16), strength=0.5).tolist()
+result = pipeline.invert(torch.linspace(-1, 1, 768).view(1, 3, 16, 16)).tolist()
 """
 WITH = "from ddpm_faces import DDPMFacesEditPipeline\npipeline = DDPMFacesEditPipeline.from_pretrained(source)"
 WITHOUT = """
@@ -135,7 +135,7 @@ pipeline = DiffusionPipeline.from_pretrained(source, custom_pipeline="editing_dd
 
 def test_it_works_with_and_without_the_package(client, bare_client, edit, tmp_path):
     edit.save_pretrained(tmp_path)
-    expected = edit.invert(torch.zeros(1, 3, 16, 16), strength=0.5)
+    expected = edit.invert(torch.linspace(-1, 1, 768).view(1, 3, 16, 16))
     for who, load in ((client, WITH), (bare_client, WITHOUT)):
         outcome = who.run(load + CALL, source=str(tmp_path))
         assert outcome.error is None, outcome.output

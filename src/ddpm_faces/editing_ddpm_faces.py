@@ -132,14 +132,16 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
 
     def _solve(self, target: torch.Tensor, level: "_Level", ratio: float, condition: Condition) -> torch.Tensor:
         """Return the z_s whose step leads to `target`."""
-        state = target
+        state, share, change = target, 1.0, math.inf
         for _ in range(MAX_ITERATIONS):
             guess = (target - (1 - ratio) * self._denoised(state, level, condition)) / ratio
-            # The error of a step, in units of pixels: what the step would miss the target by.
-            change = ratio * (guess - state).abs().max().item()
-            state = guess
+            # What the step misses the target by
+            previous, change = change, ratio * (guess - state).abs().max().item()
             if change < TOLERANCE:
-                return state
+                return guess
+            if change > previous:  # shorter substitutions, because these overshoot
+                share /= 2
+            state = state.lerp(guess, share)
         raise ValueError(
             f"`num_inference_steps` is too small: the inversion of a step has not converged after {MAX_ITERATIONS} "
             f"iterations (it still changes pixels by {change:.2g}, of [-1, 1])."
