@@ -42,8 +42,9 @@ def test_guidance_changes_without_the_weights(pipeline, tmp_path):
     }
     changed = {path.name for path, time in files.items() if path.stat().st_mtime_ns != time}
     assert changed == {"model_index.json", "training_summary.json"}
-    save_guidance(tmp_path, autoguidance_scale=1.25)
-    assert DDPMFacesPipeline.from_pretrained(tmp_path).config.guidance_interval is None
+    save_guidance(tmp_path, autoguidance_scale=1.3)
+    config = DDPMFacesPipeline.from_pretrained(tmp_path).config
+    assert (config.autoguidance_scale, config.guidance_interval) == (1.3, [3, 17])
 
 
 def test_guidance_of_a_model_without_a_guide_is_refused(pipeline, tmp_path):

@@ -67,7 +67,8 @@ def save_guidance(
         folder (`str` or `os.PathLike`): Folder of a pipeline.
         guidance_scale (`float`, *optional*): As in [`DDPMFacesPipeline.set_guidance`]; by default unchanged.
         autoguidance_scale (`float`, *optional*): As in [`DDPMFacesPipeline.set_guidance`]; by default unchanged.
-        guidance_interval (`tuple[int, int]`, *optional*): As in [`DDPMFacesPipeline.set_guidance`].
+        guidance_interval (`tuple[int, int]`, *optional*):
+            As in [`DDPMFacesPipeline.set_guidance`]; by default unchanged.
 
     Raises:
         ValueError: The folder contains no pipeline, its training_summary.json cannot be read, or
@@ -75,6 +76,7 @@ def save_guidance(
     """
     folder = Path(folder)
     pipeline = _load(folder)
+    guidance_interval = guidance_interval or pipeline.config.guidance_interval
     asked = {"guidance_scale": guidance_scale, "autoguidance_scale": autoguidance_scale}
     scales: dict[str, Any] = {name: pipeline.config[name] if scale is None else scale for name, scale in asked.items()}
     pipeline.set_guidance(**scales, guidance_interval=guidance_interval)

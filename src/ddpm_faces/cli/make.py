@@ -224,7 +224,10 @@ def guide(
     ] = None,
     guidance_interval: Annotated[
         tuple[int, int] | None,
-        typer.Option(metavar="LOW HIGH", help="Lowest and highest timestep with guidance (default: all)."),
+        typer.Option(
+            metavar="LOW HIGH",
+            help="Lowest and highest timestep with guidance (default: unchanged, or all with a new guide).",
+        ),
     ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the model's guide.")] = False,
     as_json: Json = False,

@@ -68,7 +68,7 @@ def evaluate(
         typer.Option(
             "--prompts",
             help="Measure instead how closely faces follow the captions of the held-out images, at guidance scales of "
-            "1, 1.5, 2 and 3, or at --guidance-scale. The dataset needs columns of attributes.",
+            "1, 1.5, 2, 3 and that of the model, or at --guidance-scale. The dataset needs columns of attributes.",
         ),
     ] = False,
     caption_column: CaptionColumn = "caption",
@@ -92,12 +92,12 @@ def evaluate(
     if output is not None:
         check_metrics_file(output)
     if prompts:
-        from ..evaluation.adherence import SCALES, evaluate_prompts
+        from ..evaluation.adherence import evaluate_prompts
         from ..hub.card_values import prompts_table
 
         results = evaluate_prompts(
             *(source, data, split, baseline_split, caption_column, num_images),
-            SCALES if guidance_scale is None else [guidance_scale],
+            None if guidance_scale is None else [guidance_scale],
             *(preset, steps, seed, batch_size),
             sigma_min=sigma_min,
             guide=guide,

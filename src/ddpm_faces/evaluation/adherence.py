@@ -43,7 +43,7 @@ def evaluate_prompts(
     training_split: str = "train",
     caption_column: str = "caption",
     num_images: int | None = None,
-    guidance_scales: Sequence[float] = SCALES,
+    guidance_scales: Sequence[float] | None = None,
     preset: str | None = None,
     num_inference_steps: int | None = None,
     seed: int = 0,
@@ -72,7 +72,8 @@ def evaluate_prompts(
         caption_column (`str`, defaults to `"caption"`): Column of the captions; the first counts in a list.
         num_images (`int`, *optional*):
             Number of generated faces, at least 20; by default as many as there are held-out images.
-        guidance_scales (`list[float]`, defaults to `(1, 1.5, 2, 3)`): Scales of classifier-free guidance to compare.
+        guidance_scales (`list[float]`, *optional*):
+            Scales of classifier-free guidance to compare; by default 1, 1.5, 2, 3 and that of the model.
         preset (`str`, *optional*): See [`open_samples`].
         num_inference_steps (`int`, *optional*): See [`open_samples`].
         seed (`int`, defaults to 0): Seed of the first image; image i uses `seed + i`.
@@ -103,7 +104,7 @@ def evaluate_prompts(
     if num_images is not None:
         check_integer("num_images", num_images, MIN_IMAGES)
     check_integer("batch_size", batch_size, 1)
-    if not guidance_scales:
+    if guidance_scales is not None and not guidance_scales:
         raise ValueError("`guidance_scales` must contain at least one scale.")
     if split == training_split:
         raise ValueError(f"`split` {split!r} must differ from `training_split`.")
@@ -112,6 +113,9 @@ def evaluate_prompts(
     # 1. Samplers of all scales, before anything is decoded
     pipeline = source if isinstance(source, DDPMFacesPipeline) else load_pipeline(source, device=state.device)
     pipeline.check_prompts(["a face"])
+    if guidance_scales is None:
+        own = pipeline.resolve_preset(preset, num_inference_steps).guidance.guidance_scale
+        guidance_scales = sorted({*SCALES, own})
     samplers = []
     for scale in guidance_scales:
         opened = open_samples(
