@@ -1,0 +1,1 @@
+../../src/ddpm_faces/editing_ddpm_faces.py

@@ -1,0 +1,1 @@
+../../src/ddpm_faces/operators_ddpm_faces.py

@@ -1,0 +1,1 @@
+../../src/ddpm_faces/pipeline_ddpm_faces.py

@@ -1,0 +1,1 @@
+../../src/ddpm_faces/restoration_ddpm_faces.py

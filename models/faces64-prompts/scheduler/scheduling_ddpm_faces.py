@@ -1,0 +1,1 @@
+../../../src/ddpm_faces/scheduling_ddpm_faces.py

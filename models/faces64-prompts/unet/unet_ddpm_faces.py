@@ -1,0 +1,1 @@
+../../../src/ddpm_faces/unet_ddpm_faces.py
