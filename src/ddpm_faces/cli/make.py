@@ -197,7 +197,7 @@ def prepare(
         align=align,
     )
     values: dict[str, Any] = {"dataset": result.where, "images": result.num_images}
-    text = f"The dataset of {result.num_images:,} images is at {result.where}"
+    text = f"The dataset is at {result.where}"
     if result.aligner is not None:
         found = result.aligner
         values |= {"photos": found.num_photos, "skipped": found.skipped}
