@@ -461,7 +461,7 @@ class PhysicsOperator(LinearOperator):
         self.physics = physics
         try:
             self._of_ones = physics.A(torch.ones(1, *self.image_shape))
-        except Exception as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"`physics` does not take images of the shape {self.image_shape}: {error}") from error
 
     @property

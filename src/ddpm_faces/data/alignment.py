@@ -187,13 +187,13 @@ class FaceAligner:
         for index in tqdm(range(self.num_photos), desc="Finding faces", unit="img"):
             name, value = source.read(index)
             try:
-                frames = find_frames(upright(open_image(value, max_pixels)), self.detector)
+                photo = upright(open_image(value, max_pixels))
             except MemoryError:
                 raise
             except Exception as error:  # PIL raises many kinds of errors on damaged images
                 self.skipped.append(f"{name}: {error or type(error).__name__}")
                 continue
-            likely = [frame for frame in frames if frame.score >= MIN_SCORE]
+            likely = [frame for frame in find_frames(photo, self.detector) if frame.score >= MIN_SCORE]
             if not likely:
                 self.skipped.append(f"{name}: no face")
             for frame in likely:
