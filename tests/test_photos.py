@@ -129,6 +129,16 @@ def test_several_faces_the_largest_first(detector):
         assert distance(frame.scaled(10), large) < 0.06
 
 
+def test_the_frame_of_a_mirrored_photo_is_mirrored(detector):
+    """Landmarks are averaged over the face and its mirror image, so neither side is preferred."""
+    photo = a_photo(turned(90, 50, 110, 10))
+    (frame,) = find_frames(photo, detector)
+    (mirrored,) = find_frames(photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT), detector)
+    (x, y), (dx, dy) = mirrored.corner, mirrored.edge
+    back = Frame((photo.width - x - dx, y + dy), (dx, -dy))
+    assert distance(frame, back) < 0.02
+
+
 def test_no_face(detector):
     assert find_frames(Image.new("RGB", (200, 100)), detector) == []
 
