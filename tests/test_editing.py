@@ -60,6 +60,27 @@ def test_inversion_with_a_prompt(with_prompts):
     assert not torch.allclose(with_prompts.invert(faces, "a woman")[1], latents[1])
 
 
+def test_callbacks_see_all_steps_and_can_replace_the_image(edit):
+    faces, seen = some_faces(), []
+
+    def record(pipeline, i, t, tensors):
+        seen.append((i, t, pipeline.num_timesteps))
+        return {"latents": torch.zeros_like(tensors["latents"])} if i == pipeline.num_timesteps - 1 else None
+
+    blank = edit(faces, strength=0.5, num_inference_steps=6, output_type="latent", callback_on_step_end=record)
+    assert torch.equal(blank.images, torch.zeros_like(faces))
+    count = len(seen)
+    assert [(i, total) for i, _, total in seen] == [(i, count) for i in range(count)]
+    noisier, cleaner = [t for _, t, _ in seen[: count // 2]], [t for _, t, _ in seen[count // 2 :]]
+    assert noisier == sorted(noisier)
+    assert cleaner == sorted(noisier, reverse=True)[1:] + cleaner[-1:]
+
+    seen.clear()
+    latents = edit.invert(faces, num_inference_steps=6, callback_on_step_end=lambda *step: record(*step) and None)
+    edit.reconstruct(latents, num_inference_steps=6, callback_on_step_end=lambda *step: record(*step) and None)
+    assert [i for i, _, _ in seen] == [*range(len(seen) // 2)] * 2
+
+
 def test_only_the_difference_of_the_prompts_changes_the_face(with_prompts):
     faces = some_faces()
     arguments = {"output_type": "latent", "guidance_scale": 1.0}

@@ -65,7 +65,7 @@ class GaussianFaces:
         return ((noise * self.variances.sqrt()) @ self.axes.T).view(1, 1, SIZE, SIZE)
 
     def predict(self, sample, timestep, *_):
-        bar = self.scheduler.alphas_cumprod[int(timestep)].double()
+        bar = self.scheduler.alphas_cumprod[round(float(timestep))].double()
         shrunk = (sample.double().flatten(1) @ self.axes) * bar.sqrt() * self.variances
         x_0 = (shrunk / (bar * self.variances + 1 - bar)) @ self.axes.T
         noise = (sample.flatten(1) - bar.sqrt() * x_0) / (1 - bar).sqrt()
@@ -103,6 +103,54 @@ def test_restorations_are_drawn_from_the_posterior(name):
     error = (drawn.mean(dim=0) - mean).square().mean()
     assert error < 0.45**2 * variances.mean()
     assert 0.7 < drawn.var(dim=0).mean() / variances.mean() < 1.4
+
+
+def test_denoiser_returns_the_expected_image():
+    model = GaussianFaces()
+    noisy = model.draw(3).float() + 0.6 * torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(2))
+    bars = model.scheduler.alphas_cumprod.double()
+    sigmas = ((1 - bars) / bars).sqrt()
+    for sigma in sigmas[[20, 150, 280]].tolist():
+        covariance = model.covariance + sigma**2 * torch.eye(SIZE**2)
+        expected = (model.covariance @ torch.linalg.solve(covariance, noisy.double().flatten())).view_as(noisy)
+        denoised = model.restore.as_denoiser()((noisy + 1) / 2, sigma / 2)  # deepinv's images lie in [0, 1]
+        torch.testing.assert_close(denoised.double() * 2 - 1, expected, rtol=0, atol=1e-4)
+
+
+def test_denoiser_takes_a_noise_for_each_image_and_lets_gradients_through(restore):
+    denoiser = restore.as_denoiser()
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    both = denoiser(images, torch.tensor([0.1, 0.4]))
+    torch.testing.assert_close(both[:1], denoiser(images[:1], 0.1))
+    torch.testing.assert_close(both[1:], denoiser(images[1:], torch.tensor(0.4)))
+    both.sum().backward()
+    assert images.grad.abs().min(dim=-1).values.max() > 0
+    with pytest.raises(ValueError, match="`sigma` must be above 0, got 0"):
+        denoiser(images, 0)
+
+
+def test_denoiser_takes_a_prompt():
+    restore = DDPMFacesRestorePipeline.from_pipe(a_prompt_model())
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    plain, one, other = (
+        restore.as_denoiser(prompt, 2.0)(images, 0.5) for prompt in (None, "a young woman", "an old man")
+    )
+    assert not torch.equal(plain, one)
+    assert not torch.equal(one, other)
+    with pytest.raises(ValueError, match="`prompt` must be one text"):
+        restore.as_denoiser(["a woman", "a man"])
+
+
+def test_callbacks_see_their_own_call(restore):
+    seen = []
+
+    def record(pipeline, i, t, tensors):
+        seen.append((i, pipeline.num_timesteps, tuple(tensors["latents"].shape)))
+        return {}
+
+    restore(torch.rand(1, 3, 16, 16), Inpaint(a_mask()), 0.0, 8, callback_on_step_end=record)
+    assert seen == [(i, len(seen), (1, 3, 16, 16)) for i in range(len(seen))]
+    assert 4 < len(seen) <= 8
 
 
 @pytest.mark.parametrize(
@@ -244,7 +292,7 @@ def test_any_photo_is_read_or_refused():
         ({"regularization": -1}, "`regularization` must be a number of at least 0"),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be from 1 to 20"),
         ({"num_resamples": 0}, "`num_resamples` must be an integer from 1 to 20, got 0"),
-        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be at least 1"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be an integer of at least 1"),
         ({"image": a_photo(8)}, "`image` must be of 16x16 pixels, as the operator makes them, got 8x8"),
         ({"image": []}, "a PIL image, a list of them or a tensor, got list"),
         ({"image": torch.zeros(3, 16, 16)}, r"`image` must be of shape \(batch, 3, 16, 16\)"),

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .operators_ddpm_faces import GaussianBlur as GaussianBlur
     from .operators_ddpm_faces import Gray as Gray
     from .operators_ddpm_faces import Inpaint as Inpaint
+    from .operators_ddpm_faces import PhysicsOperator as PhysicsOperator
+    from .operators_ddpm_faces import motion_kernel as motion_kernel
     from .pipeline_ddpm_faces import DDPMFacesPipeline as DDPMFacesPipeline
     from .restoration_ddpm_faces import DDPMFacesRestorePipeline as DDPMFacesRestorePipeline
     from .scheduling_ddpm_faces import DDPMFacesScheduler as DDPMFacesScheduler
@@ -35,6 +37,8 @@ _MODULE_OF = {
     "GaussianBlur": "operators_ddpm_faces",
     "Gray": "operators_ddpm_faces",
     "Inpaint": "operators_ddpm_faces",
+    "PhysicsOperator": "operators_ddpm_faces",
+    "motion_kernel": "operators_ddpm_faces",
     "fast_solver": "solvers",
 }
 __all__ = ["__version__", *sorted(_MODULE_OF)]

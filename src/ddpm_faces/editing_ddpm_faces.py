@@ -14,6 +14,7 @@ Its inverse is the solution z_s of z_s = (z_t - (1 - r) D(z_s)) / r, which repea
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .operators_ddpm_faces import observations
-from .pipeline_ddpm_faces import UNGUIDED, Condition, DDPMFacesPipeline, Guidance, evaluating
+from .pipeline_ddpm_faces import UNGUIDED, Condition, DDPMFacesPipeline, Guidance, calling, evaluating
 
 
 METHODS = ("inversion", "noise")
@@ -50,6 +51,7 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callable[["DDPMFacesEditPipeline", int, int, dict], dict] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Change faces.
 
@@ -72,6 +74,8 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
             generator (`torch.Generator` or a list of one per image, *optional*): Source of the noise of `"noise"`.
             output_type (`str`, defaults to `"pil"`): As in [`DDPMFacesPipeline.__call__`].
             return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                As in [`DDPMFacesPipeline.__call__`], with `latents` only. The steps of the inversion come first.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, in the form of `output_type`.
@@ -83,18 +87,23 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
             raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
         if method == "noise" and source_prompt is not None:
             raise ValueError("`source_prompt` must be None for the method 'noise', which does not use it.")
-        if method == "inversion":
-            latents = self.invert(image, source_prompt, strength, num_inference_steps)
-        else:
-            faces, _ = observations(image, self.image_shape)
-            levels = self._levels(strength, num_inference_steps)
-            self._check_generator(len(faces), generator)
-            faces = faces.to(self._execution_device)
-            noise = randn_tensor(faces.shape, generator=generator, device=faces.device, dtype=torch.float32)
-            latents = levels[0].signal * faces + levels[0].noise * noise
-        return self.reconstruct(
-            latents, prompt, strength, num_inference_steps, guidance_scale, output_type, return_dict
-        )
+        faces, _ = observations(image, self.image_shape)
+        faces = faces.to(self._execution_device)
+        levels = self._levels(strength, num_inference_steps)
+        self.check_inputs(len(faces), 1, generator, None, output_type, None, (), 0.0)
+        guidance = self._guidance_of(guidance_scale, len(levels))
+        condition = self._condition(prompt, len(faces))
+        source = self._condition(source_prompt, len(faces), "source_prompt")
+        report = _Reporter(self, callback_on_step_end)
+        num_steps = (len(levels) - 1) * (2 if method == "inversion" else 1)
+        with calling(self, num_steps, guidance), evaluating(self.unet):
+            if method == "inversion":
+                state = self._invert(faces, levels, source, report)
+            else:
+                noise = randn_tensor(faces.shape, generator=generator, device=faces.device, dtype=torch.float32)
+                state = faces + levels[0].sigma * noise
+            state = self._reconstruct(state, levels, condition, guidance, report)
+        return self._output(state, output_type, return_dict)
 
     @torch.no_grad()
     def invert(
@@ -103,6 +112,7 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         prompt: str | list[str] | None = None,
         strength: float = 1.0,
         num_inference_steps: int | None = None,
+        callback_on_step_end: Callable[["DDPMFacesEditPipeline", int, int, dict], dict] | None = None,
     ) -> torch.Tensor:
         """Find the noisy images from which [`reconstruct`], with the same arguments, makes these faces.
 
@@ -114,6 +124,7 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
             prompt (`str` or `list[str]`, *optional*): What the faces show.
             strength (`float`, defaults to 1.0): How much noise to find, in (0, 1]; 1 is that of the last timestep.
             num_inference_steps (`int`, *optional*): Steps, 1 to T; defaults to 50, or T if that is less.
+            callback_on_step_end (`Callable`, *optional*): As in [`DDPMFacesPipeline.__call__`], with `latents` only.
 
         Returns:
             `torch.Tensor` of shape `(batch, channels, height, width)`: x_t at the timestep of `strength`.
@@ -124,11 +135,19 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         faces, _ = observations(image, self.image_shape)
         levels = self._levels(strength, num_inference_steps)
         condition = self._condition(prompt, len(faces))
-        state = faces.to(self._execution_device)
-        with evaluating(self.unet):
-            for level, following in self.progress_bar([*zip(levels[:-1], levels[1:], strict=True)][::-1]):
-                state = self._solve(state, level, following.sigma / level.sigma, condition)
+        report = _Reporter(self, callback_on_step_end)
+        with calling(self, len(levels) - 1, UNGUIDED), evaluating(self.unet):
+            state = self._invert(faces.to(self._execution_device), levels, condition, report)
         return levels[0].signal * state
+
+    def _invert(
+        self, state: torch.Tensor, levels: list["_Level"], condition: Condition, report: "_Reporter"
+    ) -> torch.Tensor:
+        """Return the z of the first level that leads to the faces `state`."""
+        for level, following in self.progress_bar([*zip(levels[:-1], levels[1:], strict=True)][::-1]):
+            state = self._solve(state, level, following.sigma / level.sigma, condition)
+            state = report(level, state)
+        return state
 
     def _solve(self, target: torch.Tensor, level: "_Level", ratio: float, condition: Condition) -> torch.Tensor:
         """Return the z_s whose step leads to `target`."""
@@ -157,6 +176,7 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         guidance_scale: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callable[["DDPMFacesEditPipeline", int, int, dict], dict] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Make faces from the noisy images of [`invert`], by DDIM without new noise.
 
@@ -168,6 +188,7 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
             guidance_scale (`float`, *optional*): Scale of classifier-free guidance; defaults to that of the pipeline.
             output_type (`str`, defaults to `"pil"`): As in [`DDPMFacesPipeline.__call__`].
             return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
+            callback_on_step_end (`Callable`, *optional*): As in [`DDPMFacesPipeline.__call__`], with `latents` only.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, in the form of `output_type`.
@@ -179,14 +200,30 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
             allowed = ", ".join(map(str, self.image_shape))
             raise ValueError(f"`latents` must be of shape (batch, {allowed}), got {tuple(latents.shape)}.")
         levels = self._levels(strength, num_inference_steps)
-        guidance = Guidance(self.config.guidance_scale if guidance_scale is None else guidance_scale)
-        self.check_inputs(len(latents), len(levels), None, None, output_type, None, (), 0.0, guidance)
+        self.check_inputs(len(latents), 1, None, None, output_type, None, (), 0.0)
+        guidance = self._guidance_of(guidance_scale, len(levels))
         condition = self._condition(prompt, len(latents))
         state = latents.to(self._execution_device, torch.float32) / levels[0].signal
-        with evaluating(self.unet):
-            for level, following in self.progress_bar([*zip(levels[:-1], levels[1:], strict=True)]):
-                predicted = self._denoised(state, level, condition, guidance)
-                state = predicted + following.sigma / level.sigma * (state - predicted)
+        with calling(self, len(levels) - 1, guidance), evaluating(self.unet):
+            state = self._reconstruct(state, levels, condition, guidance, _Reporter(self, callback_on_step_end))
+        return self._output(state, output_type, return_dict)
+
+    def _reconstruct(
+        self,
+        state: torch.Tensor,
+        levels: list["_Level"],
+        condition: Condition,
+        guidance: Guidance,
+        report: "_Reporter",
+    ) -> torch.Tensor:
+        """Return the faces to which the z `state` of the first level leads."""
+        for level, following in self.progress_bar([*zip(levels[:-1], levels[1:], strict=True)]):
+            predicted = self._denoised(state, level, condition, guidance)
+            state = predicted + following.sigma / level.sigma * (state - predicted)
+            state = report(following, state)
+        return state
+
+    def _output(self, state: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         images = self.postprocess(state, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -199,13 +236,20 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         output = self.predict(noisy, level.timestep, condition, guidance)[:, : state.shape[1]]
         return self.scheduler.predict_original_sample(output, level.timestep, noisy)
 
-    def _condition(self, prompt: str | list[str] | None, num_images: int) -> Condition:
+    def _condition(self, prompt: str | list[str] | None, num_images: int, argument: str = "prompt") -> Condition:
         prompts = self.check_prompts(prompt)
         if prompts is None:
             return Condition()
         if prompts not in (1, num_images):
-            raise ValueError(f"`prompt` must be one text, or one for each of the {num_images} images, got {prompts}.")
+            raise ValueError(
+                f"`{argument}` must be one text, or one for each of the {num_images} images, got {prompts}."
+            )
         return Condition(None, self._texts(prompt, None, num_images, 1))
+
+    def _guidance_of(self, guidance_scale: float | None, num_levels: int) -> Guidance:
+        guidance = Guidance(self.config.guidance_scale if guidance_scale is None else guidance_scale)
+        self.check_inputs(1, num_levels, None, None, "pt", None, (), 0.0, guidance)
+        return guidance
 
     def _levels(self, strength: float, num_inference_steps: int | None) -> list["_Level"]:
         """Return the noise levels of all steps, from the most to the least noise."""
@@ -225,9 +269,6 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         timesteps = sorted({*nearest, first, last}, reverse=True)  # fewer than asked where timesteps are sparse
         return [_Level(t, math.sqrt(bars[t]), math.sqrt(1 - bars[t]), float(sigmas[t])) for t in timesteps]
 
-    def _check_generator(self, count: int, generator: Any) -> None:
-        self.check_inputs(count, 1, generator, None, "pt", None, (), 0.0)
-
 
 class _Level(NamedTuple):
     """A timestep, with sqrt(alpha_bar), sqrt(1 - alpha_bar) and their ratio."""
@@ -236,6 +277,23 @@ class _Level(NamedTuple):
     signal: float
     noise: float
     sigma: float
+
+
+class _Reporter:
+    """Calls `callback_on_step_end` after each step, with the noisy images x_t that were reached."""
+
+    def __init__(self, pipeline: DDPMFacesEditPipeline, callback: Callable | None) -> None:
+        self.pipeline, self.callback, self.num_steps = pipeline, callback, 0
+
+    def __call__(self, level: _Level, state: torch.Tensor) -> torch.Tensor:
+        """Return z, or what the callback puts in its place."""
+        if self.callback is None:
+            return state
+        latents = level.signal * state
+        returned = self.callback(self.pipeline, self.num_steps, level.timestep, {"latents": latents}) or {}
+        self.num_steps += 1
+        replaced = returned.get("latents", latents)
+        return state if replaced is latents else replaced / level.signal
 
 
 # diffusers refuses a file with two pipelines as a `custom_pipeline`.

@@ -1220,8 +1220,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
         latents = self.prepare_latents(batch_size, generator, latents, scheduler.init_noise_sigma)
 
         # 3. Denoise
-        call = _Call(len(scheduler.timesteps), guidance)
-        with _calling(self, call), evaluating(self.unet, self.guide, self.student):
+        is_called = calling(self, len(scheduler.timesteps), guidance)
+        with is_called, evaluating(self.unet, self.guide, self.student):
             for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
                 # 3.1 Predict the noise
                 model_input = scheduler.scale_model_input(latents, t)
@@ -1257,9 +1257,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
 
 
 @contextmanager
-def _calling(pipeline: DDPMFacesPipeline, call: _Call) -> Iterator[None]:
-    """Make the properties of `pipeline` return the values of `call`, in this thread only."""
-    token = _CALLS.set({**_CALLS.get({}), id(pipeline): call})
+def calling(pipeline: DDPMFacesPipeline, num_timesteps: int, guidance: Guidance) -> Iterator[None]:
+    """Make the properties of `pipeline` return the values of a call, in this thread only."""
+    token = _CALLS.set({**_CALLS.get({}), id(pipeline): _Call(num_timesteps, guidance)})
     try:
         yield
     finally:

@@ -14,15 +14,22 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .operators_ddpm_faces import ROUNDING, Inpaint, LinearOperator, observations
-from .pipeline_ddpm_faces import Condition, DDPMFacesPipeline, Guidance, evaluating
+from .pipeline_ddpm_faces import Condition, DDPMFacesPipeline, Guidance, Text, calling, evaluating
 
 
-MAX_NOISE, MAX_RESAMPLES = 2.0, 20
+LIMITS: dict[str, tuple[int, float]] = {
+    "noise_level": (0, 2),
+    "eta": (0, 1),
+    "regularization": (0, math.inf),
+    "num_images_per_prompt": (1, math.inf),
+    "num_resamples": (1, 20),
+}
 # Noise-to-signal ratios between which steps are repeated: the content of an image is decided there.
 RESAMPLED = (0.05, 10.0)
 STEPS = 50
@@ -114,28 +121,9 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
             ValueError: An argument is invalid, the images do not fit the operator, or the network does not.
         """
         # 0. Check
-        if not isinstance(operator, LinearOperator):
-            raise ValueError(
-                f"`operator` must be a LinearOperator, such as Inpaint(mask), got {type(operator).__name__}."
-            )
-        if operator.image_shape[0] != self.image_shape[0]:
-            raise ValueError(
-                f"`operator` must be of images with {self.image_shape[0]} channels, as the model, got "
-                f"{operator.image_shape[0]}."
-            )
-        for name, value, low, high in (
-            ("noise_level", noise_level, 0, MAX_NOISE),
-            ("eta", eta, 0, 1),
-            ("regularization", regularization, 0, math.inf),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                allowed = f"from {low} to {high:g}" if high < math.inf else f"of at least {low}"
-                raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")
-        if not self._scheduler_is_of({"DDPMFacesScheduler"}):
-            raise ValueError(
-                f"`scheduler` must be a DDPMFacesScheduler, got {type(self.scheduler).__name__}: restoration takes "
-                "its own steps."
-            )
+        settings = {"noise_level": noise_level, "eta": eta, "regularization": regularization}
+        counts = {"num_images_per_prompt": num_images_per_prompt, "num_resamples": num_resamples}
+        self._check_settings(operator, settings, counts)
         if num_inference_steps is None:
             num_inference_steps = min(STEPS, self.scheduler.config.num_train_timesteps)
         observed, is_rounded = observations(image, operator.output_shape)
@@ -144,17 +132,8 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
             raise ValueError(
                 f"`prompt` must be one text, or one for each of the {len(observed)} images, got {prompts}."
             )
-        if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int):
-            raise ValueError(f"`num_images_per_prompt` must be an integer, got {num_images_per_prompt!r}.")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` must be at least 1, got {num_images_per_prompt}.")
-        if type(num_resamples) is not int or not 1 <= num_resamples <= MAX_RESAMPLES:
-            raise ValueError(f"`num_resamples` must be an integer from 1 to {MAX_RESAMPLES}, got {num_resamples!r}.")
         batch_size = len(observed) * num_images_per_prompt
-        guidance = Guidance(
-            self.config.guidance_scale if guidance_scale is None else guidance_scale,
-            self.config.autoguidance_scale if autoguidance_scale is None else autoguidance_scale,
-        )
+        guidance = self._guidance_of(guidance_scale, autoguidance_scale)
         self.check_inputs(
             *(batch_size, num_inference_steps, generator, None, output_type, class_labels),
             *(callback_on_step_end_tensor_inputs, 0.0, guidance),
@@ -184,7 +163,7 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
         latents = signal * operator.pseudo_inverse(observed) + spread * noise()
 
         # 3. Denoise
-        with evaluating(self.unet, self.guide):
+        with calling(self, len(plan), guidance), evaluating(self.unet, self.guide):
             for i, (t, sigma, next_sigma, kept) in enumerate(self.progress_bar(plan)):
                 # 3.1 Predict x_0
                 output = self.predict(latents, t, condition, guidance)[:, : latents.shape[1]]
@@ -209,6 +188,104 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
         images = self.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def as_denoiser(
+        self, prompt: str | None = None, guidance_scale: float | None = None, autoguidance_scale: float | None = None
+    ) -> "Denoiser":
+        """Return a denoiser in the convention of deepinv (https://deepinv.github.io), for its algorithms.
+
+        Args:
+            prompt (`str`, *optional*): What the faces should show.
+            guidance_scale (`float`, *optional*): As in [`__call__`].
+            autoguidance_scale (`float`, *optional*): As in [`__call__`].
+
+        Raises:
+            ValueError: An argument is invalid, or the scheduler is not a `DDPMFacesScheduler`.
+        """
+        self._check_scheduler()
+        if self.check_prompts(prompt) not in (None, 1):
+            raise ValueError(f"`prompt` must be one text, got {prompt!r}.")
+        guidance = self._guidance_of(guidance_scale, autoguidance_scale)
+        self.check_inputs(1, 1, None, None, "pt", None, (), 0.0, guidance)
+        return Denoiser(self, prompt, guidance)
+
+    def _guidance_of(self, guidance_scale: float | None, autoguidance_scale: float | None) -> Guidance:
+        return Guidance(
+            self.config.guidance_scale if guidance_scale is None else guidance_scale,
+            self.config.autoguidance_scale if autoguidance_scale is None else autoguidance_scale,
+        )
+
+    def _check_scheduler(self) -> None:
+        if not self._scheduler_is_of({"DDPMFacesScheduler"}):
+            raise ValueError(
+                f"`scheduler` must be a DDPMFacesScheduler, got {type(self.scheduler).__name__}: restoration takes "
+                "its own steps."
+            )
+
+    def _check_settings(self, operator: LinearOperator, settings: dict[str, float], counts: dict[str, int]) -> None:
+        """Raise a `ValueError` if the operator, a number or the scheduler is not allowed."""
+        if not isinstance(operator, LinearOperator):
+            raise ValueError(
+                f"`operator` must be a LinearOperator, such as Inpaint(mask), got {type(operator).__name__}."
+            )
+        if operator.image_shape[0] != self.image_shape[0]:
+            raise ValueError(
+                f"`operator` must be of images with {self.image_shape[0]} channels, as the model, got "
+                f"{operator.image_shape[0]}."
+            )
+        for name, value in settings.items():
+            low, high = LIMITS[name]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                allowed = f"from {low} to {high:g}" if high < math.inf else f"of at least {low}"
+                raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")
+        for name, count in counts.items():
+            low, high = LIMITS[name]
+            if type(count) is not int or not low <= count <= high:
+                allowed = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+                raise ValueError(f"`{name}` must be an integer {allowed}, got {count!r}.")
+        self._check_scheduler()
+
+
+class Denoiser(torch.nn.Module):
+    """A denoiser for images in [0, 1], in the convention of deepinv. Gradients pass through it.
+
+    Create one with [`DDPMFacesRestorePipeline.as_denoiser`].
+    """
+
+    def __init__(self, pipeline: DDPMFacesRestorePipeline, prompt: str | None, guidance: Guidance) -> None:
+        super().__init__()
+        self.pipeline, self.guidance = pipeline, guidance
+        self.text = None if prompt is None else pipeline.encode_texts(prompt)
+        bars = pipeline.scheduler.alphas_cumprod.double().cpu()
+        self.log_sigmas = ((1 - bars) / bars).log().numpy() / 2  # at each timestep
+
+    def forward(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Return the expected image.
+
+        Args:
+            x (`torch.Tensor` of shape `(batch, channels, height, width)`): An image in [0, 1] plus noise.
+            sigma (`float` or `torch.Tensor` of shape `()` or `(batch,)`):
+                Standard deviation of the noise, above 0. Beyond the noise that the model was trained with, the closest
+                timestep is used.
+
+        Returns:
+            `torch.Tensor` of the shape of `x`: It is not clipped to [0, 1].
+        """
+        sigmas = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).flatten().expand(len(x))
+        if not bool((sigmas > 0).all()):
+            raise ValueError(f"`sigma` must be above 0, got {sigma!r}.")
+        ratios = 2 * sigmas  # of noise to signal, in [-1, 1]
+        t = np.interp(ratios.double().log().cpu().numpy(), self.log_sigmas, np.arange(len(self.log_sigmas)))
+        signal = (1 / (1 + ratios**2).sqrt()).view(-1, 1, 1, 1)
+        sample, noise = signal * (2 * x - 1), signal * ratios.view(-1, 1, 1, 1)
+        condition = Condition()
+        if self.text is not None:
+            condition = Condition(None, Text(*(values.expand(len(x), *values.shape[1:]) for values in self.text)))
+        timesteps = torch.as_tensor(t, dtype=torch.float32, device=x.device)
+        with evaluating(self.pipeline.unet, self.pipeline.guide):
+            output = self.pipeline.predict(sample, timesteps, condition, self.guidance)[:, : x.shape[1]]
+        x_0 = self.pipeline.scheduler._original_sample(output, signal, noise, sample, clip=False)
+        return (x_0 + 1) / 2
 
 
 class _Step(NamedTuple):
