@@ -13,7 +13,7 @@ from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).parents[1]
 PORT = 7869
-DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+DESK, TALL, PHONE = ({"width": w, "height": h} for w, h in ((1280, 800), (1280, 1240), (390, 844)))
 TIMEOUT = 600_000  # ms; a slow machine takes minutes
 
 
@@ -28,6 +28,23 @@ def walk(page: Page) -> None:
     page.wait_for_selector("#walk .note:has-text('Made in')")
 
 
+def restore(page: Page) -> None:
+    page.get_by_role("tab", name="Restore").click()
+    page.wait_for_timeout(2000)  # ms, until the page has loaded the editor
+    page.click("#restore-generated")
+    page.wait_for_timeout(5000)
+    box = page.locator("#restore-face canvas").first.bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 60, y - 25)
+    page.mouse.down()
+    for dx, dy in ((60, -25), (60, 0), (-60, 0)):
+        page.mouse.move(x + dx, y + dy, steps=10)
+    page.mouse.up()
+    page.click("#restore-run")
+    page.wait_for_selector("#restored .note:has-text('Made in')")
+
+
 def main() -> None:
     command = [sys.executable, "-u", "-c", "from ddpm_faces.cli import main; main()"]
     command += ["demo", str(ROOT / "models" / "faces64"), "--port", str(PORT)]
@@ -39,6 +56,7 @@ def main() -> None:
                 ("demo-faces", faces, DESK, "light"),
                 ("demo-dark", walk, DESK, "dark"),
                 ("demo-phone", faces, PHONE, "light"),
+                ("demo-restore", restore, TALL, "light"),
             ):
                 page = browser.new_page(viewport=viewport, color_scheme=scheme)
                 page.set_default_timeout(TIMEOUT)

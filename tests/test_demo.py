@@ -1,6 +1,7 @@
 """The demo: its page, the limits for visitors, and its publication as a Space."""
 
 import base64
+import copy
 import errno
 import io
 import re
@@ -20,12 +21,24 @@ from PIL import Image
 from test_prompts import a_prompt_model
 
 import ddpm_faces
-from ddpm_faces import DDPMFacesPipeline, DDPMFacesScheduler
+from ddpm_faces import (
+    DDPMFacesEditPipeline,
+    DDPMFacesPipeline,
+    DDPMFacesRestorePipeline,
+    DDPMFacesScheduler,
+    Downsample,
+    GaussianBlur,
+    Gray,
+    Inpaint,
+)
 from ddpm_faces.cli import demo as cli
 
 
 gr = pytest.importorskip("gradio", reason="gradio is not installed")
 app = pytest.importorskip("ddpm_faces.demo.app")
+changing = pytest.importorskip("ddpm_faces.demo.changer")
+making = pytest.importorskip("ddpm_faces.demo.maker")
+grid = pytest.importorskip("ddpm_faces.demo.show").grid
 ROOT = Path(__file__).parents[1]
 COMMAND = """
 import sys
@@ -37,13 +50,19 @@ main()
 
 @pytest.fixture
 def maker(pipeline):
-    return app.FaceMaker(pipeline, "user/tiny")
+    return making.FaceMaker(pipeline, "user/tiny")
 
 
 @pytest.fixture
 def maker_of_classes():
     pipeline = DDPMFacesPipeline(tiny_unet(num_class_embeds=3), DDPMFacesScheduler(num_train_timesteps=20))
-    return app.FaceMaker(pipeline, "user/classes")
+    return making.FaceMaker(pipeline, "user/classes")
+
+
+def changer_of(maker, pipeline=None, find_face=None):
+    pipeline = pipeline or maker.pipeline
+    restorer = DDPMFacesRestorePipeline.from_pipe(copy.deepcopy(pipeline))  # its networks are converted to bfloat16
+    return changing.FaceChanger(maker, restorer, DDPMFacesEditPipeline.from_pipe(pipeline), find_face)
 
 
 def pictures(html: str) -> list[Image.Image]:
@@ -67,7 +86,7 @@ def test_grid_shows_the_denoising_and_ends_with_the_faces_of_the_seeds(maker, pi
     generators = [torch.Generator().manual_seed(7 + i) for i in range(3)]
     # The same images as with the package, so that a seed always gives the same face.
     faces = pipeline(3, 4, generators).images
-    assert Image.open(path).convert("RGB").tobytes() == app.grid(faces).tobytes()
+    assert Image.open(path).convert("RGB").tobytes() == grid(faces).tobytes()
     assert [image.size for image in pictures(html)] == [(16, 16)] * 3
     assert re.findall(r"<figcaption>(\d+)</figcaption>", html) == ["7", "8", "9"]
     assert next(events, None) is None
@@ -76,7 +95,7 @@ def test_grid_shows_the_denoising_and_ends_with_the_faces_of_the_seeds(maker, pi
 
 def test_previews_come_before_the_faces(maker, monkeypatch):
     # With a visitor who receives every event at once, every step is shown.
-    monkeypatch.setattr(app, "newest", lambda items: items.get())
+    monkeypatch.setattr(making, "newest", lambda items: items.get())
     shown = [html for html, _ in maker.faces(seed=0, num_images=1, steps=3)]
     assert [re.search(r"Step \d of \d|Made in \d", html)[0] for html in shown] == [
         "Step 1 of 3",
@@ -100,9 +119,9 @@ def test_png_metadata_records_how_the_images_were_made(maker, maker_of_classes):
 
 def test_steps_are_those_of_the_default_preset(pipeline):
     pipeline.set_presets({"fast": {"num_inference_steps": 4}}, "fast")
-    assert app.FaceMaker(pipeline, "user/tiny").default_steps == 4
+    assert making.FaceMaker(pipeline, "user/tiny").default_steps == 4
     pipeline.set_presets(None)
-    assert app.FaceMaker(pipeline, "user/tiny").default_steps == 15
+    assert making.FaceMaker(pipeline, "user/tiny").default_steps == 15
 
 
 def test_code_without_presets_is_refused(pipeline):
@@ -110,7 +129,7 @@ def test_code_without_presets_is_refused(pipeline):
         unet, scheduler = pipeline.unet, pipeline.scheduler
 
     with pytest.raises(ValueError, match="`model` user/old has code of an earlier version"):
-        app.FaceMaker(Old(), "user/old")
+        making.FaceMaker(Old(), "user/old")
 
 
 # Walk
@@ -132,9 +151,9 @@ def test_walk_goes_from_one_face_to_the_other(maker):
 
 def test_slerp_keeps_the_norm_of_the_noise():
     start, end = torch.randn(2, 3, 16, 16).unbind()
-    torch.testing.assert_close(app.slerp(start, end, 0.0), start)
-    torch.testing.assert_close(app.slerp(start, end, 1.0), end)
-    middle = app.slerp(start, end, 0.5)
+    torch.testing.assert_close(making.slerp(start, end, 0.0), start)
+    torch.testing.assert_close(making.slerp(start, end, 1.0), end)
+    middle = making.slerp(start, end, 0.5)
     torch.testing.assert_close(middle.norm(), (start.norm() + end.norm()) / 2, rtol=0.01, atol=0)
     torch.testing.assert_close(
         (middle * start).sum() / start.norm(), (middle * end).sum() / end.norm(), rtol=0.2, atol=0
@@ -148,7 +167,7 @@ def test_slerp_keeps_the_norm_of_the_noise():
 def maker_of_prompts():
     pipeline = a_prompt_model()
     pipeline.set_guidance(guidance_scale=2.0)
-    return app.FaceMaker(pipeline, "user/prompts")
+    return making.FaceMaker(pipeline, "user/prompts")
 
 
 def test_faces_of_a_prompt_are_those_of_the_pipeline(maker_of_prompts):
@@ -157,14 +176,14 @@ def test_faces_of_a_prompt_are_those_of_the_pipeline(maker_of_prompts):
     pipeline = a_prompt_model().optimize()
     faces = pipeline(["a young woman"] * 3, 4, generators, guidance_scale=3).images
     image = Image.open(path)
-    assert image.convert("RGB").tobytes() == app.grid(faces).tobytes()
+    assert image.convert("RGB").tobytes() == grid(faces).tobytes()
     assert (image.text["prompt"], image.text["guidance_scale"]) == ("a young woman", "3.0")
     assert "know" not in html
 
     # Without a prompt, nothing guides.
     image = Image.open(last(maker_of_prompts.faces(7, 3, 4))[1])
     faces = pipeline(3, 4, [torch.Generator().manual_seed(7 + i) for i in range(3)]).images
-    assert image.convert("RGB").tobytes() == app.grid(faces).tobytes()
+    assert image.convert("RGB").tobytes() == grid(faces).tobytes()
     assert "prompt" not in image.text
 
 
@@ -207,10 +226,156 @@ def test_prompts_outside_the_limits_are_refused(maker, maker_of_prompts):
 def test_only_words_that_the_model_knows_are_offered(maker, maker_of_prompts):
     assert maker_of_prompts.known(["a smiling woman", "a zebra"]) == ["a smiling woman"]
     assert maker.known(["a smiling woman"]) == []
-    ours = {"Prompt", "From prompt", "To prompt", "Guidance scale"}
+    ours = {"Prompt", "From prompt", "To prompt", "What it should show", "Guidance scale"}
     for model, expected in ((maker_of_prompts, ours), (maker, set())):
-        blocks = app.build(model).blocks.values()
+        blocks = app.build(changer_of(model)).blocks.values()
         assert ours & {getattr(block, "label", None) for block in blocks} == expected
+
+
+# Given faces
+
+
+@pytest.fixture
+def changer(pipeline):
+    return changer_of(making.FaceMaker(pipeline, "user/tiny"))
+
+
+def a_face(size=(16, 16)):
+    pixels = torch.randint(0, 256, (16, 16, 3), generator=torch.Generator().manual_seed(0)).byte()
+    return Image.fromarray(pixels.numpy()).resize(size, Image.Resampling.NEAREST)
+
+
+def painted(box=(4, 4, 12, 8), size=(16, 16), face=None):
+    """The value of the editor: a face that is painted over in a box."""
+    layer = Image.new("RGBA", size)
+    layer.paste((239, 68, 68, 255), box)
+    return {"background": face or a_face(size), "layers": [layer], "composite": None}
+
+
+def tiles(path, count) -> list[Image.Image]:
+    """The images of a grid, in their own size."""
+    image, columns = Image.open(path).convert("RGB"), {2: 2, 3: 3, 4: 2}[count]
+    side = (image.width + 2) // columns
+    boxes = [(i % columns * side, i // columns * side) for i in range(count)]
+    return [image.crop((x, y, x + side - 2, y + side - 2)).resize((16, 16), Image.Resampling.BOX) for x, y in boxes]
+
+
+def test_repainting_changes_only_what_is_painted_over(changer):
+    html, path = last(changer.restore(painted(), changing.REPAINT, 1.0, 0.0, 5, 2, 8))
+    _, *answers = pictures(html)
+    assert re.findall(r"<figcaption>(\w+)</figcaption>", html) == ["before", "5", "6"]
+    mask = torch.zeros(16, 16)
+    mask[4:8, 4:12] = 1
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    expected = changer.restorer([a_face()] * 2, Inpaint(mask), 0.0, 8, generator=generators)
+    assert len({image.tobytes() for image in expected.images}) == len(answers) == 2
+    image = Image.open(path)
+    assert image.convert("RGB").tobytes() == grid([expected_before(), *expected.images]).tobytes()
+    assert (image.text["restored"], image.text["seed"]) == ("Repaint what you paint over", "5, 6")
+
+
+def expected_before():
+    face = a_face()
+    face.paste((128, 128, 128), (4, 4, 12, 8))
+    return face
+
+
+def test_a_large_painting_is_reduced_to_the_model(changer):
+    small, large = (
+        last(changer.restore(picture, changing.REPAINT, 1.0, 0.0, 5, 1, 5))[1].getvalue()
+        for picture in (
+            painted(face=Image.new("RGB", (16, 16), "teal")),
+            painted((128, 128, 384, 256), (512, 512), Image.new("RGB", (512, 512), "teal")),
+        )
+    )
+    assert Image.open(io.BytesIO(small)).tobytes() == Image.open(io.BytesIO(large)).tobytes()
+
+
+@pytest.mark.parametrize("damage", [changing.ENLARGE, changing.COLORIZE, changing.SHARPEN])
+def test_restorations_explain_the_face(changer, damage):
+    shape = (3, 16, 16)
+    operator = {
+        changing.ENLARGE: Downsample(4, shape),
+        changing.COLORIZE: Gray(shape),
+        changing.SHARPEN: GaussianBlur(0.6, shape),
+    }[damage]
+    smooth = a_face((4, 4)).resize((16, 16), Image.Resampling.BICUBIC)
+    picture = {"background": smooth, "layers": [], "composite": None}
+    _, path = last(changer.restore(picture, damage, 0.6, 0.0, 0, 1, 20))
+    _, restored = tiles(path, 2)
+    face, restored = (torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in (smooth, restored))
+    face, restored = (x.view(1, 16, 16, 3).permute(0, 3, 1, 2) / 127.5 - 1 for x in (face, restored))
+    observed = face if damage == changing.SHARPEN else operator(face)
+    assert (operator(restored) - observed).abs().mean() < 0.05
+    assert (restored - face).abs().mean() > 0.01
+
+
+def test_changes_without_a_prompt(changer):
+    html, path = last(changer.change(a_face(), changing.VARY, 0.4, 7, 3, 6))
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8, 9)]
+    expected = changer.editor(
+        [a_face()] * 3, strength=0.4, method="noise", num_inference_steps=6, generator=generators
+    )
+    assert Image.open(path).convert("RGB").tobytes() == grid([a_face(), *expected.images]).tobytes()
+
+
+def test_changes_towards_a_prompt(maker_of_prompts):
+    changer = changer_of(maker_of_prompts, a_prompt_model())
+    prompts = {"prompt": "a woman", "source_prompt": "an older man", "guidance_scale": 2.0}
+    html, path = last(changer.change(a_face(), changing.KEEP, 0.4, 7, 3, 20, **prompts))
+    assert re.findall(r"<figcaption>(\w+)</figcaption>", html) == ["before", "after"]
+    values = {"strength": 0.4, "num_inference_steps": 20, "guidance_scale": 2.0}
+    expected = changer.editor(a_face(), "a woman", "an older man", **values).images
+    assert Image.open(path).convert("RGB").tobytes() == grid([a_face(), *expected]).tobytes()
+    assert Image.open(path).text["prompt"] == "a woman"
+    with pytest.raises(gr.Error, match="Say what the face should show"):
+        next(changer.change(a_face(), changing.KEEP, 0.4, 7, 3, 6))
+
+
+def test_the_face_in_a_photo_is_shown(maker):
+    found = Image.new("RGB", (30, 30), "teal")
+    photo = Image.new("RGBA", (60, 40), (255, 0, 0, 0))
+    seen = []
+    face, note = changer_of(maker, find_face=lambda photo: seen.append(photo) or found).open(photo)
+    assert (face.size, face.getpixel((9, 9)), note) == ((512, 512), (0, 128, 128), "")
+    assert (seen[0].mode, seen[0].getpixel((3, 3))) == ("RGB", (255, 255, 255))
+    face, note = changer_of(maker, find_face=lambda _: None).open(photo)
+    assert face.size == (512, 512)
+    assert note.startswith("No face was found")
+    _, note = changer_of(maker).open(photo)
+    assert "The face should fill it" in note
+
+
+def test_a_generated_face_can_be_changed(changer):
+    face = changer.generated(3)
+    (expected,) = changer.maker.pipeline(1, changer.maker.default_steps, torch.Generator().manual_seed(3)).images
+    assert face.tobytes() == expected.resize((512, 512), Image.Resampling.LANCZOS).tobytes()
+
+
+def test_pictures_outside_the_limits_are_refused(changer):
+    whole = {"background": a_face(), "layers": []}
+    for values, message in (
+        ((None, changing.REPAINT, 1.0, 0.0, 0, 1, 5), "Choose a picture of a face first."),
+        (({"background": None, "layers": []}, changing.REPAINT, 1.0, 0.0, 0, 1, 5), "Choose a picture"),
+        ((whole, changing.REPAINT, 1.0, 0.0, 0, 1, 5), "Paint over a part of the face first."),
+        ((painted((0, 0, 16, 16)), changing.REPAINT, 1.0, 0.0, 0, 1, 5), "Paint over only a part"),
+        ((whole, "Beautify", 1.0, 0.0, 0, 1, 5), "The damage must be one of"),
+        ((whole, changing.SHARPEN, 9, 0.0, 0, 1, 5), "The blur must be a number from 0.3 to 4, got 9."),
+        ((whole, changing.SHARPEN, 1.0, None, 0, 1, 5), "The noise must be a number from 0 to 0.5, got None."),
+        ((whole, changing.SHARPEN, 1.0, 0.0, -1, 1, 5), "The seed"),
+        ((whole, changing.SHARPEN, 1.0, 0.0, 0, 9, 5), "The number of images must be a whole number from 1 to 8"),
+        ((whole, changing.SHARPEN, 1.0, 0.0, 0, 1, 0), "The number of steps"),
+        ((whole, changing.SHARPEN, 1.0, 0.0, 0, 1, 5, "a woman"), "This model does not take prompts."),
+    ):
+        with pytest.raises(gr.Error, match=re.escape(message)):
+            next(changer.restore(*values))
+    for values, message in (
+        ((None, changing.VARY, 0.5, 0, 1, 5), "Choose a picture of a face first."),
+        ((a_face(), "Improve", 0.5, 0, 1, 5), "The method must be one of"),
+        ((a_face(), changing.VARY, 0, 0, 1, 5), "The strength must be a number from 0.05 to 1, got 0."),
+    ):
+        with pytest.raises(gr.Error, match=re.escape(message)):
+            next(changer.change(*values))
 
 
 # Limits for visitors
@@ -278,9 +443,9 @@ def test_an_error_of_the_pipeline_reaches_the_visitor(maker, monkeypatch):
 
 
 def test_one_run_at_a_time_and_a_bounded_queue(maker):
-    page = app.build(maker)
-    runs = [fn for fn in page.fns.values() if fn.fn is not None and fn.outputs and fn.js is None]
-    assert len(runs) == 4
+    page = app.build(changer_of(maker))
+    runs = [fn for fn in page.fns.values() if fn.fn is not None and fn.outputs and fn.name != "<lambda>"]
+    assert len(runs) == 12
     assert {(fn.concurrency_id, fn.concurrency_limit) for fn in runs} == {("model", 1)}
     assert page._queue.max_size == app.MAX_WAITING
     assert page._queue.default_concurrency_limit == 1
@@ -289,7 +454,7 @@ def test_one_run_at_a_time_and_a_bounded_queue(maker):
 def test_models_that_a_browser_cannot_show_are_refused():
     pipeline = DDPMFacesPipeline(tiny_unet(in_channels=4, out_channels=4), DDPMFacesScheduler(num_train_timesteps=20))
     with pytest.raises(ValueError, match="grey or RGB images, got 4 channels"):
-        app.FaceMaker(pipeline, "user/four")
+        making.FaceMaker(pipeline, "user/four")
 
 
 # The command, and the Space
@@ -323,7 +488,9 @@ def test_push_space(server, command, published, bare_client, tmp_path):
     assert f"{server.endpoint}/spaces/owner/faces-demo/commit/{repo.branches['main']}" in output
     assert repo.private
     files = {name: content.decode() for name, content in repo.files.items()}
-    assert set(files) == {".gitattributes", "README.md", "app.py", "requirements.txt"}
+    code = {name for name in files if name.endswith(".py")}
+    assert code == {"app.py", "changer.py", "maker.py", "show.py"}
+    assert set(files) == {".gitattributes", "README.md", "requirements.txt", *code}
     metadata = yaml.safe_load(files["README.md"].split("---")[1])
     assert metadata["models"] == [published]
     assert metadata["python_version"] == "3.11"  # as text: 3.10 as a number would be 3.1
@@ -335,27 +502,36 @@ def test_push_space(server, command, published, bare_client, tmp_path):
         assert lowest[name] == version
 
     # The published app runs as in a Space: without this package, with the model from the Hub.
-    code = """
-        import os, runpy
-        page = runpy.run_path(app)
-        pipeline = DiffusionPipeline.from_pretrained(page["MODEL"], revision=page["REVISION"], trust_remote_code=True)
-        maker = page["FaceMaker"](pipeline, page["MODEL"])
-        page["build"](maker)
-        events = maker.faces(0, 2, 3)
-        html, path = next(event for event in events if event[1])
+    script = """
+        import runpy, sys
         from PIL import Image
-        result = [page["MODEL"], Image.open(path).text["Software"], Image.open(path).tobytes().hex()]
+        sys.path.insert(0, folder)
+        page = runpy.run_path(f"{folder}/app.py")
+        changer = page["from_hub"](page["MODEL"], page["REVISION"])
+        page["build"](changer)
+        face = {"background": Image.new("RGB", (40, 40), "teal"), "layers": []}
+        events = [
+            changer.maker.faces(0, 2, 3),
+            changer.restore(face, "Add colors", 1.0, 0.0, 0, 1, 5),
+            changer.change(face["background"], "Draw new details", 0.5, 0, 1, 5),
+        ]
+        paths = [next(path for _, path in those if path) for those in events]
+        result = [page["MODEL"], *(Image.open(path).text["Software"] for path in paths)]
+        result.append(Image.open(paths[0]).tobytes().hex())
     """
-    (tmp_path / "app.py").write_text(files["app.py"])
+    (tmp_path / "space").mkdir()
+    for name in code:
+        (tmp_path / "space" / name).write_text(files[name])
     # Later changes to the model do not run in the Space.
     pinned = server.repos["models", published].branches["main"]
     assert f'MODEL, REVISION = "{published}", "{pinned}"' in files["app.py"]
-    server.put("models", published, {"pipeline_ddpm_faces.py": b"raise SystemExit('somebody else')"})
-    outcome = bare_client.run(textwrap.dedent(code), OWNER_TOKEN, app=str(tmp_path / "app.py"))
+    names = ("pipeline_ddpm_faces.py", "restoration_ddpm_faces.py", "editing_ddpm_faces.py")
+    server.put("models", published, dict.fromkeys(names, b"raise SystemExit('somebody else')"))
+    outcome = bare_client.run(textwrap.dedent(script), OWNER_TOKEN, folder=str(tmp_path / "space"))
     assert outcome.error is None, outcome.output
-    maker = app.FaceMaker(DDPMFacesPipeline.from_pretrained(tmp_path / "tiny"), published)
+    maker = making.FaceMaker(DDPMFacesPipeline.from_pretrained(tmp_path / "tiny"), published)
     ours = Image.open(last(maker.faces(0, 2, 3))[1]).tobytes().hex()
-    assert outcome.value == [published, "ddpm-faces", ours]
+    assert outcome.value == [published, *["ddpm-faces"] * 3, ours]
 
     # Publishing again updates the same repository and keeps files that a person added.
     server.put("spaces", "owner/faces-demo", {"notes.txt": b"mine"})
@@ -388,7 +564,7 @@ def test_space_of_a_private_model_needs_a_token(server, command, published):
     [
         ("models/faces64/unet", OWNER_TOKEN, "`model` must be USER/NAME of a model on the Hub"),
         ("owner/none", OWNER_TOKEN, "`model` owner/none does not exist on the Hub"),
-        ("owner/other", OWNER_TOKEN, "`model` owner/other was not published by `ddpm-faces push`"),
+        ("owner/other", OWNER_TOKEN, "`model` owner/other was not published by this version of `ddpm-faces push`"),
         ("owner/tiny", READER_TOKEN, "the token of owner is read-only"),
         ("owner/tiny", None, "you are not logged in"),
     ],

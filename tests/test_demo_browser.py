@@ -74,7 +74,10 @@ def page(request, browser, address):
     with browser.new_page(viewport=request.param) as page:
         page.set_default_timeout(TIMEOUT)
         strangers, errors = [], []
-        page.on("request", lambda r: strangers.append(r.url) if not r.url.startswith((HERE, "data:")) else None)
+        page.on(
+            "request",
+            lambda r: strangers.append(r.url) if not r.url.startswith((HERE, f"blob:{HERE}", "data:")) else None,
+        )
         page.on("pageerror", lambda error: errors.append(error))
         page.goto(address)
         yield page
@@ -170,9 +173,61 @@ def test_prompts(page, prompt_address):
     assert image.text["prompt"] == "a young <i>zebra</i>"
 
 
-def test_uploads_are_refused(page, address):
-    """The page accepts no files, so that nobody can fill the disk."""
-    file = {"name": "large.bin", "mimeType": "application/octet-stream", "buffer": b"0" * 10_000}
+def test_restore(page, tmp_path):
+    page.get_by_role("tab", name="Restore").click()
+    Image.linear_gradient("L").resize((80, 60)).save(tmp_path / "no-face.png")
+    page.locator("#restore-face input[type=file]").first.set_input_files(tmp_path / "no-face.png")
+    page.get_by_text("This is the middle of the picture").wait_for()
+
+    # Paint over the middle of the face.
+    canvas = page.locator("#restore-face canvas").first
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 30, y)
+    page.mouse.down()
+    page.mouse.move(x + 30, y, steps=5)
+    page.mouse.up()
+    page.click("#restore-run")
+    first = finished(page, "#restored")
+    assert len(set(first)) == 4
+    name, image = download(page, "Download PNG")
+    assert (name, image.text["restored"]) == ("face-42.png", "Repaint what you paint over")
+
+    # The result is replaced by another one.
+    page.get_by_label("Add colors").click()
+    page.click("#restore-run")
+    page.wait_for_function("old => document.querySelector('#restored img').src != old", arg=first[0])
+    assert len(set(finished(page, "#restored"))) == 4
+    assert not page.get_by_label("Blur").is_visible()
+    page.get_by_label("Sharpen").click()
+    page.get_by_label("Blur").first.wait_for()
+
+
+def test_edit(page):
+    page.get_by_role("tab", name="Edit").click()
+    page.click("#edit-run")
+    page.get_by_text("Choose a picture of a face first.").wait_for()
+    page.click("#edit-generated")
+    page.locator("#edit-face img").wait_for()
+    page.click("#edit-run")
+    assert len(set(finished(page, "#edited"))) == 4
+
+
+def test_edit_with_prompts(page, prompt_address):
+    page.goto(prompt_address)
+    page.get_by_role("tab", name="Edit").click()
+    page.click("#edit-generated")
+    page.locator("#edit-face img").wait_for()
+    page.locator("#edit-source-prompt textarea").fill("a young man")
+    page.locator("#edit-prompt textarea").fill("a young woman")
+    page.click("#edit-run")
+    assert len(set(finished(page, "#edited"))) == 2
+    assert page.locator("#edited figcaption").all_inner_texts() == ["before", "after"]
+
+
+def test_large_uploads_are_refused(page, address):
+    file = {"name": "large.bin", "mimeType": "application/octet-stream", "buffer": b"0" * 10_600_000}
     answer = page.request.post(f"{address}gradio_api/upload", multipart={"files": file})
     assert answer.status == 413
     assert re.search("size", answer.text())

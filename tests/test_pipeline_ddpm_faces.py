@@ -1035,11 +1035,13 @@ def test_training_mode_is_restored_after_an_error(pipeline):
 
 
 @pytest.mark.parametrize("with_guide", [False, True])
-def test_from_pipe(pipeline, with_guide):
+def test_from_pipe(pipeline, with_guide, caplog):
     if with_guide:
         pipeline = DDPMFacesPipeline(pipeline.unet, pipeline.scheduler, guide=tiny_unet(), autoguidance_scale=1.5)
     pipeline.unet.to(torch.bfloat16)
+    caplog.clear()
     copy = DDPMFacesPipeline.from_pipe(pipeline)
+    assert not caplog.records
     assert copy.unet is pipeline.unet
     assert copy.guide is pipeline.guide
     assert copy.config.autoguidance_scale == pipeline.config.autoguidance_scale

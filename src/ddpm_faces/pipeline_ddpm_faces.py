@@ -507,7 +507,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
         networks = {name: pipeline.components[name] for name in names if pipeline.components.get(name) is not None}
         if "torch_dtype" not in kwargs and "unet" in networks:
             kwargs.setdefault("dtype", networks["unet"].dtype)
-        return super().from_pipe(pipeline, **{**networks, **kwargs})
+        with _without_empty_warning():
+            return super().from_pipe(pipeline, **{**networks, **kwargs})
 
     @property
     def num_timesteps(self) -> int:
@@ -1254,6 +1255,21 @@ class DDPMFacesPipeline(DiffusionPipeline):
             return images
         array = images.cpu().permute(0, 2, 3, 1).float().numpy()
         return array if output_type == "np" else DiffusionPipeline.numpy_to_pil(array)
+
+
+@contextmanager
+def _without_empty_warning() -> Iterator[None]:
+    """Hide diffusers' warning of modules that must stay in float32 where its list of them is empty."""
+
+    def is_useful(record: Any) -> bool:
+        return "should be kept in float32: []" not in record.getMessage()
+
+    source = logging.get_logger("diffusers.models.modeling_utils")
+    source.addFilter(is_useful)
+    try:
+        yield
+    finally:
+        source.removeFilter(is_useful)
 
 
 @contextmanager

@@ -3,13 +3,17 @@
 import errno
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import Json, Private, report
 
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SHIPPED_MODEL = Path(__file__).parents[3] / "models" / "faces64"  # exists in a clone, not in a wheel
 
@@ -24,7 +28,7 @@ def demo(
     port: Annotated[int, typer.Option(help="Port to serve on.", min=1, max=65535)] = 7860,
     share: Annotated[bool, typer.Option("--share", help="Also open a public link through Gradio.")] = False,
 ) -> None:
-    """Open a web page that generates faces and walks between them."""
+    """Open a web page that generates faces, walks between them, restores them and changes them."""
     from ..models import check_model
 
     if model is None:
@@ -40,17 +44,45 @@ def demo(
         import gradio  # noqa: F401
     except ModuleNotFoundError as error:
         raise ImportError('The demo needs gradio: run `pip install "ddpm-faces[demo]"`.') from error
-    from ..demo.app import FaceMaker, launch
+    from ..demo.app import FaceChanger, FaceMaker, launch
+    from ..editing_ddpm_faces import DDPMFacesEditPipeline
     from ..models import load_pipeline, model_name
+    from ..restoration_ddpm_faces import DDPMFacesRestorePipeline
 
     maker = FaceMaker(load_pipeline(model), model_name(model))
+    restorer = DDPMFacesRestorePipeline.from_pipe(load_pipeline(model))
+    editor = DDPMFacesEditPipeline.from_pipe(load_pipeline(model))
     page = launch(
-        maker, server_name=host, server_port=port, share=share, quiet=True, show_error=True, prevent_thread_lock=True
+        FaceChanger(maker, restorer, editor, face_finder()),
+        server_name=host,
+        server_port=port,
+        share=share,
+        quiet=True,
+        show_error=True,
+        prevent_thread_lock=True,
     )
     typer.echo(f"The demo is at {page.local_url} and stops with Ctrl-C.")
     if page.share_url:
         typer.echo(f"Anybody can open it at {page.share_url}")
     page.block_thread()
+
+
+def face_finder() -> "Callable[[Image.Image], Image.Image | None] | None":
+    """Return a function that cuts the largest face out of a photo, if the detector is installed."""
+    from ..data.alignment import MIN_SCORE, find_frames
+    from ..data.detection import MTCNN
+    from ..demo.changer import CANVAS
+
+    try:
+        detector = MTCNN()
+    except ImportError:
+        return None
+
+    def find(photo: "Image.Image") -> "Image.Image | None":
+        likely = [frame for frame in find_frames(photo, detector) if frame.score >= MIN_SCORE]
+        return likely[0].cut(photo, CANVAS) if likely else None
+
+    return find
 
 
 def check_port(host: str, port: int) -> None:

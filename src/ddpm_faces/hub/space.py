@@ -11,7 +11,8 @@ from ..errors import ANSWER_SECONDS, explaining, retry
 from .transport import _api, check_repo_id, publish
 
 
-SPACE_FILES = ("README.md", "app.py", "requirements.txt")
+APP_FILES = ("app.py", "changer.py", "maker.py", "show.py")
+SPACE_FILES = ("README.md", *APP_FILES, "requirements.txt")
 GRADIO = "6.31.0"  # the version that the tests use; the Hub installs it from the metadata
 # The imports of `app.py` and of a published model's code, as in pyproject.toml. The Hub installs gradio itself.
 REQUIREMENTS = (
@@ -22,8 +23,9 @@ REQUIREMENTS = (
     "safetensors>=0.8",
     "torch>=2.6",
 )
+MODEL_CODE = ("pipeline_ddpm_faces.py", "restoration_ddpm_faces.py", "editing_ddpm_faces.py")
 TEXT_REQUIREMENT = "transformers>=5.18"  # of a model with a text encoder
-_APP = Path(__file__).parents[1] / "demo" / "app.py"
+_DEMO = Path(__file__).parents[1] / "demo"
 _MODEL_LINE = 'MODEL, REVISION = "", ""'
 
 
@@ -50,7 +52,7 @@ def push_space(
 
     Args:
         model (`str`): "user/name" of a model that [`push`] has published.
-        repo_id (`str`): "user/name" of the Space. If it exists, its three files are replaced and all others stay.
+        repo_id (`str`): "user/name" of the Space. If it exists, the files of the demo are replaced, all others stay.
         private (`bool`, *optional*): Visibility of a new Space; by default that of your account.
         title (`str`, *optional*): Title of the Space. Defaults to its name.
         token (`str`, *optional*): Defaults to the token of `hf auth login` or HF_TOKEN.
@@ -76,10 +78,12 @@ def push_space(
 
 
 def space_files(model: str, revision: str, title: str, takes_prompts: bool = False) -> dict[str, str]:
-    """Return the content of the three files of a Space by their names."""
-    app = _APP.read_text("utf-8")
-    if app.count(_MODEL_LINE) != 1:
-        raise RuntimeError(f"{_APP} must have the line {_MODEL_LINE!r} once.")
+    """Return the content of the files of a Space by their names."""
+    # In a Space, the files are no package.
+    code = {name: (_DEMO / name).read_text("utf-8").replace("\nfrom .", "\nfrom ") for name in APP_FILES}
+    if code["app.py"].count(_MODEL_LINE) != 1:
+        raise RuntimeError(f"{_DEMO / 'app.py'} must have the line {_MODEL_LINE!r} once.")
+    code["app.py"] = code["app.py"].replace(_MODEL_LINE, f'MODEL, REVISION = "{model}", "{revision}"')
     metadata = {
         "title": title,
         "emoji": "🎲",
@@ -92,9 +96,9 @@ def space_files(model: str, revision: str, title: str, takes_prompts: bool = Fal
         "license": "apache-2.0",
         "models": [model],
     }
-    text = f"Generate faces with [{model}](https://huggingface.co/{model}), and walk between them.\n"
+    text = f"Generate faces with [{model}](https://huggingface.co/{model}), restore given ones, and change them.\n"
     return {
-        "app.py": app.replace(_MODEL_LINE, f'MODEL, REVISION = "{model}", "{revision}"'),
+        **code,
         "requirements.txt": "\n".join([*REQUIREMENTS, *([TEXT_REQUIREMENT] if takes_prompts else [])]) + "\n",
         "README.md": f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n{text}",
     }
@@ -115,9 +119,10 @@ def _model_info(model: str, token: str | bool | None) -> ModelInfo:
                 f"`ddpm-faces push FOLDER {model}`."
             ) from error
     names = {file.rfilename for file in info.siblings or []}
-    if "pipeline_ddpm_faces.py" not in names:
-        raise ValueError(
-            f"`model` {model} was not published by `ddpm-faces push`: it lacks pipeline_ddpm_faces.py, without which "
-            "a Space cannot load it."
-        )
+    for name in MODEL_CODE:
+        if name not in names:
+            raise ValueError(
+                f"`model` {model} was not published by this version of `ddpm-faces push`: it lacks {name}, without "
+                "which a Space cannot load it. Publish it again."
+            )
     return info
