@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from test_prompts import a_prompt_model
-from test_restoration import a_photo, generators
+from test_restoration import GaussianFaces, a_photo, generators
 
 from ddpm_faces import DDPMFacesEditPipeline
 
@@ -37,6 +37,26 @@ def test_inversion_is_exact(edit, strength, num_steps):
     again = edit.reconstruct(latents, strength=strength, num_inference_steps=num_steps, output_type="latent").images
     torch.testing.assert_close(again, faces, atol=2e-3, rtol=0)
     assert (latents - faces).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("num_steps", [4, 10])
+def test_inversion_of_few_steps_converges(num_steps):
+    """Of a linear model, whose steps can be inverted exactly, and where substitution alone diverges."""
+    model = GaussianFaces()
+    edit = DDPMFacesEditPipeline(model.restore.unet, model.scheduler)
+    edit.predict = model.predict
+    edit.set_progress_bar_config(disable=True)
+    faces = torch.cat([model.draw(seed) for seed in range(2)]).float()
+    latents = edit.invert(faces, num_inference_steps=num_steps)
+    levels = edit._levels(1.0, num_steps)
+    state, largest = faces.double().flatten(1) @ model.axes, 0.0
+    for level, following in [*zip(levels[:-1], levels[1:], strict=True)][::-1]:
+        ratio, shrink = following.sigma / level.sigma, model.variances / (model.variances + level.sigma**2)
+        state = state / (ratio + (1 - ratio) * shrink)
+        largest = max(largest, (shrink * (1 - ratio) / ratio).max().item())
+    assert largest > 1
+    expected = (levels[0].signal * state @ model.axes.T).view_as(faces)
+    torch.testing.assert_close(latents.double(), expected, rtol=0, atol=2e-3)
 
 
 def test_reconstruction_is_that_of_the_sampler(edit):
@@ -112,7 +132,7 @@ def test_photos_go_in_and_come_out(edit):
 
 
 def test_a_network_that_is_too_steep_for_the_steps(edit):
-    edit.predict = lambda sample, *_: 40 * sample.roll(1, dims=-1)
+    edit.predict = lambda sample, *_: (1e4 * sample).sin()
     with pytest.raises(ValueError, match="`num_inference_steps` is too small: the inversion of a step has not"):
         edit.invert(some_faces(), num_inference_steps=3)
 

@@ -71,6 +71,35 @@ def test_prompts(run, tmp_path):
         run("examples/prompts.py", tmp_path / "model", "a woman", "--walk")
 
 
+def test_restore(run, model, tmp_path):
+    DrawnFaces(1, resolution=64)[0]["image"].save(tmp_path / "face.png")
+    for name, options in (("generated", ()), ("given", ("--image", tmp_path / "face.png", "--noise_level", 0.1))):
+        path = tmp_path / f"{name}.png"
+        run("examples/restore.py", model, "--num_images", 2, "--output", path, *options)
+        rows = np.asarray(Image.open(path)).astype(int)
+        assert rows.shape == (5 * 98 - 2, 180 + 5 * 98 - 2, 3)  # damaged, two answers, mean, spread
+        tiles = [rows[:96, 180 + 98 * i : 180 + 98 * i + 96] for i in range(5)]
+        assert abs(tiles[1] - tiles[2]).max() > 20
+        assert abs((tiles[1] + tiles[2]) / 2 - tiles[3]).max() <= 1
+        is_known = (tiles[1] == tiles[2]).all(axis=-1)
+        assert is_known.mean() > 0.5 or name == "given"
+        assert (tiles[4][is_known] == 0).all()
+
+
+def test_edit(run, tmp_path):
+    a_prompt_model().save_pretrained(tmp_path / "model")
+    DrawnFaces(1, resolution=64)[0]["image"].save(tmp_path / "face.png")
+    arguments = (tmp_path / "model", "a woman", "an older man", "--source_prompt", "a woman")
+    for name, options in (("generated", ("--num_images", 2)), ("given", ("--image", *[tmp_path / "face.png"] * 2))):
+        path = tmp_path / f"{name}.png"
+        run("examples/edit.py", *arguments, "--guidance_scale", 1, "--output", path, *options)
+        rows = np.asarray(Image.open(path)).astype(int)
+        assert rows.shape == (3 * 98 - 2, 180 + 2 * 98 - 2, 3)
+        before, same, changed = (rows[98 * i : 98 * i + 96, 180:276] for i in range(3))
+        assert abs(same - before).max() <= 1  # the prompt is that of the face
+        assert abs(changed - before).max() > 1
+
+
 def test_write_captions(run, tmp_path):
     columns = {
         "image": [Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(4)],

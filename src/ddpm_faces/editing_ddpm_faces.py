@@ -10,11 +10,13 @@ noisy image z = x / sqrt(alpha_bar) = x_0 + sigma noise and the prediction D, is
 
     z_t = D(z_s) + r (z_s - D(z_s)),   r = sigma_t / sigma_s
 
-Its inverse is the solution z_s of z_s = (z_t - (1 - r) D(z_s)) / r, which repeated substitution finds.
+Its inverse is the solution z_s of z_s = (z_t - (1 - r) D(z_s)) / r, which repeated substitution finds, accelerated by
+Anderson's method.
 """
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +30,7 @@ from .pipeline_ddpm_faces import UNGUIDED, Condition, DDPMFacesPipeline, Guidanc
 METHODS = ("inversion", "noise")
 SIGMA_MIN, SIGMA_MAX = 0.02, 120.0  # noise-to-signal ratios of the last and of the first step
 STEPS, MAX_ITERATIONS = 50, 100
+MEMORY = 4  # earlier states that extrapolation uses
 TOLERANCE = 1e-4  # of a solution, in pixels of [-1, 1]: 0.013 of the 255 levels
 
 
@@ -151,16 +154,17 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
 
     def _solve(self, target: torch.Tensor, level: "_Level", ratio: float, condition: Condition) -> torch.Tensor:
         """Return the z_s whose step leads to `target`."""
-        state, share, change = target, 1.0, math.inf
+        state, change = target, math.inf
+        states: list[torch.Tensor] = []
+        residuals: list[torch.Tensor] = []
         for _ in range(MAX_ITERATIONS):
             guess = (target - (1 - ratio) * self._denoised(state, level, condition)) / ratio
             # What the step misses the target by
-            previous, change = change, ratio * (guess - state).abs().max().item()
+            change = ratio * (guess - state).abs().max().item()
             if change < TOLERANCE:
                 return guess
-            if change > previous:  # shorter substitutions, because these overshoot
-                share /= 2
-            state = state.lerp(guess, share)
+            states, residuals = [*states[-MEMORY:], state], [*residuals[-MEMORY:], guess - state]
+            state = _extrapolated(states, residuals)
         raise ValueError(
             f"`num_inference_steps` is too small: the inversion of a step has not converged after {MAX_ITERATIONS} "
             f"iterations (it still changes pixels by {change:.2g}, of [-1, 1])."
@@ -268,6 +272,27 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         nearest = (sigmas.log() - wanted[:, None]).abs().argmin(dim=1).tolist()
         timesteps = sorted({*nearest, first, last}, reverse=True)  # fewer than asked where timesteps are sparse
         return [_Level(t, math.sqrt(bars[t]), math.sqrt(1 - bars[t]), float(sigmas[t])) for t in timesteps]
+
+
+def _extrapolated(states: list[torch.Tensor], residuals: list[torch.Tensor]) -> torch.Tensor:
+    """Return the next guess of a fixed point, by Anderson's method (eq. 2.2 of https://arxiv.org/abs/1808.03971).
+
+    Of the combinations of the last states, it takes the one with the smallest residual if they were linear.
+    """
+    state, residual = (values[-1].double().flatten(1) for values in (states, residuals))
+    if len(states) > 1:
+        # (batch, values, number of differences)
+        moves, changes = (
+            torch.stack([b - a for a, b in pairwise([x.double().flatten(1) for x in values])], dim=-1)
+            for values in (states, residuals)
+        )
+        gram = changes.mT @ changes
+        size = gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=1e-30).view(-1, 1, 1)
+        regular = gram + 1e-10 * size * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        weights = torch.linalg.solve(regular, changes.mT @ residual[..., None])
+        state = state - (moves @ weights)[..., 0]
+        residual = residual - (changes @ weights)[..., 0]
+    return (state + residual).to(states[-1].dtype).view_as(states[-1])
 
 
 class _Level(NamedTuple):
