@@ -38,11 +38,11 @@ from ddpm_faces.operators_ddpm_faces import SpectralOperator
 from ddpm_faces.plots import image_grid, side_by_side
 
 
-NOISES = (0.0, 0.05)
+NOISE_LEVELS = (0.0, 0.05)
 STEPS = (20, 50, 100)
 DPS_SCALES = (0.5, 1.0, 2.0, 4.0)
 REPETITIONS = (1, 2, 5, 10)
-NUM_CHOICE, NUM_SHOWN, NUM_CALIBRATED, NUM_DRAWS = 40, 10, 10, 20
+NUM_CHOICE, NUM_SHOWN, NUM_CALIBRATED, NUM_DRAWS = 20, 10, 5, 20
 SMOOTHNESS = 0.1  # standard deviation of what a blur has removed from a face, for Tikhonov's deconvolution
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -73,7 +73,7 @@ class Task:
         return replace(self, truth=self.truth[faces], observed=self.observed[faces])
 
 
-def tasks(faces: torch.Tensor) -> list[Task]:
+def tasks(faces: torch.Tensor, noise_levels: Sequence[float]) -> list[Task]:
     """Damage faces in all ways."""
     size = faces.shape[-1]
     shape = tuple(faces.shape[1:])
@@ -89,7 +89,7 @@ def tasks(faces: torch.Tensor) -> list[Task]:
     }
     damaged = []
     for name, operator in operators.items():
-        for noise_level in NOISES:
+        for noise_level in noise_levels:
             clean = operator(faces)
             noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
             damaged.append(Task(name, operator, noise_level, faces, clean + noise_level * noise))
@@ -246,13 +246,18 @@ def choose(methods: dict[Any, Method], task: Task, metrics: Metrics, num_steps: 
 
 
 def compare(
-    pipeline: DDPMFacesRestorePipeline, choice: torch.Tensor, truth: torch.Tensor, steps: Sequence[int], pictures: Path
+    pipeline: DDPMFacesRestorePipeline,
+    choice: torch.Tensor,
+    truth: torch.Tensor,
+    steps: Sequence[int],
+    noise_levels: Sequence[float],
+    pictures: Path,
 ) -> list[dict[str, Any]]:
     """Measure all methods on all tasks, and draw pictures of those without noise."""
     rows: list[dict[str, Any]] = []
     metrics, choice_metrics = Metrics(truth), Metrics(choice)
-    for task, choice_task in zip(tasks(truth), tasks(choice), strict=True):
-        middle = sorted(steps)[len(steps) // 2]
+    middle = sorted(steps)[len(steps) // 2]
+    for task, choice_task in zip(tasks(truth, noise_levels), tasks(choice, noise_levels), strict=True):
         scales: dict[Any, Method] = {scale: partial(dps, pipeline, scale=scale) for scale in DPS_SCALES}
         methods: dict[str, tuple[Any, Method]] = {
             "classical": (None, classical),
@@ -296,6 +301,7 @@ def picture_name(task: str) -> str:
 
 def page(rows: Sequence[dict[str, Any]], command: str, num_images: int, pictures: str) -> str:
     """Return the page of a comparison."""
+    noise_levels = list(dict.fromkeys(row["noise"] for row in rows))
     lines = [
         "# Benchmark of restoration",
         "",
@@ -313,9 +319,9 @@ def page(rows: Sequence[dict[str, Any]], command: str, num_images: int, pictures
     ]
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]
-        by_noise = {noise: [row for row in mine if row["noise"] == noise] for noise in NOISES}
+        by_noise = {noise: [row for row in mine if row["noise"] == noise] for noise in noise_levels}
         header = ["method", "evaluations", "seconds"]
-        header += [f"{metric}, noise {noise:g}" for noise in NOISES for metric in ("PSNR", "SSIM", "Fréchet")]
+        header += [f"{metric}, noise {noise:g}" for noise in noise_levels for metric in ("PSNR", "SSIM", "Fréchet")]
         cells = []
         for pair in zip(*by_noise.values(), strict=True):
             first = pair[0]
@@ -323,23 +329,19 @@ def page(rows: Sequence[dict[str, Any]], command: str, num_images: int, pictures
             name = f"**{first['method']}**" if first["method"] == "ddpm-faces" else first["method"]
             cells.append([name, str(first["evaluations"] or ""), f"{first['seconds']:.1f}", *values])
         lines += [f"## {task[0].upper()}{task[1:]}", "", *table(header, cells)]
-        settings = {row["method"]: [] for row in mine if row["setting"] is not None}
-        for name in settings:
-            settings[name] = [next(r["setting"] for r in same if r["method"] == name) for same in by_noise.values()]
         notes = []
-        if "DPS" in settings:
-            notes.append(f"Step size of DPS: {settings['DPS'][0]:g} without noise, {settings['DPS'][1]:g} with it.")
-        if "RePaint" in settings:
-            notes.append(f"Repetitions of RePaint: {settings['RePaint'][0]} and {settings['RePaint'][1]}.")
-        inside = [row["inside"] for row in mine if "inside" in row]
-        residuals = [same[-1]["residual"] for same in by_noise.values()]
-        notes.append(
-            f"With ddpm-faces, {inside[0]:.0%} and {inside[1]:.0%} of the unknown pixels lie in the central 80% of "
-            f"{NUM_DRAWS} restorations, and the observation is explained up to {residuals[0]:.1g} and "
-            f"{residuals[1]:.2g} (root mean square)."
-        )
+        for noise, same in by_noise.items():
+            chosen = {row["method"]: row["setting"] for row in same}
+            words = [f"DPS with step size {chosen['DPS']:g}"]
+            if "RePaint" in chosen:
+                words.append(f"RePaint with {chosen['RePaint']} repetitions")
+            notes.append(
+                f"Noise {noise:g}: {', '.join(words)}. With ddpm-faces, {same[-1]['inside']:.0%} of the unknown "
+                f"values lie in the central 80% of {NUM_DRAWS} restorations, and the observation is explained up to "
+                f"{same[-1]['residual']:.1g} (root mean square)."
+            )
         alt = f"Rows of faces: the truth, the observation, and the restorations of each method; {task}"
-        lines += [" ".join(notes), "", f"![{alt}]({pictures}/{picture_name(task)})", ""]
+        lines += [*(f"- {note}" for note in notes), "", f"![{alt}]({pictures}/{picture_name(task)})", ""]
     return "\n".join(lines)
 
 
@@ -347,9 +349,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)] + [""]
 
 
-def compare_settings(pipeline: DDPMFacesRestorePipeline, faces: torch.Tensor, steps: Sequence[int]) -> list[str]:
+def compare_settings(
+    pipeline: DDPMFacesRestorePipeline, faces: torch.Tensor, steps: Sequence[int], noise_levels: Sequence[float]
+) -> list[str]:
     """Return a table of settings of our method: PSNR and Fréchet distance for each task."""
-    metrics, damaged = Metrics(faces), tasks(faces)
+    metrics, damaged = Metrics(faces), tasks(faces, noise_levels)
     rows = []
     for num_steps in steps:
         for name, settings in SETTINGS.items():
@@ -369,12 +373,13 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="held-out faces; the last ones are used to choose")
     parser.add_argument("--num-images", type=int, default=100, help="faces to restore")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="evaluations of the network")
+    parser.add_argument("--noise-levels", type=float, nargs="+", default=NOISE_LEVELS, help="standard deviations")
     parser.add_argument("--settings", action="store_true", help="compare settings of ddpm-faces")
     parser.add_argument("--output", type=Path, default=Path("restoration.md"), help="Markdown page")
     parser.add_argument("--pictures", type=Path, help="folder for pictures; default: that of the page")
     arguments = parser.parse_args()
 
-    pipeline = DDPMFacesRestorePipeline.from_pretrained(arguments.model)
+    pipeline = DDPMFacesRestorePipeline.from_pretrained(arguments.model).optimize()
     pipeline.set_progress_bar_config(disable=True)
     resolution = pipeline.image_shape[1:]
     images = load_faces(arguments.data, resolution=resolution, split=arguments.split).images
@@ -383,12 +388,12 @@ def main() -> None:
     faces = images.float() / 127.5 - 1
     truth, choice = faces[: arguments.num_images], faces[-NUM_CHOICE:]
     if arguments.settings:
-        lines = compare_settings(pipeline, choice, arguments.steps)
+        lines = compare_settings(pipeline, choice, arguments.steps, arguments.noise_levels)
         arguments.output.write_text("\n".join(lines), "utf-8")
         return
     pictures = arguments.pictures or arguments.output.parent
     pictures.mkdir(parents=True, exist_ok=True)
-    rows = compare(pipeline, choice, truth, arguments.steps, pictures)
+    rows = compare(pipeline, choice, truth, arguments.steps, arguments.noise_levels, pictures)
     command = shlex.join(["python", *sys.argv])
     link = Path(os.path.relpath(pictures, arguments.output.parent)).as_posix()
     arguments.output.write_text(page(rows, command, len(truth), link), "utf-8")
