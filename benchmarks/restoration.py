@@ -357,6 +357,8 @@ def compare_settings(
     rows = []
     for num_steps in steps:
         for name, settings in SETTINGS.items():
+            if "autoguidance_scale" in settings and pipeline.guide is None:
+                continue
             cells = []
             for task in damaged:
                 found = metrics(ours(pipeline, task, num_steps, **settings))

@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, load_dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 from test_prompts import a_prompt_model
 
 from ddpm_faces import DrawnFaces
+from ddpm_faces.data.alignment import find_frames
+from ddpm_faces.data.detection import MTCNN
 
 
 ROOT = Path(__file__).parents[1]
@@ -169,6 +172,44 @@ def test_benchmark(run, tmp_path):
         *("--output", tmp_path / "speed.md"),
     )
     assert re.search(r"\| default \| 1\.\d \| 32x32 \| 0\.\d\d \| fp32 \| 1 \|", (tmp_path / "speed.md").read_text())
+
+
+@pytest.fixture
+def faces(tmp_path) -> Path:
+    """A dataset of drawn faces in the split "test"."""
+    drawn = DrawnFaces(24, resolution=64)
+    faces = Dataset.from_dict({"image": [drawn[i]["image"] for i in range(24)]}, Features({"image": ImageFeature()}))
+    faces.to_parquet(tmp_path / "faces" / "data" / "test-00000.parquet")
+    return tmp_path / "faces"
+
+
+def test_alignment_benchmark(run, tmp_path):
+    photos, detector = [DrawnFaces(3, resolution=64)[i]["image"].convert("RGB") for i in range(3)], MTCNN()
+    aligned = [find_frames(photo, detector)[0].cut(photo, 64) for photo in photos]
+    dataset = Dataset.from_dict({"image": aligned}, Features({"image": ImageFeature()}))
+    dataset.to_parquet(tmp_path / "data" / "test-00000.parquet")
+    text = run("benchmarks/alignment.py", tmp_path, "--size", 64, "--num-images", 3)
+    median = re.fullmatch(r"3 of 3 faces are found. Quantiles of the error in pixels: 50% (\S+), 90% .*\n", text)
+    assert 0 < float(median[1]) < 8
+
+
+@pytest.mark.slow
+def test_restoration_benchmark(run, pipeline, faces, tmp_path, monkeypatch):
+    pytest.importorskip("skimage", reason="scikit-image is not installed")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    model = tmp_path / "model"
+    pipeline.save_pretrained(model)
+    small = ("--data", faces, "--num-images", 3, "--steps", 2, 4)
+    run("benchmarks/restoration.py", model, *small, "--output", tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text("utf-8")
+    assert len(re.findall(r"^## ", text, re.MULTILINE)) == 5
+    for name, count in (("classical", 5), ("DPS", 10), ("RePaint", 4), (r"\*\*ddpm-faces\*\*", 10)):
+        rows = re.findall(rf"^\| {name} \| \d* \|( [\d.]+ \| \d+\.\d \| 0\.\d+ \| \d+ \| ).*$", text, re.MULTILINE)
+        assert len(rows) == count, text
+    for picture in re.findall(r"\]\(\./(restore-.*?\.png)\)", text):
+        assert Image.open(tmp_path / picture).width > 6 * 16
+    run("benchmarks/restoration.py", model, *small, "--settings", "--output", tmp_path / "settings.md")
+    assert "| 5 repetitions | 4 |" in (tmp_path / "settings.md").read_text("utf-8")
 
 
 @pytest.mark.slow
