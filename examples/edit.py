@@ -46,7 +46,7 @@ def main() -> None:
         rows.append(edit(faces, prompt, args.source_prompt, **arguments).images)
 
     labels = [args.source_prompt, *args.prompts]
-    labelled_rows(rows, labels, scale=max(1, 96 // width)).save(args.output)
+    labelled_rows(rows, labels, scale=max(1, 128 // width)).save(args.output)
     print(args.output)
 
 

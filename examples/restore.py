@@ -77,7 +77,7 @@ def main() -> None:
         shown = torch.cat([damaged, answers, answers.mean(dim=0, keepdim=True), spread])
         rows.append(restore.postprocess(shown))
 
-    labelled_rows(rows, list(operators), scale=max(1, 96 // width)).save(args.output)
+    labelled_rows(rows, list(operators), scale=max(1, 128 // width)).save(args.output)
     print(args.output)
 
 

@@ -15,7 +15,7 @@ from ddpm_faces.evaluation import adherence
 from ddpm_faces.evaluation.adherence import evaluate_prompts
 from ddpm_faces.evaluation.attributes import CaptionReader, attributes_of, unseen_pairs
 from ddpm_faces.evaluation.copies import audit_model
-from ddpm_faces.evaluation.samples import Generated
+from ddpm_faces.evaluation.samples import Generated, open_samples
 from ddpm_faces.hub.card_values import prompts_table
 
 
@@ -307,6 +307,14 @@ def test_a_phrase_that_changes_the_other_value_makes_no_prompt():
 
 
 # Audit with prompts
+
+
+def test_without_a_prompt_no_guidance_scale_is_recorded():
+    pipeline = a_prompt_model()
+    pipeline.set_guidance(guidance_scale=3.0)
+    samples = open_samples(pipeline)
+    assert "guidance_scale" not in samples.provenance(1)
+    assert samples.with_prompts(["a woman"]).provenance(1)["guidance_scale"] == 3.0
 
 
 def test_audit_takes_the_captions_of_training_images_as_prompts(tmp_path, prompts):

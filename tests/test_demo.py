@@ -352,6 +352,17 @@ def test_a_generated_face_can_be_changed(changer):
     assert face.tobytes() == expected.resize((512, 512), Image.Resampling.LANCZOS).tobytes()
 
 
+def test_faces_of_a_class(maker_of_classes):
+    changer = changer_of(maker_of_classes)
+    assert changer.generated(4).size == (512, 512)
+    one, two = (
+        last(changer.restore(painted(), changing.REPAINT, 1.0, 0.0, 5, 1, 8, label=label))[1] for label in (0, 2)
+    )
+    assert Image.open(one).tobytes() != Image.open(two).tobytes()
+    one, two = (last(changer.change(a_face(), changing.VARY, 0.4, 7, 1, 6, label=label))[1] for label in (0, 2))
+    assert Image.open(one).tobytes() != Image.open(two).tobytes()
+
+
 def test_pictures_outside_the_limits_are_refused(changer):
     whole = {"background": a_face(), "layers": []}
     for values, message in (

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from conftest import tiny_unet
 from PIL import Image
 from test_prompts import a_prompt_model
 from test_restoration import GaussianFaces, a_photo, generators
 
-from ddpm_faces import DDPMFacesEditPipeline
+from ddpm_faces import DDPMFacesEditPipeline, DDPMFacesScheduler
 
 
 @pytest.fixture
@@ -101,6 +102,22 @@ def test_callbacks_see_all_steps_and_can_replace_the_image(edit):
     assert [i for i, _, _ in seen] == [*range(len(seen) // 2)] * 2
 
 
+def test_changes_of_a_model_with_classes():
+    edit = DDPMFacesEditPipeline(tiny_unet(num_class_embeds=3), DDPMFacesScheduler(num_train_timesteps=20))
+    edit.set_progress_bar_config(disable=True)
+    faces = some_faces()
+    with pytest.raises(ValueError, match="`class_labels` must be given"):
+        edit(faces)
+    same = edit(faces, output_type="latent", class_labels=[0, 2]).images
+    torch.testing.assert_close(same, faces, atol=2e-3, rtol=0)
+    other = edit(faces, output_type="latent", class_labels=[0, 1], source_class_labels=[0, 2]).images
+    torch.testing.assert_close(other[:1], faces[:1], atol=2e-3, rtol=0)
+    assert (other[1] - faces[1]).abs().max() > 0.01
+    latents = edit.invert(faces, class_labels=[0, 2])
+    again = edit.reconstruct(latents, output_type="latent", class_labels=[0, 2]).images
+    torch.testing.assert_close(again, faces, atol=2e-3, rtol=0)
+
+
 def test_only_the_difference_of_the_prompts_changes_the_face(with_prompts):
     faces = some_faces()
     arguments = {"output_type": "latent", "guidance_scale": 1.0}
@@ -144,6 +161,8 @@ def test_a_network_that_is_too_steep_for_the_steps(edit):
         ({"strength": math.nan}, "got nan"),
         ({"method": "magic"}, "`method` must be one of 'inversion', 'noise', got 'magic'"),
         ({"method": "noise", "source_prompt": "a woman"}, "`source_prompt` must be None for the method 'noise'"),
+        ({"method": "noise", "source_class_labels": [0, 0]}, "`source_class_labels` must be None for the method"),
+        ({"class_labels": [0, 0]}, "this model has no classes"),
         ({"method": "noise", "generator": generators(2)}, "one generator per image"),
         ({"num_inference_steps": 21}, "`num_inference_steps` must be from 1 to 20"),
         ({"prompt": "a woman"}, "not trained with texts"),

@@ -141,6 +141,15 @@ def test_denoiser_takes_a_prompt():
         restore.as_denoiser(["a woman", "a man"])
 
 
+def test_denoiser_of_a_class():
+    restore = DDPMFacesRestorePipeline(tiny_unet(num_class_embeds=3), DDPMFacesScheduler(num_train_timesteps=20))
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    one, other = (restore.as_denoiser(class_label=label)(images, 0.5) for label in (0, 2))
+    assert not torch.equal(one, other)
+    with pytest.raises(ValueError, match="`class_labels` must be given"):
+        restore.as_denoiser()
+
+
 def test_callbacks_see_their_own_call(restore):
     seen = []
 

@@ -15,7 +15,7 @@ Anderson's method.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -55,6 +55,8 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["DDPMFacesEditPipeline", int, int, dict], dict] | None = None,
+        class_labels: Sequence[int] | torch.Tensor | None = None,
+        source_class_labels: Sequence[int] | torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Change faces.
 
@@ -79,6 +81,10 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
             return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 As in [`DDPMFacesPipeline.__call__`], with `latents` only. The steps of the inversion come first.
+            class_labels (`list[int]` or `torch.Tensor`, *optional*):
+                Class that each face should show, for a model with classes.
+            source_class_labels (`list[int]` or `torch.Tensor`, *optional*):
+                Class that each face shows now, for `"inversion"`; defaults to `class_labels`.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, in the form of `output_type`.
@@ -90,13 +96,17 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
             raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
         if method == "noise" and source_prompt is not None:
             raise ValueError("`source_prompt` must be None for the method 'noise', which does not use it.")
+        if method == "noise" and source_class_labels is not None:
+            raise ValueError("`source_class_labels` must be None for the method 'noise', which does not use them.")
         faces, _ = observations(image, self.image_shape)
         faces = faces.to(self._execution_device)
         levels = self._levels(strength, num_inference_steps)
-        self.check_inputs(len(faces), 1, generator, None, output_type, None, (), 0.0)
-        guidance = self._guidance_of(guidance_scale, len(levels))
-        condition = self._condition(prompt, len(faces))
-        source = self._condition(source_prompt, len(faces), "source_prompt")
+        guidance = self._guidance_of(guidance_scale)
+        self._check(len(faces), class_labels, output_type, generator, guidance)
+        condition = self._condition(prompt, class_labels, len(faces))
+        source_class_labels = class_labels if source_class_labels is None else source_class_labels
+        self._check(len(faces), source_class_labels)
+        source = self._condition(source_prompt, source_class_labels, len(faces), "source_prompt")
         report = _Reporter(self, callback_on_step_end)
         num_steps = (len(levels) - 1) * (2 if method == "inversion" else 1)
         with calling(self, num_steps, guidance), evaluating(self.unet):
@@ -116,6 +126,7 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         strength: float = 1.0,
         num_inference_steps: int | None = None,
         callback_on_step_end: Callable[["DDPMFacesEditPipeline", int, int, dict], dict] | None = None,
+        class_labels: Sequence[int] | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Find the noisy images from which [`reconstruct`], with the same arguments, makes these faces.
 
@@ -128,6 +139,7 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
             strength (`float`, defaults to 1.0): How much noise to find, in (0, 1]; 1 is that of the last timestep.
             num_inference_steps (`int`, *optional*): Steps, 1 to T; defaults to 50, or T if that is less.
             callback_on_step_end (`Callable`, *optional*): As in [`DDPMFacesPipeline.__call__`], with `latents` only.
+            class_labels (`list[int]` or `torch.Tensor`, *optional*): Class of each face, for a model with classes.
 
         Returns:
             `torch.Tensor` of shape `(batch, channels, height, width)`: x_t at the timestep of `strength`.
@@ -137,7 +149,8 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         """
         faces, _ = observations(image, self.image_shape)
         levels = self._levels(strength, num_inference_steps)
-        condition = self._condition(prompt, len(faces))
+        self._check(len(faces), class_labels)
+        condition = self._condition(prompt, class_labels, len(faces))
         report = _Reporter(self, callback_on_step_end)
         with calling(self, len(levels) - 1, UNGUIDED), evaluating(self.unet):
             state = self._invert(faces.to(self._execution_device), levels, condition, report)
@@ -181,6 +194,7 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["DDPMFacesEditPipeline", int, int, dict], dict] | None = None,
+        class_labels: Sequence[int] | torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Make faces from the noisy images of [`invert`], by DDIM without new noise.
 
@@ -193,6 +207,7 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
             output_type (`str`, defaults to `"pil"`): As in [`DDPMFacesPipeline.__call__`].
             return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
             callback_on_step_end (`Callable`, *optional*): As in [`DDPMFacesPipeline.__call__`], with `latents` only.
+            class_labels (`list[int]` or `torch.Tensor`, *optional*): Class of each face, for a model with classes.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, in the form of `output_type`.
@@ -204,9 +219,9 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
             allowed = ", ".join(map(str, self.image_shape))
             raise ValueError(f"`latents` must be of shape (batch, {allowed}), got {tuple(latents.shape)}.")
         levels = self._levels(strength, num_inference_steps)
-        self.check_inputs(len(latents), 1, None, None, output_type, None, (), 0.0)
-        guidance = self._guidance_of(guidance_scale, len(levels))
-        condition = self._condition(prompt, len(latents))
+        guidance = self._guidance_of(guidance_scale)
+        self._check(len(latents), class_labels, output_type, None, guidance)
+        condition = self._condition(prompt, class_labels, len(latents))
         state = latents.to(self._execution_device, torch.float32) / levels[0].signal
         with calling(self, len(levels) - 1, guidance), evaluating(self.unet):
             state = self._reconstruct(state, levels, condition, guidance, _Reporter(self, callback_on_step_end))
@@ -240,20 +255,36 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         output = self.predict(noisy, level.timestep, condition, guidance)[:, : state.shape[1]]
         return self.scheduler.predict_original_sample(output, level.timestep, noisy)
 
-    def _condition(self, prompt: str | list[str] | None, num_images: int, argument: str = "prompt") -> Condition:
+    def _condition(
+        self,
+        prompt: str | list[str] | None,
+        class_labels: Sequence[int] | torch.Tensor | None,
+        num_images: int,
+        argument: str = "prompt",
+    ) -> Condition:
+        if class_labels is not None:
+            class_labels = torch.as_tensor(class_labels, device=self._execution_device)
         prompts = self.check_prompts(prompt)
         if prompts is None:
-            return Condition()
+            return Condition(class_labels)
         if prompts not in (1, num_images):
             raise ValueError(
                 f"`{argument}` must be one text, or one for each of the {num_images} images, got {prompts}."
             )
-        return Condition(None, self._texts(prompt, None, num_images, 1))
+        return Condition(class_labels, self._texts(prompt, None, num_images, 1))
 
-    def _guidance_of(self, guidance_scale: float | None, num_levels: int) -> Guidance:
-        guidance = Guidance(self.config.guidance_scale if guidance_scale is None else guidance_scale)
-        self.check_inputs(1, num_levels, None, None, "pt", None, (), 0.0, guidance)
-        return guidance
+    def _guidance_of(self, guidance_scale: float | None) -> Guidance:
+        return Guidance(self.config.guidance_scale if guidance_scale is None else guidance_scale)
+
+    def _check(
+        self,
+        num_images: int,
+        class_labels: Sequence[int] | torch.Tensor | None,
+        output_type: str = "pt",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        guidance: Guidance = UNGUIDED,
+    ) -> None:
+        self.check_inputs(num_images, 1, generator, None, output_type, class_labels, (), 0.0, guidance)
 
     def _levels(self, strength: float, num_inference_steps: int | None) -> list["_Level"]:
         """Return the noise levels of all steps, from the most to the least noise."""

@@ -190,7 +190,11 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def as_denoiser(
-        self, prompt: str | None = None, guidance_scale: float | None = None, autoguidance_scale: float | None = None
+        self,
+        prompt: str | None = None,
+        guidance_scale: float | None = None,
+        autoguidance_scale: float | None = None,
+        class_label: int | None = None,
     ) -> "Denoiser":
         """Return a denoiser in the convention of deepinv (https://deepinv.github.io), for its algorithms.
 
@@ -198,6 +202,7 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
             prompt (`str`, *optional*): What the faces should show.
             guidance_scale (`float`, *optional*): As in [`__call__`].
             autoguidance_scale (`float`, *optional*): As in [`__call__`].
+            class_label (`int`, *optional*): Class of the faces, for a model with classes.
 
         Raises:
             ValueError: An argument is invalid, or the scheduler is not a `DDPMFacesScheduler`.
@@ -206,8 +211,9 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
         if self.check_prompts(prompt) not in (None, 1):
             raise ValueError(f"`prompt` must be one text, got {prompt!r}.")
         guidance = self._guidance_of(guidance_scale, autoguidance_scale)
-        self.check_inputs(1, 1, None, None, "pt", None, (), 0.0, guidance)
-        return Denoiser(self, prompt, guidance)
+        labels = None if class_label is None else [class_label]
+        self.check_inputs(1, 1, None, None, "pt", labels, (), 0.0, guidance)
+        return Denoiser(self, prompt, guidance, class_label)
 
     def _guidance_of(self, guidance_scale: float | None, autoguidance_scale: float | None) -> Guidance:
         return Guidance(
@@ -252,9 +258,11 @@ class Denoiser(torch.nn.Module):
     Create one with [`DDPMFacesRestorePipeline.as_denoiser`].
     """
 
-    def __init__(self, pipeline: DDPMFacesRestorePipeline, prompt: str | None, guidance: Guidance) -> None:
+    def __init__(
+        self, pipeline: DDPMFacesRestorePipeline, prompt: str | None, guidance: Guidance, class_label: int | None
+    ) -> None:
         super().__init__()
-        self.pipeline, self.guidance = pipeline, guidance
+        self.pipeline, self.guidance, self.class_label = pipeline, guidance, class_label
         self.text = None if prompt is None else pipeline.encode_texts(prompt)
         bars = pipeline.scheduler.alphas_cumprod.double().cpu()
         self.log_sigmas = ((1 - bars) / bars).log().numpy() / 2  # at each timestep
@@ -278,9 +286,12 @@ class Denoiser(torch.nn.Module):
         t = np.interp(ratios.double().log().cpu().numpy(), self.log_sigmas, np.arange(len(self.log_sigmas)))
         signal = (1 / (1 + ratios**2).sqrt()).view(-1, 1, 1, 1)
         sample, noise = signal * (2 * x - 1), signal * ratios.view(-1, 1, 1, 1)
-        condition = Condition()
+        text = labels = None
         if self.text is not None:
-            condition = Condition(None, Text(*(values.expand(len(x), *values.shape[1:]) for values in self.text)))
+            text = Text(*(values.expand(len(x), *values.shape[1:]) for values in self.text))
+        if self.class_label is not None:
+            labels = torch.full((len(x),), self.class_label, device=x.device)
+        condition = Condition(labels, text)
         timesteps = torch.as_tensor(t, dtype=torch.float32, device=x.device)
         with evaluating(self.pipeline.unet, self.pipeline.guide):
             output = self.pipeline.predict(sample, timesteps, condition, self.guidance)[:, : x.shape[1]]

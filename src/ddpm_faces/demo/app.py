@@ -175,7 +175,7 @@ def restore_tab(changer: FaceChanger) -> None:
                 info="Standard deviation of the noise of the photo, of pixels in [-1, 1].",
                 buttons=[],
             )
-            prompt = prompt_box(maker, "Prompt", "restore-prompt")
+            prompt, label = prompt_box(maker, "Prompt", "restore-prompt"), class_dropdown(maker, 0)
             num_images = gr.Slider(1, MAX_ANSWERS, 3, step=1, label="Number of answers", buttons=[])
             steps, seed = steps_slider(maker, changer.default_steps), seed_number(42, "Seed")
             with gr.Row():
@@ -189,7 +189,7 @@ def restore_tab(changer: FaceChanger) -> None:
 
     damage.change(lambda name: gr.Slider(visible=name == SHARPEN), damage, blur, show_progress="hidden", **PRIVATE)
     take_faces(changer, picture, generated, shown)
-    inputs = [picture, damage, blur, noise, seed, num_images, steps, prompt]
+    inputs = [picture, damage, blur, noise, seed, num_images, steps, prompt, label]
     listen(restore, "restore", [run.click, *submits(prompt)], dice, [seed], inputs, [shown, file])
 
 
@@ -211,7 +211,7 @@ def edit_tab(changer: FaceChanger) -> None:
             prompt = prompt_box(maker, "What it should show", "edit-prompt")
             info = "Small values change details, large ones the whole face."
             strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="Strength", info=info, buttons=[])
-            scale = guidance_slider(maker)
+            label, scale = class_dropdown(maker, 0), guidance_slider(maker)
             num_images = gr.Slider(
                 *(1, MAX_ANSWERS, 3), step=1, label="Number of answers", buttons=[], visible=methods[0] != KEEP
             )
@@ -233,7 +233,7 @@ def edit_tab(changer: FaceChanger) -> None:
         **PRIVATE,
     )
     take_faces(changer, picture, generated, shown)
-    inputs = [picture, method, strength, seed, num_images, steps, prompt, source_prompt, scale]
+    inputs = [picture, method, strength, seed, num_images, steps, prompt, source_prompt, scale, label]
     listen(change, "edit", [run.click, *submits(prompt)], dice, [seed], inputs, [shown, file])
 
 

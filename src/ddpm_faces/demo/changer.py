@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
-from .maker import MAX_SEED, Event, FaceMaker, running, whole_number
+from .maker import IN_TURN, MAX_SEED, Event, FaceMaker, running, whole_number
 from .show import finished, grid, progress, show_faces
 
 
@@ -69,7 +69,9 @@ class FaceChanger:
 
     def generated(self, seed: int) -> Image.Image:
         """Return a generated face, for visitors without a photo."""
-        *_, (_, _, images) = self.maker.denoise(self.maker.noise(seed), self.maker.default_steps)
+        maker = self.maker
+        labels = maker.labels(seed % maker.num_classes if maker.num_classes else IN_TURN, 1)
+        *_, (_, _, images) = maker.denoise(maker.noise(seed), maker.default_steps, labels)
         return self._fitted(images[0].convert("RGB"), self._canvas)
 
     def restore(
@@ -82,6 +84,7 @@ class FaceChanger:
         num_images: int,
         steps: int,
         prompt: str = "",
+        label: int = 0,
     ) -> Iterator[Event]:
         """Restore a face. `picture` is the value of the editor: the photo, and the layer that was painted over it."""
         seed, num_images, steps = self._numbers(seed, num_images, steps)
@@ -110,6 +113,7 @@ class FaceChanger:
         before = {COLORIZE: observed.expand(-1, 3, -1, -1), SHARPEN: observed}.get(damage)
         before = operator.pseudo_inverse(observed) if before is None else before
         arguments = {"image": observed, "operator": operator, "noise_level": noise_level, **text}
+        arguments["class_labels"] = self.maker.labels(label, num_images)
         values = {"restored": damage, "prompt": prompt or None}
         yield from self._show(self.restorer, before, seed, num_images, steps, arguments, values, notes)
 
@@ -124,6 +128,7 @@ class FaceChanger:
         prompt: str = "",
         source_prompt: str = "",
         guidance_scale: float | None = None,
+        label: int = 0,
     ) -> Iterator[Event]:
         """Change a face: towards a prompt, or at random."""
         seed, num_images, steps = self._numbers(seed, num_images, steps)
@@ -139,6 +144,7 @@ class FaceChanger:
             arguments |= {"prompt": prompt, "guidance_scale": text["guidance_scale"]}
             if method == KEEP:  # nothing is random
                 arguments["source_prompt"], num_images = source_prompt, 1
+        arguments["class_labels"] = self.maker.labels(label, num_images)
         values = {"changed": method, "strength": strength, "prompt": prompt or None}
         yield from self._show(self.editor, face, seed, num_images, steps, arguments, values, notes)
 

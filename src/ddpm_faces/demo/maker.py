@@ -85,7 +85,7 @@ class FaceMaker:
         """Generate a grid; image i has the seed `seed` + i."""
         seed = whole_number("The seed", seed, 0, MAX_SEED)
         num_images = whole_number("The number of images", num_images, 1, MAX_IMAGES)
-        labels, steps = self._labels(label, num_images), self.check_steps(steps)
+        labels, steps = self.labels(label, num_images), self.check_steps(steps)
         text, notes = self.text([prompt], guidance_scale)
         seeds = [seed + i for i in range(num_images)]
         latents = torch.cat([self.noise(seed) for seed in seeds])
@@ -121,7 +121,7 @@ class FaceMaker:
         seed = whole_number("The first seed", seed, 0, MAX_SEED)
         other_seed = whole_number("The second seed", other_seed, 0, MAX_SEED)
         num_frames = whole_number("The number of images", num_frames, MIN_FRAMES, MAX_FRAMES)
-        labels, steps = self._labels(label, num_frames), self.check_steps(steps)
+        labels, steps = self.labels(label, num_frames), self.check_steps(steps)
         text, notes = self.text([prompt, other_prompt], guidance_scale)
         if seed == other_seed and (not text or prompt == other_prompt):
             also = " or the two prompts" if self.is_prompted else ""
@@ -158,7 +158,7 @@ class FaceMaker:
         """Return the initial noise of the face of a seed, of shape `(1, channels, height, width)`."""
         return torch.randn((1, *self.shape), generator=torch.Generator().manual_seed(seed))
 
-    def _labels(self, label: int, num_images: int) -> list[int] | None:
+    def labels(self, label: int, num_images: int) -> list[int] | None:
         if not self.num_classes:
             return None
         label = whole_number("The class", label, IN_TURN, self.num_classes - 1)

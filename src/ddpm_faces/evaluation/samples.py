@@ -135,8 +135,9 @@ class Generated:
             provenance["sigma_min"] = config.sigma_min
             # Left out at 1, so that older metrics stay comparable.
             provenance |= {"epsilon_scaling": config.epsilon_scaling} if config.epsilon_scaling != 1 else {}
+        is_conditional = recipe.prompts is not None or self.unet.config.get("num_class_embeds") is not None
         scales: dict[str, Any] = {
-            "guidance_scale": recipe.guidance_scale,
+            "guidance_scale": recipe.guidance_scale if is_conditional else 1,  # it has no effect without a condition
             "autoguidance_scale": recipe.autoguidance_scale,
         }
         if any(scale != 1 for scale in scales.values()):
