@@ -80,8 +80,8 @@ def test_restore(run, model, tmp_path):
         path = tmp_path / f"{name}.png"
         run("examples/restore.py", model, "--num_images", 2, "--output", path, *options)
         rows = np.asarray(Image.open(path)).astype(int)
-        assert rows.shape == (5 * 98 - 2, 180 + 5 * 98 - 2, 3)  # damaged, two answers, mean, spread
-        tiles = [rows[:96, 180 + 98 * i : 180 + 98 * i + 96] for i in range(5)]
+        assert rows.shape == (5 * 130 - 2, 180 + 5 * 130 - 2, 3)  # damaged, two answers, mean, spread
+        tiles = [rows[:128, 180 + 130 * i : 180 + 130 * i + 128] for i in range(5)]
         assert abs(tiles[1] - tiles[2]).max() > 20
         assert abs((tiles[1] + tiles[2]) / 2 - tiles[3]).max() <= 1
         is_known = (tiles[1] == tiles[2]).all(axis=-1)
@@ -97,8 +97,8 @@ def test_edit(run, tmp_path):
         path = tmp_path / f"{name}.png"
         run("examples/edit.py", *arguments, "--guidance_scale", 1, "--output", path, *options)
         rows = np.asarray(Image.open(path)).astype(int)
-        assert rows.shape == (3 * 98 - 2, 180 + 2 * 98 - 2, 3)
-        before, same, changed = (rows[98 * i : 98 * i + 96, 180:276] for i in range(3))
+        assert rows.shape == (3 * 130 - 2, 180 + 2 * 130 - 2, 3)
+        before, same, changed = (rows[130 * i : 130 * i + 128, 180:308] for i in range(3))
         assert abs(same - before).max() <= 1  # the prompt is that of the face
         assert abs(changed - before).max() > 1
 
@@ -189,8 +189,11 @@ def test_alignment_benchmark(run, tmp_path):
     dataset = Dataset.from_dict({"image": aligned}, Features({"image": ImageFeature()}))
     dataset.to_parquet(tmp_path / "data" / "test-00000.parquet")
     text = run("benchmarks/alignment.py", tmp_path, "--size", 64, "--num-images", 3)
-    median = re.fullmatch(r"3 of 3 faces are found. Quantiles of the error in pixels: 50% (\S+), 90% .*\n", text)
-    assert 0 < float(median[1]) < 8
+    # Drawn faces are not as easily found as photos.
+    found = re.fullmatch(r"(\d) of 3 faces are found. Quantiles of the error in pixels: 50% (\S+), 90% .*\n", text)
+    assert found, text
+    assert int(found[1]) >= 2
+    assert 0 < float(found[2]) < 3
 
 
 @pytest.mark.slow
