@@ -53,9 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "5 repetitions": {"num_resamples": 5},
     "regularization 0.3": {"regularization": 0.3},
     "regularization 3": {"regularization": 3.0},
-    "autoguidance 1": {"autoguidance_scale": 1.0},
-    "autoguidance 1.5": {"autoguidance_scale": 1.5},
-    "autoguidance 2": {"autoguidance_scale": 2.0},
+    "autoguidance 1.7": {"autoguidance_scale": 1.7},
 }
 
 

@@ -150,6 +150,18 @@ def test_denoiser_of_a_class():
         restore.as_denoiser()
 
 
+def test_autoguidance_is_off_by_default(pipeline):
+    guided = DDPMFacesPipeline(pipeline.unet, pipeline.scheduler, guide=tiny_unet(), autoguidance_scale=2.0)
+    restore = DDPMFacesRestorePipeline.from_pipe(guided)
+
+    def call(**scales):
+        arguments = (torch.zeros(1, 3, 16, 16), Inpaint(a_mask()), 0.0, 8, 1, torch.Generator().manual_seed(0), "pt")
+        return restore(*arguments, **scales).images
+
+    assert torch.equal(call(), call(autoguidance_scale=1.0))
+    assert not torch.equal(call(), call(autoguidance_scale=2.0))
+
+
 def test_callbacks_see_their_own_call(restore):
     seen = []
 

@@ -65,7 +65,7 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         class_labels: Sequence[int] | torch.Tensor | None = None,
         guidance_scale: float | None = None,
-        autoguidance_scale: float | None = None,
+        autoguidance_scale: float = 1.0,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -97,7 +97,8 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): As in [`DDPMFacesPipeline.__call__`].
             class_labels (`list[int]` or `torch.Tensor`, *optional*): Class of each result, for a model with classes.
             guidance_scale (`float`, *optional*): As in [`DDPMFacesPipeline.__call__`].
-            autoguidance_scale (`float`, *optional*): As in [`DDPMFacesPipeline.__call__`], without presets.
+            autoguidance_scale (`float`, defaults to 1.0):
+                As in [`DDPMFacesPipeline.__call__`]. It is off by default: with it, restorations are less exact.
             prompt (`str` or `list[str]`, *optional*):
                 What the faces should show, one text for all observations or one for each.
             negative_prompt (`str` or `list[str]`, *optional*): What they should not show.
@@ -193,7 +194,7 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
         self,
         prompt: str | None = None,
         guidance_scale: float | None = None,
-        autoguidance_scale: float | None = None,
+        autoguidance_scale: float = 1.0,
         class_label: int | None = None,
     ) -> "Denoiser":
         """Return a denoiser in the convention of deepinv (https://deepinv.github.io), for its algorithms.
@@ -201,7 +202,7 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
         Args:
             prompt (`str`, *optional*): What the faces should show.
             guidance_scale (`float`, *optional*): As in [`__call__`].
-            autoguidance_scale (`float`, *optional*): As in [`__call__`].
+            autoguidance_scale (`float`, defaults to 1.0): As in [`__call__`].
             class_label (`int`, *optional*): Class of the faces, for a model with classes.
 
         Raises:
@@ -215,11 +216,8 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
         self.check_inputs(1, 1, None, None, "pt", labels, (), 0.0, guidance)
         return Denoiser(self, prompt, guidance, class_label)
 
-    def _guidance_of(self, guidance_scale: float | None, autoguidance_scale: float | None) -> Guidance:
-        return Guidance(
-            self.config.guidance_scale if guidance_scale is None else guidance_scale,
-            self.config.autoguidance_scale if autoguidance_scale is None else autoguidance_scale,
-        )
+    def _guidance_of(self, guidance_scale: float | None, autoguidance_scale: float) -> Guidance:
+        return Guidance(self.config.guidance_scale if guidance_scale is None else guidance_scale, autoguidance_scale)
 
     def _check_scheduler(self) -> None:
         if not self._scheduler_is_of({"DDPMFacesScheduler"}):
