@@ -237,6 +237,7 @@ def test_only_words_that_the_model_knows_are_offered(maker, maker_of_prompts):
 
 @pytest.fixture
 def changer(pipeline):
+    pipeline.set_guide(DDPMFacesPipeline(tiny_unet(), pipeline.scheduler), 1.5)
     return changer_of(making.FaceMaker(pipeline, "user/tiny"))
 
 
@@ -272,6 +273,7 @@ def test_repainting_changes_only_what_is_painted_over(changer):
     image = Image.open(path)
     assert image.convert("RGB").tobytes() == grid([expected_before(), *expected.images]).tobytes()
     assert (image.text["restored"], image.text["seed"]) == ("Repaint what you paint over", "5, 6")
+    assert "autoguidance_scale" not in image.text  # it is off in restorations
 
 
 def expected_before():

@@ -209,7 +209,11 @@ def test_edit(page):
     page.click("#edit-run")
     page.get_by_text("Choose a picture of a face first.").wait_for()
     page.click("#edit-generated")
-    page.locator("#edit-face img").wait_for()
+    face = page.locator("#edit-face img")
+    face.wait_for()
+    first = face.get_attribute("src")
+    page.click("#edit-generated")
+    page.wait_for_function("old => document.querySelector('#edit-face img').src != old", arg=first)
     page.click("#edit-run")
     assert len(set(finished(page, "#edited"))) == 4
 

@@ -42,7 +42,7 @@ def test_inversion_is_exact(edit, strength, num_steps):
 
 @pytest.mark.parametrize("num_steps", [4, 10])
 def test_inversion_of_few_steps_converges(num_steps):
-    """Of a linear model, whose steps can be inverted exactly, and where substitution alone diverges."""
+    """The model is linear, so the exact solution is known. Substitution alone would diverge."""
     model = GaussianFaces()
     edit = DDPMFacesEditPipeline(model.restore.unet, model.scheduler)
     edit.predict = model.predict

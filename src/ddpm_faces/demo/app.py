@@ -6,6 +6,7 @@ the files beside it. The ddpm-faces package is not installed there: the code of 
 """
 
 import json
+import random
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -101,13 +102,9 @@ def faces_tab(maker: FaceMaker) -> None:
                 dice = gr.Button("🎲 New seed", min_width=120, elem_id="dice")
                 run = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
 
-    def generate(*values) -> Iterator[tuple]:
-        for content, path in maker.faces(*values):
-            yield content, gr.DownloadButton(value=path, interactive=path is not None)
-
     starts = [run.click, seed.submit, *submits(prompt)]
     inputs = [seed, num_images, steps, label, prompt, scale]
-    listen(generate, "faces", starts, dice, [seed], inputs, [shown, file])
+    listen(maker.faces, "faces", starts, dice, [seed], inputs, [shown, file])
 
 
 def walk_tab(maker: FaceMaker) -> None:
@@ -131,13 +128,9 @@ def walk_tab(maker: FaceMaker) -> None:
                 dice = gr.Button("🎲 New seeds", min_width=120, elem_id="walk-dice")
                 run = gr.Button("Walk", variant="primary", min_width=120, elem_id="walk-run")
 
-    def walk(*values) -> Iterator[tuple]:
-        for content, *paths in maker.walk(*values):
-            yield content, *(gr.DownloadButton(value=path, interactive=path is not None) for path in paths)
-
     starts = [run.click, *(seed.submit for seed in seeds), *submits(*prompts)]
     inputs = [*seeds, num_frames, steps, label, *prompts, scale]
-    listen(walk, "walk", starts, dice, seeds, inputs, [shown, webp, gif])
+    listen(maker.walk, "walk", starts, dice, seeds, inputs, [shown, webp, gif])
 
 
 def restore_tab(changer: FaceChanger) -> None:
@@ -183,14 +176,10 @@ def restore_tab(changer: FaceChanger) -> None:
                 run = gr.Button("Restore", variant="primary", min_width=120, elem_id="restore-run")
     gr.Markdown(ADVICE)
 
-    def restore(*values) -> Iterator[tuple]:
-        for content, path in changer.restore(*values):
-            yield content, gr.DownloadButton(value=path, interactive=path is not None)
-
     damage.change(lambda name: gr.Slider(visible=name == SHARPEN), damage, blur, show_progress="hidden", **PRIVATE)
     take_faces(changer, picture, generated, shown)
     inputs = [picture, damage, blur, noise, seed, num_images, steps, prompt, label]
-    listen(restore, "restore", [run.click, *submits(prompt)], dice, [seed], inputs, [shown, file])
+    listen(changer.restore, "restore", [run.click, *submits(prompt)], dice, [seed], inputs, [shown, file])
 
 
 def edit_tab(changer: FaceChanger) -> None:
@@ -221,10 +210,6 @@ def edit_tab(changer: FaceChanger) -> None:
                 run = gr.Button("Change", variant="primary", min_width=120, elem_id="edit-run")
     gr.Markdown(ADVICE)
 
-    def change(*values) -> Iterator[tuple]:
-        for content, path in changer.change(*values):
-            yield content, gr.DownloadButton(value=path, interactive=path is not None)
-
     method.change(
         lambda name: gr.Slider(visible=name != KEEP),
         method,
@@ -234,7 +219,7 @@ def edit_tab(changer: FaceChanger) -> None:
     )
     take_faces(changer, picture, generated, shown)
     inputs = [picture, method, strength, seed, num_images, steps, prompt, source_prompt, scale, label]
-    listen(change, "edit", [run.click, *submits(prompt)], dice, [seed], inputs, [shown, file])
+    listen(changer.change, "edit", [run.click, *submits(prompt)], dice, [seed], inputs, [shown, file])
 
 
 def take_faces(changer: FaceChanger, picture: gr.ImageEditor | gr.Image, generated: gr.Button, shown: gr.HTML) -> None:
@@ -251,23 +236,29 @@ def take_faces(changer: FaceChanger, picture: gr.ImageEditor | gr.Image, generat
         face, note = changer.open(photo)
         return value(face), f'<div class="note">{note}</div>'
 
-    def generate(seed: int) -> tuple[Any, str]:
-        return value(changer.generated(seed)), ""
+    def generate() -> tuple[Any, str]:
+        return value(changer.generated(random.randrange(MAX_SEED))), ""
 
     settings: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, **PRIVATE}
     picture.upload(find, picture, [picture, shown], show_progress="minimal", **settings)
-    seed = gr.State(0)
-    thrown = generated.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED})", **PRIVATE)
-    thrown.then(generate, seed, [picture, shown], show_progress="minimal", **settings)
+    generated.click(generate, None, [picture, shown], show_progress="minimal", **settings)
 
 
 def listen(function, name: str, starts: list, dice: gr.Button, seeds: list, inputs: list, outputs: list) -> None:
-    """Run a function when its button is clicked, or with new seeds when the seed button is clicked."""
+    """Run a function when its button is clicked, or with new seeds when the seed button is clicked.
+
+    The function yields HTML and files, which become the values of the download buttons among the outputs.
+    """
+
+    def run(*values) -> Iterator[tuple]:
+        for content, *paths in function(*values):
+            yield content, *(gr.DownloadButton(value=path, interactive=path is not None) for path in paths)
+
     settings: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
-    gr.on(starts, function, inputs, outputs, api_name=name, **settings)
+    gr.on(starts, run, inputs, outputs, api_name=name, **settings)
     numbers = ", ".join([f"Math.floor(Math.random() * {MAX_SEED})"] * len(seeds))
     thrown = dice.click(None, None, seeds, js=f"() => [{numbers}]", **PRIVATE)
-    thrown.then(function, inputs, outputs, **PRIVATE, **settings)
+    thrown.then(run, inputs, outputs, **PRIVATE, **settings)
 
 
 def seed_number(value: int, label: str, info: str | None = None) -> gr.Number:

@@ -1,5 +1,5 @@
 # Copyright 2026 The ddpm-faces authors. Apache License 2.0, http://www.apache.org/licenses/LICENSE-2.0
-"""What the page does with a face that a visitor gives: restore it, or change it."""
+"""Restoration and editing of the faces that visitors upload."""
 
 import math
 import tempfile
@@ -61,8 +61,8 @@ class FaceChanger:
         photo = _flat(photo)
         face = None if self.find_face is None else self.find_face(photo)
         if face is not None:
-            return self._fitted(face, self._canvas), ""
-        cropped = self._fitted(photo, self._canvas)
+            return ImageOps.fit(face, self._canvas, Image.Resampling.LANCZOS), ""
+        cropped = ImageOps.fit(photo, self._canvas, Image.Resampling.LANCZOS)
         if self.find_face is not None:
             return cropped, "No face was found. This is the middle of the picture."
         return cropped, "This is the middle of the picture. The face should fill it, with the eyes in its center."
@@ -72,7 +72,7 @@ class FaceChanger:
         maker = self.maker
         labels = maker.labels(seed % maker.num_classes if maker.num_classes else IN_TURN, 1)
         *_, (_, _, images) = maker.denoise(maker.noise(seed), maker.default_steps, labels)
-        return self._fitted(images[0].convert("RGB"), self._canvas)
+        return ImageOps.fit(images[0].convert("RGB"), self._canvas, Image.Resampling.LANCZOS)
 
     def restore(
         self,
@@ -90,10 +90,8 @@ class FaceChanger:
         seed, num_images, steps = self._numbers(seed, num_images, steps)
         if damage not in self.damages:
             raise gr.Error(f"The damage must be one of {', '.join(self.damages)}.", print_exception=False)
-        blur, noise_level = (
-            _number("The blur", blur, MIN_BLUR, MAX_BLUR),
-            _number("The noise", noise_level, 0, MAX_NOISE),
-        )
+        blur = _number("The blur", blur, MIN_BLUR, MAX_BLUR)
+        noise_level = _number("The noise", noise_level, 0, MAX_NOISE)
         text, notes = self.maker.text([prompt], None)
         face, is_painted = self._read(picture)
         operators, shape = self.restorer.operators, self.maker.shape
@@ -102,19 +100,22 @@ class FaceChanger:
                 what = "a part" if not is_painted.any() else "only a part"
                 raise gr.Error(f"Paint over {what} of the face first.", print_exception=False)
             operator = operators.Inpaint(is_painted, shape[0])
+            observed = before = operator(face)
         else:
             noise_level = math.hypot(noise_level, operators.ROUNDING)
-            operator = {
-                ENLARGE: lambda: operators.Downsample(FACTOR, shape),
-                COLORIZE: lambda: operators.Gray(shape),
-                SHARPEN: lambda: operators.GaussianBlur(blur, shape),
-            }[damage]()
-        observed = face if damage == SHARPEN else operator(face)
-        before = {COLORIZE: observed.expand(-1, 3, -1, -1), SHARPEN: observed}.get(damage)
-        before = operator.pseudo_inverse(observed) if before is None else before
+            if damage == ENLARGE:
+                operator = operators.Downsample(FACTOR, shape)
+                observed = operator(face)
+                before = operator.pseudo_inverse(observed)
+            elif damage == COLORIZE:
+                operator = operators.Gray(shape)
+                observed = operator(face)
+                before = observed.expand_as(face)
+            else:
+                operator, observed, before = operators.GaussianBlur(blur, shape), face, face
         arguments = {"image": observed, "operator": operator, "noise_level": noise_level, **text}
         arguments["class_labels"] = self.maker.labels(label, num_images)
-        values = {"restored": damage, "prompt": prompt or None}
+        values = {"restored": damage, "prompt": prompt or None, "guidance_scale": text.get("guidance_scale")}
         yield from self._show(self.restorer, before, seed, num_images, steps, arguments, values, notes)
 
     def change(
@@ -146,6 +147,7 @@ class FaceChanger:
                 arguments["source_prompt"], num_images = source_prompt, 1
         arguments["class_labels"] = self.maker.labels(label, num_images)
         values = {"changed": method, "strength": strength, "prompt": prompt or None}
+        values |= {"source_prompt": source_prompt or None, "guidance_scale": text.get("guidance_scale")}
         yield from self._show(self.editor, face, seed, num_images, steps, arguments, values, notes)
 
     def _show(
@@ -177,7 +179,7 @@ class FaceChanger:
             raise gr.Error(str(error).replace("`", ""), print_exception=False) from error
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, f"face-{seed}.png")
-            values = {"seed": ", ".join(map(str, seeds)), "steps": total, **values}
+            values = {"seed": ", ".join(map(str, seeds)), "steps": total, "autoguidance_scale": None, **values}
             grid([*first, *images]).save(path, pnginfo=self.maker.metadata(**values))
             yield show_faces([*first, *images], labels, finished(total, notes)), str(path)
 
@@ -194,11 +196,13 @@ class FaceChanger:
         if picture is None or photo is None:
             raise gr.Error("Choose a picture of a face first.", print_exception=False)
         channels, height, width = self.maker.shape
-        face = self._fitted(_flat(photo), (width, height)).convert("RGB" if channels == 3 else "L")
+        face = ImageOps.fit(_flat(photo), (width, height), Image.Resampling.LANCZOS).convert(
+            "RGB" if channels == 3 else "L"
+        )
         pixels = torch.tensor(list(face.tobytes()), dtype=torch.uint8).view(height, width, channels)
         is_painted = torch.zeros(height, width, dtype=torch.bool)
         for layer in picture["layers"]:
-            alpha = self._fitted(layer.convert("RGBA").getchannel("A"), (width, height), Image.Resampling.BOX)
+            alpha = ImageOps.fit(layer.convert("RGBA").getchannel("A"), (width, height), Image.Resampling.BOX)
             is_painted |= torch.tensor(list(alpha.tobytes()), dtype=torch.uint8).view(height, width) > 8
         return pixels.permute(2, 0, 1)[None] / 127.5 - 1, is_painted
 
@@ -207,11 +211,6 @@ class FaceChanger:
         _, height, width = self.maker.shape
         scale = CANVAS / min(height, width)
         return round(width * scale), round(height * scale)
-
-    def _fitted(
-        self, image: Image.Image, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.LANCZOS
-    ) -> Image.Image:
-        return ImageOps.fit(image, size, resample)
 
 
 def _flat(photo: Image.Image) -> Image.Image:

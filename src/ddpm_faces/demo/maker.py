@@ -1,5 +1,5 @@
 # Copyright 2026 The ddpm-faces authors. Apache License 2.0, http://www.apache.org/licenses/LICENSE-2.0
-"""What the page shows of a model: faces, and walks between them."""
+"""Generation of faces, and of walks between them."""
 
 import contextlib
 import queue
