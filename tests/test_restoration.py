@@ -127,6 +127,8 @@ def test_denoiser_takes_a_noise_for_each_image_and_lets_gradients_through(restor
     assert images.grad.abs().min(dim=-1).values.max() > 0
     with pytest.raises(ValueError, match="`sigma` must be above 0, got 0"):
         denoiser(images, 0)
+    with pytest.raises(ValueError, match="one number, or one for each of the 2 images, got 3"):
+        denoiser(images, torch.tensor([0.1, 0.2, 0.3]))
 
 
 def test_denoiser_takes_a_prompt():

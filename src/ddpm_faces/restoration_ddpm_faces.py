@@ -276,10 +276,16 @@ class Denoiser(torch.nn.Module):
 
         Returns:
             `torch.Tensor` of the shape of `x`: It is not clipped to [0, 1].
+
+        Raises:
+            ValueError: `sigma` is not above 0, or not one number or one for each image.
         """
-        sigmas = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).flatten().expand(len(x))
+        sigmas = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).flatten()
+        if len(sigmas) not in (1, len(x)):
+            raise ValueError(f"`sigma` must be one number, or one for each of the {len(x)} images, got {len(sigmas)}.")
         if not bool((sigmas > 0).all()):
             raise ValueError(f"`sigma` must be above 0, got {sigma!r}.")
+        sigmas = sigmas.expand(len(x))
         ratios = 2 * sigmas  # of noise to signal, in [-1, 1]
         t = np.interp(ratios.double().log().cpu().numpy(), self.log_sigmas, np.arange(len(self.log_sigmas)))
         signal = (1 / (1 + ratios**2).sqrt()).view(-1, 1, 1, 1)
