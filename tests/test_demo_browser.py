@@ -175,12 +175,13 @@ def test_prompts(page, prompt_address):
 
 def test_restore(page, tmp_path):
     page.get_by_role("tab", name="Restore").click()
+    canvas = page.locator("#restore-face canvas").first
+    canvas.wait_for(state="attached")  # Gradio's editor cannot take a picture before that
     Image.linear_gradient("L").resize((80, 60)).save(tmp_path / "no-face.png")
     page.locator("#restore-face input[type=file]").first.set_input_files(tmp_path / "no-face.png")
     page.get_by_text("This is the middle of the picture").wait_for()
 
     # Paint over the middle of the face.
-    canvas = page.locator("#restore-face canvas").first
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2

@@ -1,5 +1,6 @@
 """Restoration, against the exact posterior of Gaussian images, for which the best denoiser is known."""
 
+import itertools
 import math
 
 import numpy as np
@@ -20,6 +21,7 @@ from ddpm_faces import (
     Inpaint,
 )
 from ddpm_faces.operators_ddpm_faces import ROUNDING, motion_kernel, observations
+from ddpm_faces.restoration_ddpm_faces import CHANNEL_COUPLING, SMOOTHNESS, explain
 
 
 SIZE = 8
@@ -101,8 +103,46 @@ def test_restorations_are_drawn_from_the_posterior(name):
     drawn = drawn.double().flatten(1)
     # The steps are an approximation: its mean is much closer than a single draw is, and its spread is about right.
     error = (drawn.mean(dim=0) - mean).square().mean()
-    assert error < 0.45**2 * variances.mean()
-    assert 0.7 < drawn.var(dim=0).mean() / variances.mean() < 1.4
+    assert error < (0.4 if name.endswith("with noise") else 0.2) ** 2 * variances.mean()
+    assert 0.65 < drawn.var(dim=0).mean() / variances.mean() < 1.1
+
+
+@pytest.mark.parametrize("noise_level", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("name", "sigma"), [*itertools.product(["mask", "x4", "gray", "blur"], [0.2, 2.0]), ("mask", math.inf)]
+)
+def test_predictions_are_moved_smoothly(name, sigma, noise_level, monkeypatch):
+    """Against the solution of a system of linear equations, with a Laplacian made of its graph."""
+    shape = (3, 8, 8)
+    operators = {"mask": Inpaint(a_mask(8)), "x4": Downsample(4, shape), "gray": Gray(shape)}
+    operator = {**operators, "blur": GaussianBlur(0.5, shape)}[name]
+    generator = torch.Generator().manual_seed(0)
+    x_0, truth = (torch.randn(2, *shape, generator=generator).double() for _ in range(2))
+    observed = operator(truth)
+
+    path = torch.diag(torch.ones(7), 1).double()
+    path = torch.diag((path + path.T).sum(dim=1)) - path - path.T
+    eye = torch.eye(8).double()
+    laplacian = torch.kron(torch.eye(3).double(), torch.kron(path, eye) + torch.kron(eye, path))
+    smoothness, coupling = SMOOTHNESS[0] + SMOOTHNESS[1] / sigma, CHANNEL_COUPLING if name == "gray" else 0
+    channels = torch.eye(3).double() + coupling * (torch.eye(3) - torch.ones(3, 3) / 3)
+    precision = torch.kron(channels, torch.eye(64).double()) / sigma**2 + smoothness * laplacian
+    basis = torch.eye(192).double().view(-1, *shape)
+    matrix = operator(basis).flatten(1).T
+    size = len(matrix)
+    # The least value of the penalty, with a multiplier for each equation A z + noise_variance * multiplier = y.
+    equations = torch.zeros(192 + size, 192 + size).double()
+    equations[:192, :192], equations[:192, 192:], equations[192:, :192] = precision, -matrix.T, matrix
+    equations[192:, 192:] = noise_level**2 * torch.eye(size)
+    right = torch.cat([precision @ x_0.flatten(1).T, observed.flatten(1).T])
+    expected = torch.linalg.lstsq(equations, right, driver="gelsd").solution[:192].T.view_as(x_0)
+
+    few = explain(operator, x_0, observed, noise_level**2, sigma)
+    assert (few - expected).norm() < 0.25 * (x_0 - expected).norm()
+    if noise_level == 0:
+        torch.testing.assert_close(operator(few), observed)
+    monkeypatch.setattr("ddpm_faces.restoration_ddpm_faces.NUM_ITERATIONS", 3000)
+    torch.testing.assert_close(explain(operator, x_0, observed, noise_level**2, sigma), expected, rtol=0, atol=1e-3)
 
 
 def test_denoiser_returns_the_expected_image():

@@ -4,9 +4,10 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Restoration of faces with a model that was trained only to generate them.
 
-Sampling, with one more operation in each step: the predicted image is moved to explain the observation (DiffPIR,
-https://huggingface.co/papers/2305.08995, which is DDNM, https://huggingface.co/papers/2212.00490, without noise). No
-gradient passes through the network, so that a step costs as much as one of generation.
+Sampling, with one more operation in each step: the predicted image is moved to explain the observation, as in DiffPIR
+(https://huggingface.co/papers/2305.08995) and, without noise, DDNM (https://huggingface.co/papers/2212.00490). These
+move each pixel on its own. Here the move is smooth, because the errors of predictions are. No gradient passes through
+the network, so that a step costs about as much as one of generation.
 """
 
 import math
@@ -33,8 +34,11 @@ LIMITS: dict[str, tuple[int, float]] = {
 # Noise-to-signal ratios between which steps are repeated: the content of an image is decided there.
 RESAMPLED = (0.05, 10.0)
 STEPS = 50
-# Standard deviation of the pixels of faces: the error of a predicted image is never larger, however noisy its input.
-IMAGE_STD = 0.5
+# The errors of neighboring pixels of a predicted image are alike, and so are those of its channels. These numbers
+# describe them, see `explain`. They fit the errors of models/faces64-mini.
+SMOOTHNESS = (3.0, 7.0)
+CHANNEL_COUPLING = 9.0
+NUM_ITERATIONS = 10
 SCHEDULER = {"algorithm": "ddim", "timestep_spacing": "logsnr"}
 
 
@@ -171,8 +175,7 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
                 x_0 = scheduler.predict_original_sample(output, t, latents)
 
                 # 3.2 Move it to explain the observation
-                error = 1 / (1 / sigma**2 + 1 / IMAGE_STD**2)  # variance of the error of x_0
-                x_0 = operator.proximal(x_0, observed, regularization * noise_level**2 / error)
+                x_0 = explain(operator, x_0, observed, regularization * noise_level**2, sigma)
 
                 # 3.3 The next x_t: part of its noise is kept, part is new
                 (signal, spread), (next_signal, next_spread) = _rates(sigma), _rates(next_sigma)
@@ -301,6 +304,56 @@ class Denoiser(torch.nn.Module):
             output = self.pipeline.predict(sample, timesteps, condition, self.guidance)[:, : x.shape[1]]
         x_0 = self.pipeline.scheduler._original_sample(output, signal, noise, sample, clip=False)
         return (x_0 + 1) / 2
+
+
+def explain(
+    operator: LinearOperator, x_0: torch.Tensor, observed: torch.Tensor, noise_variance: float, sigma: float
+) -> torch.Tensor:
+    """Return the most likely image, given a prediction and an observation.
+
+    The error of the prediction is taken for a Gaussian: the image z has the least
+
+        |A z - y|^2 / noise_variance + |e|^2 / sigma^2 + smoothness |gradient of e|^2,   e = z - x_0,
+
+    where the smoothness is `SMOOTHNESS[0] + SMOOTHNESS[1] / sigma`. If A mixes channels, the difference of each
+    channel of e to their mean counts more, by `CHANNEL_COUPLING / sigma^2`. Otherwise this would change little.
+
+    Ten steps of the accelerated proximal gradient method (section 2.2 of https://doi.org/10.1007/978-1-4419-8853-9)
+    come close enough. Without noise, each of them explains the observation exactly.
+
+    Args:
+        operator ([`LinearOperator`]): A.
+        x_0 (`torch.Tensor` of shape `(batch, *operator.image_shape)`): The predicted images.
+        observed (`torch.Tensor` of shape `(batch, *operator.output_shape)`): The observations y.
+        noise_variance (`float`): Variance of their noise, at least 0.
+        sigma (`float`): Noise-to-signal ratio of the sample from which `x_0` was predicted, above 0; may be infinite.
+    """
+    white = 1 / sigma**2
+    smoothness = SMOOTHNESS[0] + SMOOTHNESS[1] / sigma
+    coupling = CHANNEL_COUPLING * white if operator.output_shape[0] != operator.image_shape[0] else 0.0
+    curvature = white + coupling + 8 * smoothness  # the largest one; 8 is that of the discrete Laplacian
+    root = math.sqrt(white / curvature)
+    momentum = (1 - root) / (1 + root)
+    z = ahead = operator.proximal(x_0, observed, noise_variance * white)
+    for _ in range(NUM_ITERATIONS):
+        error = ahead - x_0
+        slope = white * error - smoothness * _laplacian(error)
+        if coupling:
+            slope += coupling * (error - error.mean(dim=1, keepdim=True))
+        previous, z = z, operator.proximal(ahead - slope / curvature, observed, noise_variance * curvature)
+        ahead = z + momentum * (z - previous)
+    return z
+
+
+def _laplacian(x: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the differences between each pixel and its up to four neighbors."""
+    result = torch.zeros_like(x)
+    for dim in (-2, -1):
+        steps = x.diff(dim=dim)
+        length = steps.shape[dim]
+        result.narrow(dim, 0, length).add_(steps)
+        result.narrow(dim, 1, length).sub_(steps)
+    return result
 
 
 class _Step(NamedTuple):
