@@ -41,7 +41,7 @@ from ddpm_faces.plots import image_grid, side_by_side
 
 NOISE_LEVELS = (0.0, 0.05)
 STEPS = (20, 50, 100)
-DPS_SCALES = (1.0, 2.0, 4.0, 8.0)
+DPS_SCALES = (2.0, 4.0, 8.0, 16.0)
 REPETITIONS = (1, 2, 5, 10)
 NUM_CHOICE, NUM_SHOWN, NUM_CALIBRATED, NUM_DRAWS = 20, 10, 5, 20
 SMOOTHNESS = 0.1  # standard deviation of what a blur has removed from a face, for Tikhonov's deconvolution
@@ -322,6 +322,7 @@ def page(rows: Sequence[dict[str, Any]], command: str, num_images: int, pictures
         "",
         describe(torch.device("cpu")) + ".",
         "",
+        *summary(rows),
     ]
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]
@@ -349,6 +350,33 @@ def page(rows: Sequence[dict[str, Any]], command: str, num_images: int, pictures
         alt = f"Rows of faces: the truth, the observation, and the restorations of each method; {task}"
         lines += [*(f"- {note}" for note in notes), "", f"![{alt}]({pictures}/{picture_name(task)})", ""]
     return "\n".join(lines)
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Compare the methods at about equal seconds."""
+    steps = sorted({row["evaluations"] for row in rows if row["method"] == "ddpm-faces"})
+    num_steps = steps[len(steps) // 2]
+    methods = ["ddpm-faces", "RePaint", "DPS", "classical"]
+    cells = []
+    for task, noise in dict.fromkeys((row["task"], row["noise"]) for row in rows):
+        same = [row for row in rows if (row["task"], row["noise"]) == (task, noise)]
+        runs = {name: [row for row in same if row["method"] == name] for name in methods}
+        (mine,) = (row for row in runs["ddpm-faces"] if row["evaluations"] == num_steps)
+        runs["ddpm-faces"] = [mine]
+        line = [task, f"{noise:g}"]
+        for found in runs.values():
+            # The first run that takes as long, or else the longest.
+            chosen = next((row for row in found if row["seconds"] >= mine["seconds"]), found[-1] if found else None)
+            line.append("" if chosen is None else f"{chosen['psnr']:.1f}, {chosen['frechet']:.0f}")
+        cells.append(line)
+    return [
+        "## At equal seconds",
+        "",
+        f"PSNR and Fréchet distance of ddpm-faces with {num_steps} evaluations. RePaint and DPS have at least as many "
+        "seconds, if one of their runs below took so long, and classical methods what they need.",
+        "",
+        *table(["task", "noise", *methods], cells),
+    ]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -196,6 +196,16 @@ def test_alignment_benchmark(run, tmp_path):
     assert 0 < float(found[2]) < 3
 
 
+def test_prediction_errors(run, pipeline, faces, tmp_path, monkeypatch):
+    pipeline.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("ddpm_faces.restoration_ddpm_faces.SMOOTHNESS", (0.0, 0.0))
+    text = run("benchmarks/prediction_errors.py", tmp_path / "model", "--data", faces, "--num-images", 3)
+    rows = [re.findall(r"[\d.]+", line) for line in text.splitlines()[2:]]
+    assert len(rows) == 5
+    for sigma, *cells, _ in rows:  # without smoothness, 1 / sigma^2 is assumed for each pattern
+        assert [float(cell) for cell in cells[1::2]] == pytest.approx([float(sigma) ** -2] * 5, rel=0.15)
+
+
 @pytest.mark.slow
 def test_restoration_benchmark(run, pipeline, faces, tmp_path, monkeypatch):
     pytest.importorskip("skimage", reason="scikit-image is not installed")
@@ -205,7 +215,8 @@ def test_restoration_benchmark(run, pipeline, faces, tmp_path, monkeypatch):
     small = ("--data", faces, "--num-images", 3, "--steps", 2, 4)
     run("benchmarks/restoration.py", model, *small, "--output", tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text("utf-8")
-    assert len(re.findall(r"^## ", text, re.MULTILINE)) == 5
+    assert len(re.findall(r"^## ", text, re.MULTILINE)) == 6
+    assert len(re.findall(r"^\| [^|]+ \| 0(?:.05)? \|(?: (?:[\d.]+, \d+)? \|){4}$", text, re.MULTILINE)) == 10
     for name, count in (("classical", 5), ("DPS", 10), ("RePaint", 4), (r"\*\*ddpm-faces\*\*", 10)):
         rows = re.findall(rf"^\| {name} \| \d* \|( [\d.]+ \| \d+\.\d \| 0\.\d+ \| \d+ \| ).*$", text, re.MULTILINE)
         assert len(rows) == count, text
