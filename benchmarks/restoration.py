@@ -47,8 +47,9 @@ NUM_CHOICE, NUM_SHOWN, NUM_CALIBRATED, NUM_DRAWS = 20, 10, 5, 20
 SMOOTHNESS = 0.1  # standard deviation of what a blur has removed from a face, for Tikhonov's deconvolution
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
-    "white errors": {"smoothness": (0.0, 0.0), "coupling": 0.0},
-    "white errors, no repetition": {"smoothness": (0.0, 0.0), "coupling": 0.0, "num_resamples": 1},
+    "no probes": {"PROBED": (0.0, 0.0)},
+    "no probes, white errors": {"PROBED": (0.0, 0.0), "SMOOTHNESS": (0.0, 0.0), "CHANNEL_COUPLING": 0.0},
+    "DDNM": {"PROBED": (0.0, 0.0), "SMOOTHNESS": (0.0, 0.0), "CHANNEL_COUPLING": 0.0, "num_resamples": 1},
     "eta 0.5": {"eta": 0.5},
     "eta 0": {"eta": 0.0},
     "no repetition": {"num_resamples": 1},
@@ -122,9 +123,8 @@ def ours(pipeline: DDPMFacesRestorePipeline, task: Task, num_steps: int, **setti
     """Restore by this package."""
     generator = torch.Generator().manual_seed(0)
     arguments = (task.observed, task.operator, task.noise_level, num_steps, 1, generator, "latent")
-    smoothness = settings.pop("smoothness", restoration_ddpm_faces.SMOOTHNESS)
-    coupling = settings.pop("coupling", restoration_ddpm_faces.CHANNEL_COUPLING)
-    with patch.multiple(restoration_ddpm_faces, SMOOTHNESS=smoothness, CHANNEL_COUPLING=coupling):
+    constants = {name: settings.pop(name) for name in list(settings) if name.isupper()}
+    with patch.multiple(restoration_ddpm_faces, **constants):
         return pipeline(*arguments, **settings).images
 
 

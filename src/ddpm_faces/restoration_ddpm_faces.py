@@ -6,13 +6,14 @@
 
 Sampling, with one more operation in each step: the predicted image is moved to explain the observation, as in DiffPIR
 (https://huggingface.co/papers/2305.08995) and, without noise, DDNM (https://huggingface.co/papers/2212.00490). These
-move each pixel on its own. Here the move is smooth, because the errors of predictions are. No gradient passes through
-the network, so that a step costs about as much as one of generation.
+move each pixel on its own. Here the move is smooth, because the errors of predictions are (`explain`), and a second
+prediction says how the network would change the image (`probe`). No gradient passes through the network.
 """
 
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,8 +32,10 @@ LIMITS: dict[str, tuple[int, float]] = {
     "num_images_per_prompt": (1, math.inf),
     "num_resamples": (1, 20),
 }
-# Noise-to-signal ratios between which steps are repeated: the content of an image is decided there.
-RESAMPLED = (0.05, 10.0)
+# Noise-to-signal ratios between which steps are repeated and probed: the content of an image is decided there.
+RESAMPLED = PROBED = (0.05, 10.0)
+PROBE = 0.1  # root mean square by which a sample is moved to probe the network, in standard deviations of its noise
+EPS = 1e-12
 STEPS = 50
 # The errors of neighboring pixels of a predicted image are alike, and so are those of its channels. These numbers
 # describe them, see `explain`. They fit the errors of models/faces64-mini.
@@ -91,7 +94,8 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
                 Standard deviation of the noise of the observations, of images in [-1, 1], from 0 to 2: 0.05 is 6.4 of
                 the 255 levels. The rounding of `PIL` images is added, unless pixels are just missing.
             num_inference_steps (`int`, *optional*):
-                Denoising steps, 1 to T, those that are repeated included; defaults to 50, or T if that is less.
+                Evaluations of the network, from 1 to T. Defaults to 50, or T if that is less. Steps between little and
+                much noise take two and are repeated, so that there are fewer steps.
             num_images_per_prompt (`int`, defaults to 1): Number of restorations of each observation.
             generator (`torch.Generator` or a list of one per result, *optional*):
                 Makes the result reproducible. With a list, result i depends only on generator i, not on the batch.
@@ -116,7 +120,7 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
             num_resamples (`int`, defaults to 2):
                 How often each step between little and much noise is taken (RePaint,
                 https://huggingface.co/papers/2201.09865, section 4.2), from 1 to 20. Repetitions let known pixels
-                influence unknown ones; with the same number of steps in total, these become coarser.
+                influence unknown ones; with the same number of evaluations in total, steps become coarser.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, in the form of `output_type`. The restorations of
@@ -164,18 +168,24 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
             shape = (batch_size, *operator.image_shape)
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
+        def predict_x_0(sample: torch.Tensor, t: int) -> torch.Tensor:
+            output = self.predict(sample, t, condition, guidance)[:, : sample.shape[1]]
+            return scheduler.predict_original_sample(output, t, sample)
+
+        noise_variance = regularization * noise_level**2
         signal, spread = _rates(plan[0].sigma)
         latents = signal * operator.pseudo_inverse(observed) + spread * noise()
 
         # 3. Denoise
         with calling(self, len(plan), guidance), evaluating(self.unet, self.guide):
-            for i, (t, sigma, next_sigma, kept) in enumerate(self.progress_bar(plan)):
+            for i, (t, sigma, next_sigma, kept, is_probed) in enumerate(self.progress_bar(plan)):
                 # 3.1 Predict x_0
-                output = self.predict(latents, t, condition, guidance)[:, : latents.shape[1]]
-                x_0 = scheduler.predict_original_sample(output, t, latents)
+                x_0 = predict_x_0(latents, t)
 
                 # 3.2 Move it to explain the observation
-                x_0 = explain(operator, x_0, observed, regularization * noise_level**2, sigma)
+                if is_probed:
+                    x_0 = probe(operator, x_0, observed, noise_variance, latents, sigma, partial(predict_x_0, t=t))
+                x_0 = explain(operator, x_0, observed, noise_variance, sigma)
 
                 # 3.3 The next x_t: part of its noise is kept, part is new
                 (signal, spread), (next_signal, next_spread) = _rates(sigma), _rates(next_sigma)
@@ -306,6 +316,44 @@ class Denoiser(torch.nn.Module):
         return (x_0 + 1) / 2
 
 
+def probe(
+    operator: LinearOperator,
+    x_0: torch.Tensor,
+    observed: torch.Tensor,
+    noise_variance: float,
+    sample: torch.Tensor,
+    sigma: float,
+    predict_x_0: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Return a prediction that explains the observation better, as the network would change it.
+
+    The covariance of the error of a prediction is sigma^2 J, where J is the Jacobian of the prediction with respect to
+    x_t / sqrt(alpha_bar). J is symmetric, so the direction in which DPS (https://huggingface.co/papers/2209.14687)
+    moves, J^T A^T (y - A x_0), is also how the prediction changes when x_t moves by A^T (y - A x_0). A second
+    prediction shows it without a gradient. How far to go follows from the covariance.
+
+    Args:
+        operator ([`LinearOperator`]): A.
+        x_0 (`torch.Tensor` of shape `(batch, *operator.image_shape)`): The images predicted from `sample`.
+        observed (`torch.Tensor` of shape `(batch, *operator.output_shape)`): The observations y.
+        noise_variance (`float`): Variance of their noise, at least 0.
+        sample (`torch.Tensor` of the shape of `x_0`): x_t.
+        sigma (`float`): Its noise-to-signal ratio, above 0 and finite.
+        predict_x_0 (`Callable`): Predicts x_0 from x_t.
+    """
+    signal, _ = _rates(sigma)
+    residual = observed - operator(x_0)
+    shift = operator.adjoint(residual)
+    norms = shift.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    shift = PROBE * sigma * math.sqrt(shift[0].numel()) * shift / norms.clamp(min=torch.finfo(shift.dtype).tiny)
+    change = predict_x_0(sample + signal * shift) - x_0
+    explained = operator(change)
+    # The least of |residual - length explained|^2 / noise_variance + length^2 <change, shift> / sigma^2
+    stiffness = noise_variance * _dot(change, shift).clamp(min=0) / sigma**2
+    length = _dot(residual, explained) / (_dot(explained, explained) + stiffness).clamp(min=EPS)
+    return x_0 + length.clamp(min=0) * change
+
+
 def explain(
     operator: LinearOperator, x_0: torch.Tensor, observed: torch.Tensor, noise_variance: float, sigma: float
 ) -> torch.Tensor:
@@ -345,6 +393,10 @@ def explain(
     return z
 
 
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a * b).flatten(1).sum(dim=1).view(-1, 1, 1, 1)
+
+
 def _laplacian(x: torch.Tensor) -> torch.Tensor:
     """Return the sum of the differences between each pixel and its up to four neighbors."""
     result = torch.zeros_like(x)
@@ -357,16 +409,20 @@ def _laplacian(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Step(NamedTuple):
-    """A step from `sigma` to `next_sigma`, which keeps `kept` of the noise and draws the rest of its variance."""
+    """A step from `sigma` to `next_sigma`, which keeps `kept` of the noise and draws the rest of its variance.
+
+    It takes one evaluation of the network, or two if it is probed.
+    """
 
     timestep: int
     sigma: float
     next_sigma: float
     kept: float
+    is_probed: bool
 
 
 def _plan(scheduler: Any, num_steps: int, num_resamples: int, eta: float) -> list[_Step]:
-    """Return `num_steps` steps, or a few less, with repeated ones among them."""
+    """Return steps that take `num_steps` evaluations of the network, or a few less."""
     plan: list[_Step] = []
     for num_levels in range(num_steps, 0, -1):
         scheduler.set_timesteps(num_levels)
@@ -374,11 +430,12 @@ def _plan(scheduler: Any, num_steps: int, num_resamples: int, eta: float) -> lis
         for t, sigma, next_sigma in zip(scheduler.timesteps.tolist(), sigmas[:-1], sigmas[1:], strict=True):
             ratio = next_sigma / sigma
             kept = math.sqrt(1 - eta**2 * (1 - ratio**2))  # DDIM, eq. 16
+            is_probed = num_steps > 1 and PROBED[0] < sigma < PROBED[1]
             if RESAMPLED[0] < sigma < RESAMPLED[1] and next_sigma:
                 # A repetition goes to the next noise level and back, by DDPM's forward process.
-                plan += [_Step(t, sigma, sigma, ratio * kept)] * (num_resamples - 1)
-            plan.append(_Step(t, sigma, next_sigma, kept))
-        if len(plan) <= num_steps:
+                plan += [_Step(t, sigma, sigma, ratio * kept, is_probed)] * (num_resamples - 1)
+            plan.append(_Step(t, sigma, next_sigma, kept, is_probed))
+        if len(plan) + sum(step.is_probed for step in plan) <= num_steps:
             break
     return plan
 
