@@ -30,7 +30,7 @@ def walk(page: Page) -> None:
 
 def restore(page: Page) -> None:
     page.get_by_role("tab", name="Restore").click()
-    page.wait_for_timeout(2000)  # ms, until the page has loaded the editor
+    page.locator("#restore-face canvas").nth(1).wait_for(state="attached")  # the editor is loaded
     page.click("#restore-generated")
     page.wait_for_timeout(5000)
     box = page.locator("#restore-face canvas").first.bounding_box()

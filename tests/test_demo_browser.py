@@ -175,8 +175,9 @@ def test_prompts(page, prompt_address):
 
 def test_restore(page, tmp_path):
     page.get_by_role("tab", name="Restore").click()
+    # Gradio's editor has one canvas to paint and one to crop, and cannot take a picture before it has made both.
+    page.locator("#restore-face canvas").nth(1).wait_for(state="attached")
     canvas = page.locator("#restore-face canvas").first
-    canvas.wait_for(state="attached")  # Gradio's editor cannot take a picture before that
     Image.linear_gradient("L").resize((80, 60)).save(tmp_path / "no-face.png")
     page.locator("#restore-face input[type=file]").first.set_input_files(tmp_path / "no-face.png")
     page.get_by_text("This is the middle of the picture").wait_for()

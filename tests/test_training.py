@@ -413,16 +413,14 @@ def test_run_with_every_fault_equals_an_uninterrupted_run(finished, tmp_path, fa
         assert message in output, (fault, output)
         if "Preempted" in message:
             assert f"exit status {EXIT_PREEMPTED}" in output
-        # A process without its launcher receives the signal during this step or the next.
-        slack = 8 if fault.get("in_step", {}).get("target") == "launcher" else 0
-        assert newest <= checkpoint_names(run)[-1] <= newest + slack, fault
+        assert checkpoint_names(run)[-1] == newest, fault
         assert not (run / "model_index.json").exists()
         with pytest.raises(OSError, match="model_index.json"):
             DDPMFacesPipeline.from_pretrained(run)
         if fault.get("cut_log"):
             with (run / "log.jsonl").open("a") as file:
                 file.write('{"images_seen": 80, "lo')
-    assert re.search("after (72|80) images", succeed(run))
+    assert "after 72 images" in succeed(run)
     assert_same_run(run, finished)
 
 

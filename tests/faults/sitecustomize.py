@@ -14,6 +14,8 @@ def strike(fault: dict) -> None:
     """Send the signal of the fault to this process, or to its launcher."""
     target = {"self": os.getpid, "launcher": os.getppid}[fault.get("target", "self")]()
     os.kill(target, getattr(signal, fault.get("signal", "SIGKILL")))
+    while fault.get("target") == "launcher" and os.getppid() == target:  # it is not dead at once
+        pass
 
 
 def install(faults: dict) -> None:
