@@ -55,8 +55,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no repetition": {"num_resamples": 1},
     "3 repetitions": {"num_resamples": 3},
     "5 repetitions": {"num_resamples": 5},
-    "regularization 0.3": {"regularization": 0.3},
-    "regularization 3": {"regularization": 3.0},
+    "regularization 1": {"regularization": 1.0},
+    "regularization 4": {"regularization": 4.0},
     "autoguidance 1.7": {"autoguidance_scale": 1.7},
 }
 
@@ -124,7 +124,7 @@ def ours(pipeline: DDPMFacesRestorePipeline, task: Task, num_steps: int, **setti
     generator = torch.Generator().manual_seed(0)
     arguments = (task.observed, task.operator, task.noise_level, num_steps, 1, generator, "latent")
     constants = {name: settings.pop(name) for name in list(settings) if name.isupper()}
-    with patch.multiple(restoration_ddpm_faces, **constants):
+    with patch.dict(vars(restoration_ddpm_faces), constants):
         return pipeline(*arguments, **settings).images
 
 

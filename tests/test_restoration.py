@@ -99,7 +99,8 @@ def test_restorations_are_drawn_from_the_posterior(name):
     observed = operator(model.draw(5))
     observed += noise_level * torch.randn(observed.shape, generator=torch.Generator().manual_seed(1)).double()
     mean, variances = model.posterior(operator, observed, noise_level)
-    drawn = model.restore(observed, operator, noise_level, 50, 400, torch.Generator().manual_seed(0), "latent").images
+    arguments = (observed, operator, noise_level, 50, 400, torch.Generator().manual_seed(0), "latent")
+    drawn = model.restore(*arguments, regularization=1.0).images
     drawn = drawn.double().flatten(1)
     # Their mean is right, and their spread is somewhat small.
     error = (drawn.mean(dim=0) - mean).square().mean()
