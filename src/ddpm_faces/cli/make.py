@@ -111,7 +111,7 @@ def restore(
     ] = False,
     prompt: Annotated[str | None, typer.Option(help="What the faces should show, for a model with captions.")] = None,
     guidance_scale: GuidanceScale = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps (default: 50).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Evaluations of the network (default: 50).")] = None,
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File for the result (default: PHOTO-restored.png).")

@@ -170,7 +170,8 @@ def restore_tab(changer: FaceChanger) -> None:
             )
             prompt, label = prompt_box(maker, "Prompt", "restore-prompt"), class_dropdown(maker, 0)
             num_images = gr.Slider(1, MAX_ANSWERS, 3, step=1, label="Number of answers", buttons=[])
-            steps, seed = steps_slider(maker, changer.default_steps), seed_number(42, "Seed")
+            steps = steps_slider(maker, changer.default_steps, "Evaluations of the network")
+            seed = seed_number(42, "Seed")
             with gr.Row():
                 dice = gr.Button("🎲 New seed", min_width=120, elem_id="restore-dice")
                 run = gr.Button("Restore", variant="primary", min_width=120, elem_id="restore-run")
@@ -265,8 +266,8 @@ def seed_number(value: int, label: str, info: str | None = None) -> gr.Number:
     return gr.Number(value, label=label, info=info, precision=0, minimum=0, maximum=MAX_SEED, min_width=120)
 
 
-def steps_slider(maker: FaceMaker, default: int | None = None) -> gr.Slider:
-    return gr.Slider(1, maker.max_steps, default or maker.default_steps, step=1, label="Denoising steps", buttons=[])
+def steps_slider(maker: FaceMaker, default: int | None = None, label: str = "Denoising steps") -> gr.Slider:
+    return gr.Slider(1, maker.max_steps, default or maker.default_steps, step=1, label=label, buttons=[])
 
 
 def class_dropdown(maker: FaceMaker, value: int) -> gr.Dropdown | gr.State:

@@ -179,7 +179,7 @@ class FaceChanger:
             raise gr.Error(str(error).replace("`", ""), print_exception=False) from error
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, f"face-{seed}.png")
-            values = {"seed": ", ".join(map(str, seeds)), "steps": total, "autoguidance_scale": None, **values}
+            values = {"seed": ", ".join(map(str, seeds)), "steps": steps, "autoguidance_scale": None, **values}
             grid([*first, *images]).save(path, pnginfo=self.maker.metadata(**values))
             yield show_faces([*first, *images], labels, finished(total, notes)), str(path)
 
