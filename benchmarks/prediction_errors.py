@@ -2,7 +2,7 @@
 
     python benchmarks/prediction_errors.py models/faces64-mini --data my-faces
 
-The first table shows the precision (1 / variance) of the errors of smooth to rough patterns (cosines, sorted by their
+The table shows the precision (1 / variance) of the errors of smooth to rough patterns (cosines, sorted by their
 eigenvalue of the negative Laplacian), and in brackets the one that restoration assumes:
 1 / sigma^2 + smoothness * eigenvalue. The last column shows how correlated the errors of two channels are.
 """

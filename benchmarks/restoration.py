@@ -423,13 +423,15 @@ def main() -> None:
         parser.error(f"--split must have at least {arguments.num_images + NUM_CHOICE} images, has {len(images)}")
     faces = images.float() / 127.5 - 1
     truth, choice = faces[: arguments.num_images], faces[-NUM_CHOICE:]
+    steps, noise_levels = sorted(set(arguments.steps)), sorted(set(arguments.noise_levels))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     if arguments.settings:
-        lines = compare_settings(pipeline, choice, arguments.steps, arguments.noise_levels)
+        lines = compare_settings(pipeline, choice, steps, noise_levels)
         arguments.output.write_text("\n".join(lines), "utf-8")
         return
     pictures = arguments.pictures or arguments.output.parent
     pictures.mkdir(parents=True, exist_ok=True)
-    rows = compare(pipeline, choice, truth, arguments.steps, arguments.noise_levels, pictures)
+    rows = compare(pipeline, choice, truth, steps, noise_levels, pictures)
     command = shlex.join(["python", *sys.argv])
     link = Path(os.path.relpath(pictures, arguments.output.parent)).as_posix()
     arguments.output.write_text(page(rows, command, len(truth), link), "utf-8")

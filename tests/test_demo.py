@@ -272,7 +272,7 @@ def test_repainting_changes_only_what_is_painted_over(changer):
     assert len({image.tobytes() for image in expected.images}) == len(answers) == 2
     image = Image.open(path)
     assert image.convert("RGB").tobytes() == grid([expected_before(), *expected.images]).tobytes()
-    assert (image.text["restored"], image.text["seed"]) == ("Repaint what you paint over", "5, 6")
+    assert (image.text["restored"], image.text["seed"], image.text["steps"]) == (changing.REPAINT, "5, 6", "8")
     assert "autoguidance_scale" not in image.text  # it is off in restorations
 
 

@@ -363,8 +363,8 @@ def explain(
 
         |A z - y|^2 / noise_variance + |e|^2 / sigma^2 + smoothness |gradient of e|^2,   e = z - x_0,
 
-    where the smoothness is `SMOOTHNESS[0] + SMOOTHNESS[1] / sigma`. If A mixes channels, the difference of each
-    channel of e to their mean counts more, by `CHANNEL_COUPLING / sigma^2`. Otherwise this would change little.
+    where the smoothness is `SMOOTHNESS[0] + SMOOTHNESS[1] / sigma`. If y has fewer channels than x, the difference
+    of each channel of e to their mean counts more, by `CHANNEL_COUPLING / sigma^2`.
 
     Ten steps of the accelerated proximal gradient method (section 2.2 of https://doi.org/10.1007/978-1-4419-8853-9)
     come close enough. Without noise, each of them explains the observation exactly.
