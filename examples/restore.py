@@ -40,7 +40,7 @@ def main() -> None:
     else:
         image = Image.open(args.image).convert("RGB" if channels == 3 else "L").resize((width, height))
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        face = pixels.view(1, height, width, channels).permute(0, 3, 1, 2) / 127.5 - 1
+        face = (pixels.view(1, height, width, channels).permute(0, 3, 1, 2) / 127.5 - 1).to(pipeline.device)
 
     # 2. What happens to it
     middle = torch.zeros(height, width)

@@ -27,11 +27,13 @@ def physics(name: str):
         return deepinv.physics.Inpainting(SHAPE, mask=1 - a_mask()[None])
     if name == "reduction":
         return deepinv.physics.Downsampling(img_size=SHAPE, factor=2, filter="bilinear")
+    if name == "random sums":
+        return deepinv.physics.CompressedSensing(m=100, img_size=SHAPE)
     kernel = deepinv.physics.functional.blur.gaussian_blur(sigma=1.0)
     return deepinv.physics.BlurFFT(img_size=SHAPE, filter=kernel)
 
 
-@pytest.mark.parametrize("name", ["mask", "reduction", "blur"])
+@pytest.mark.parametrize("name", ["mask", "reduction", "blur", "random sums"])
 def test_restorations_explain_what_deepinv_observes(restore, name):
     operator = PhysicsOperator(physics(name), SHAPE)
     face = torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(1)) * 2 - 1

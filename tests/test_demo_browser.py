@@ -237,3 +237,12 @@ def test_large_uploads_are_refused(page, address):
     answer = page.request.post(f"{address}gradio_api/upload", multipart={"files": file})
     assert answer.status == 413
     assert re.search("size", answer.text())
+
+
+def test_pictures_with_too_many_pixels_are_refused(page, tmp_path):
+    """A small file can hold a picture that needs all memory."""
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 10_000_000
+    page.get_by_role("tab", name="Edit").click()
+    page.locator("#edit-face input[type=file]").set_input_files(tmp_path / "bomb.png")
+    page.get_by_text("exceeds limit").wait_for()

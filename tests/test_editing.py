@@ -10,6 +10,8 @@ from test_prompts import a_prompt_model
 from test_restoration import GaussianFaces, a_photo, generators
 
 from ddpm_faces import DDPMFacesEditPipeline, DDPMFacesScheduler
+from ddpm_faces.editing_ddpm_faces import TOLERANCE
+from ddpm_faces.pipeline_ddpm_faces import Condition
 
 
 @pytest.fixture
@@ -58,6 +60,21 @@ def test_inversion_of_few_steps_converges(num_steps):
     assert largest > 1
     expected = (levels[0].signal * state @ model.axes.T).view_as(faces)
     torch.testing.assert_close(latents.double(), expected, rtol=0, atol=2e-3)
+
+
+def test_a_solved_step_leads_to_its_target():
+    """Even where substitution would diverge."""
+    model = GaussianFaces()
+    edit = DDPMFacesEditPipeline(model.restore.unet, model.scheduler)
+    edit.predict = model.predict
+    target = torch.cat([model.draw(seed) for seed in range(2)]).float()
+    levels = edit._levels(1.0, 6)
+    for level, following in [*zip(levels[:-1], levels[1:], strict=True)][::-1]:
+        ratio = following.sigma / level.sigma
+        state = edit._solve(target, level, ratio, Condition())
+        predicted = edit._denoised(state, level, Condition())
+        assert (predicted + ratio * (state - predicted) - target).abs().max() < TOLERANCE * 1.01
+        target = state
 
 
 def test_reconstruction_is_that_of_the_sampler(edit):
@@ -143,6 +160,21 @@ def test_noise_gives_new_answers(edit):
     assert (weak - face).abs().mean() < (first - face).abs().mean() / 2
 
 
+@pytest.mark.parametrize("strength", [0.01, 0.6])
+def test_no_noise_is_left(edit, strength):
+    """A model that knows a single image makes exactly this image of any noise."""
+
+    def predict(sample, timestep, *_):
+        bar = edit.scheduler.alphas_cumprod[timestep]
+        return (sample - bar.sqrt() * 0.3) / (1 - bar).sqrt()
+
+    edit.predict = predict
+    images = edit(
+        some_faces(), strength=strength, method="noise", generator=generators(2), output_type="latent"
+    ).images
+    torch.testing.assert_close(images, torch.full_like(images, 0.3), atol=1e-5, rtol=0)
+
+
 def test_photos_go_in_and_come_out(edit):
     images = edit([a_photo(), a_photo()], strength=0.2).images
     assert all(isinstance(image, Image.Image) and image.size == (16, 16) for image in images)
@@ -165,7 +197,9 @@ def test_a_network_that_is_too_steep_for_the_steps(edit):
         ({"class_labels": [0, 0]}, "this model has no classes"),
         ({"method": "noise", "generator": generators(2)}, "one generator per image"),
         ({"num_inference_steps": 21}, "`num_inference_steps` must be from 1 to 20"),
-        ({"prompt": "a woman"}, "not trained with texts"),
+        ({"prompt": "a woman"}, "`prompt` must be None: this model was not trained with texts"),
+        ({"source_prompt": "a woman"}, "`source_prompt` must be None: this model was not trained with texts"),
+        ({"source_class_labels": [0]}, "`source_class_labels` must be None: this model has no classes"),
         ({"guidance_scale": 2.0}, "`guidance_scale` must be 1"),
         ({"image": a_photo(8)}, "must be of 16x16 pixels"),
         ({"output_type": "jpg"}, "`output_type` must be one of"),

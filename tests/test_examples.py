@@ -5,6 +5,7 @@ import io
 import re
 import runpy
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,23 @@ def test_edit(run, tmp_path):
         before, same, changed = (rows[130 * i : 130 * i + 128, 180:308] for i in range(3))
         assert abs(same - before).max() <= 1  # the prompt is that of the face
         assert abs(changed - before).max() > 1
+
+
+def test_interpolate(run, model, tmp_path):
+    for i, face in enumerate(DrawnFaces(3, resolution=64)):
+        face["image"].save(tmp_path / f"{i}.png")
+    given = [tmp_path / f"{i}.png" for i in range(3)]
+    for name, options in (("generated", ("--num_rows", 2)), ("given", ("--image", *given))):
+        path = tmp_path / f"{name}.png"
+        run("examples/interpolate.py", model, "--num_images", 3, "--output", path, *options)
+        rows = np.asarray(Image.open(path)).astype(int)
+        assert rows.shape == (2 * 130 - 2, 3 * 130 - 2, 3)
+        if name == "given":
+            faces = [np.asarray(Image.open(path).resize((16, 16))).astype(int) for path in given]
+            for row, pair in enumerate(pairwise(faces)):
+                ends = [rows[130 * row : 130 * row + 128 : 8, left : left + 128 : 8] for left in (0, 260)]
+                for end, face in zip(ends, pair, strict=True):
+                    assert abs(end - face).max() <= 1
 
 
 def test_write_captions(run, tmp_path):

@@ -148,7 +148,7 @@ class Physics:
         self.matrix = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def A(self, x):  # noqa: N802
-        return (x.double().flatten(1) @ self.matrix.T)[:, None, None]
+        return x.double().flatten(1) @ self.matrix.T
 
     def A_adjoint(self, y):  # noqa: N802
         return (y.flatten(1) @ self.matrix).view(-1, 1, 3, 4)
@@ -165,8 +165,8 @@ class Physics:
 def test_operator_of_deepinv():
     physics = Physics()
     operator = PhysicsOperator(physics, (1, 3, 4))
-    assert operator.output_shape == (1, 1, 5)
-    x, y = images(2, (1, 3, 4)), images(2, (1, 1, 5), seed=1)
+    assert operator.output_shape == (5,)
+    x, y = images(2, (1, 3, 4)), images(2, (5,), seed=1)
     torch.testing.assert_close(matrix_of(operator), physics.matrix)
     torch.testing.assert_close(operator(operator.proximal(x, y, 0.0)), y)
     z, ratio = operator.proximal(x, y, 0.3), 0.3
@@ -176,14 +176,30 @@ def test_operator_of_deepinv():
     torch.testing.assert_close(operator.from_unit_range(of_unit_range), operator(x))
 
 
+class ListPhysics(Physics):
+    """What stacked physics do."""
+
+    def A(self, x):  # noqa: N802
+        return [super().A(x)] * 2
+
+
+def test_a_mask_may_be_an_image():
+    mask = a_mask()
+    pixels = Image.fromarray(mask.numpy().astype("uint8") * 255)
+    for image in (pixels, pixels.convert("RGB"), pixels.convert("1")):
+        assert torch.equal(Inpaint(image).is_missing, mask.bool())
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Inpaint("mask.png"), "`mask` must be an image or a tensor, got str"),
+        (lambda: Inpaint(Image.new("L", (8, 8), 128)), "values from 0.501961 to 0.501961"),
         (lambda: Inpaint(torch.zeros(8, 8)), "all are known"),
         (lambda: Inpaint(torch.ones(8, 8)), "all are missing"),
         (lambda: Inpaint(torch.full((8, 8), 0.5)), "values from 0.5 to 0.5"),
         (lambda: Inpaint(torch.zeros(2, 8, 8)), r"`mask` must be of shape \(height, width\)"),
-        (lambda: Downsample(3, SHAPE), "`factor` must be an integer of at least 2 that divides"),
+        (lambda: Downsample(3, SHAPE), "`factor` must be an integer from 2 to 64 that divides"),
         (lambda: Downsample(1, SHAPE), "got 1"),
         (lambda: Downsample(2.0, SHAPE), "got 2.0"),
         (lambda: Downsample(2, SHAPE, "nearest"), "`method` must be"),
@@ -195,11 +211,14 @@ def test_operator_of_deepinv():
         (lambda: Blur(torch.zeros(3, 3), SHAPE), "whose sum is not 0"),
         (lambda: Blur(torch.tensor([[1.0, float("nan")]]), SHAPE), "finite"),
         (lambda: motion_kernel(0.5, 0), "`length` must be a number from 1 to 500, got 0.5"),
+        (lambda: motion_kernel(5, float("nan")), "`angle` must be a number of degrees, got nan"),
         (lambda: Gray(SHAPE) @ Downsample(2, SHAPE), r"makes images of the shape \(3, 4, 6\)"),
         (lambda: Downsample(2, SHAPE) @ Inpaint(a_mask()), "Restore in two calls"),
         (lambda: Blur(motion_kernel(3, 0), SHAPE) @ GaussianBlur(1.0, SHAPE), "no closed form"),
         (lambda: PhysicsOperator(object(), SHAPE), "object has no A"),
         (lambda: PhysicsOperator(Physics(), (1, 4, 4)), "does not take images of the shape"),
+        (lambda: PhysicsOperator(ListPhysics(), (1, 3, 4)), "one tensor of each image, but it makes a list"),
+        (lambda: PhysicsOperator(Physics(), (1, 3, 4)).adjoint(images(2, (4,))), r"`y` must be of shape \(batch, 5\)"),
         (lambda: Gray(SHAPE)(torch.zeros(3, 8, 12)), r"`x` must be of shape \(batch, 3, 8, 12\)"),
         (lambda: Gray(SHAPE).adjoint(images()), r"`y` must be of shape \(batch, 1, 8, 12\)"),
         (lambda: Gray(SHAPE).proximal(images(), images(shape=(1, 8, 12)), -1.0), "`ratio` must be at least 0"),

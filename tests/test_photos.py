@@ -1,20 +1,31 @@
-"""Faces in photos: found, cut out, restored and put back."""
+"""Faces in photos: found, cut out, restored or edited, and put back."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_unet
 from PIL import Image, ImageDraw
+from test_prompts import a_prompt_model
 from typer.testing import CliRunner
 
-from ddpm_faces import DDPMFacesRestorePipeline, DDPMFacesScheduler, DrawnFaces
+from ddpm_faces import DDPMFacesEditPipeline, DDPMFacesRestorePipeline, DDPMFacesScheduler, DrawnFaces
 from ddpm_faces.cli.app import app
 from ddpm_faces.data.alignment import Frame, find_frames
 from ddpm_faces.data.detection import MTCNN
-from ddpm_faces.data.photos import Damage, _seamless, open_photo, restore_photo, save_photo
+from ddpm_faces.data.photos import (
+    Damage,
+    _Canvas,
+    _put_edited,
+    _seamless,
+    edit_photo,
+    open_photo,
+    restore_photo,
+    save_photo,
+)
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +184,7 @@ def test_only_faces_change(restore, photo, two_frames, damage):
     assert result.image.size == photo.size
     assert (result.sides, result.skipped) == ([pytest.approx(100), pytest.approx(80)], [])
     assert [face.size for face in result.faces] == [(16, 16), (16, 16)]
-    before = np.asarray(photo.convert("L").convert("RGB") if damage.colorize else photo)
-    after, outside = np.asarray(result.image), far_from(two_frames, (220, 300))
+    before, after, outside = np.asarray(photo), np.asarray(result.image), far_from(two_frames, (220, 300))
     assert (after[outside] == before[outside]).all()
     assert (after[~outside] != before[~outside]).mean() > 0.5
 
@@ -225,7 +235,7 @@ def test_an_aligned_face_needs_no_detector(restore):
         restore_photo(restore, a_photo(), Damage(colorize=True), is_aligned=True)
 
 
-def test_faces_have_their_own_seeds(restore, photo):
+def test_faces_have_their_own_seeds(restore, photo, two_frames, monkeypatch):
     def call(seed):
         damage = Damage(colorize=True)
         return restore_photo(restore, photo, damage, seed=seed, num_inference_steps=2, detector=object()).faces
@@ -233,6 +243,83 @@ def test_faces_have_their_own_seeds(restore, photo):
     one, same, other = call(1), call(1), call(2)
     assert np.array_equal(one[0], same[0])
     assert not np.array_equal(one[0], other[0])
+    monkeypatch.setattr("ddpm_faces.data.photos.find_frames", lambda *_: two_frames[1:])
+    assert np.array_equal(call(2)[0], one[1])  # its seed was 1 + 1
+
+
+class Brighter:
+    """A pipeline that brightens each face, and remembers how it was called."""
+
+    image_shape = (3, 16, 16)
+
+    def __call__(self, image, *arguments, **options):
+        self.arguments, self.options = arguments, options
+        faces = image if isinstance(image, list) else [image]
+        return SimpleNamespace(images=[face.convert("RGB").point(lambda value: value + 30) for face in faces])
+
+
+def test_noise_is_reduced_with_the_photo(monkeypatch):
+    """Pixels of the model are means of those of the photo, and less noisy."""
+    noise = np.random.default_rng(0).normal(size=(200, 200, 3))
+    photo = Image.fromarray((127.5 + 25.5 * noise).round().clip(0, 255).astype(np.uint8))
+    for side in (160, 32, 16):
+        frame, pipeline = turned(10, 20, side), Brighter()
+        monkeypatch.setattr("ddpm_faces.data.photos.find_frames", lambda *_, frame=frame: [frame])
+        restore_photo(pipeline, photo, Damage(deblur=side / 16, noise_level=0.2), detector=object())
+        noise_of_face = (np.asarray(frame.cut(photo, 16)) / 127.5).std()
+        assert pipeline.arguments[1] == pytest.approx(noise_of_face, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["restored", "edited"])
+def test_faces_that_overlap_are_changed_once(monkeypatch, kind):
+    frames = [turned(40, 20, 100), turned(90, 30, 100)]
+    monkeypatch.setattr("ddpm_faces.data.photos.find_frames", lambda *_: frames)
+    photo = Image.new("RGB", (220, 160), (100, 100, 100))
+    if kind == "edited":
+        result = edit_photo(Brighter(), photo, detector=object())
+    else:
+        result = restore_photo(Brighter(), photo, Damage(deblur=6.0), detector=object())
+    after = np.asarray(result.image)
+    assert after.max() == after[75, 115].max() == 130
+
+
+@pytest.mark.parametrize("kind", ["restored", "edited"])
+def test_any_photo_is_read_or_refused(monkeypatch, kind):
+    """Turned by EXIF, of another mode, transparent: the result is that of the upright photo on white."""
+    monkeypatch.setattr("ddpm_faces.data.photos.find_frames", lambda *_: [turned(100, 50, 100)])
+    photo = a_photo(turned(100, 50, 100))
+
+    def change(photo):
+        if kind == "edited":
+            return edit_photo(Brighter(), photo, detector=object()).image
+        return restore_photo(Brighter(), photo, Damage(deblur=7.0), detector=object()).image
+
+    expected = np.asarray(change(photo), dtype=int)
+    rotated = photo.transpose(Image.Transpose.ROTATE_90)
+    rotated.getexif()[0x0112] = 6
+    clear = photo.convert("RGBA")
+    clear.paste((0, 0, 0, 0), (0, 0, 20, 20))
+    for other in (rotated, photo.convert("CMYK"), clear):
+        result = np.asarray(change(other), dtype=int)
+        assert np.abs(result[20:] - expected[20:]).max() <= 2
+    assert (result[:20, :20] == 255).all()
+    gray = photo.convert("L")
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    assert np.array_equal(change(deep), change(gray))
+    with pytest.raises(ValueError, match="`photo` cannot be read: the range of floating-point pixels is unknown"):
+        change(photo.convert("F"))
+
+
+def test_colors_keep_their_profile(restore, tmp_path):
+    photo = a_face()
+    photo.info["icc_profile"] = b"wide"
+    damage, arguments = Damage(colorize=True), {"is_aligned": True, "num_inference_steps": 2}
+    for name in ("a.png", "a.jpg"):
+        save_photo(tmp_path / name, [])(restore_photo(restore, photo, damage, **arguments).image)
+        assert Image.open(tmp_path / name).info["icc_profile"] == b"wide"
+    of_print = photo.convert("CMYK")
+    of_print.info["icc_profile"] = b"print"
+    assert "icc_profile" not in restore_photo(restore, of_print, damage, **arguments).image.info
 
 
 @pytest.mark.parametrize(
@@ -251,6 +338,12 @@ def test_bad_damage(arguments, message):
         Damage(**arguments)
 
 
+def a_mask(value: int, box: tuple[int, ...], mode: str = "L", size: tuple[int, int] = (300, 220)) -> Image.Image:
+    mask = Image.new(mode, size)
+    mask.paste(value if mode == "L" else (value, 255), box)
+    return mask
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -260,7 +353,10 @@ def test_bad_damage(arguments, message):
         (Damage(upscale=3), "`upscale` must divide 16"),
         (Damage(inpaint=Image.new("L", (10, 10))), "must be of the size of the photo, 300x220 pixels, got 10x10"),
         (Damage(inpaint=Image.new("L", (300, 220))), "black everywhere"),
-        (Damage(inpaint=Image.new("L", (300, 220), 255)), "nothing of the face .* is left"),
+        (Damage(inpaint=Image.new("L", (300, 220), 255)), "but it is white everywhere"),
+        (Damage(inpaint=a_mask(255, (1, 1, 299, 219))), "nothing of the face .* is left"),
+        (Damage(inpaint=a_mask(160, (9, 9, 60, 60))), "must be black and white"),
+        (Damage(inpaint=a_mask(255, (9, 9, 60, 60), "LA")), "`inpaint` must be opaque"),
         (Damage(inpaint=Image.linear_gradient("L").resize((300, 220))), "must be black and white"),
     ],
 )
@@ -272,6 +368,131 @@ def test_photos_that_cannot_be_restored(restore, photo, damage, message):
 def test_photo_without_a_face(restore, detector):
     with pytest.raises(ValueError, match=r"`photo` \(90x80 pixels\) shows no face of at least 20 pixels"):
         restore_photo(restore, Image.new("RGB", (90, 80)), Damage(colorize=True), detector=detector)
+
+
+def test_the_photo_is_searched_without_what_is_missing(restore, monkeypatch):
+    """What is repainted is filled, and a large photo is reduced."""
+    seen = []
+
+    def find(photo, _):
+        seen.append(photo)
+        return [turned(128, 64, 640)]
+
+    monkeypatch.setattr("ddpm_faces.data.photos.find_frames", find)
+    photo = Image.new("RGB", (2560, 1280), (100, 120, 140))
+    photo.paste((255, 0, 0), (1000, 400, 1100, 500))
+    mask = a_mask(255, (990, 390, 1110, 510), size=photo.size)
+    result = restore_photo(restore, photo, Damage(inpaint=mask), num_inference_steps=2, detector=object())
+    assert seen[0].size == (1280, 640)
+    assert np.abs(np.asarray(seen[0], dtype=int) - (100, 120, 140)).max() <= 8
+    assert result.sides == [1280]
+
+
+# Editing
+
+
+@pytest.fixture
+def edit(pipeline) -> DDPMFacesEditPipeline:
+    edit = DDPMFacesEditPipeline.from_pipe(pipeline)
+    edit.set_progress_bar_config(disable=True)
+    return edit
+
+
+def test_only_faces_are_edited(edit, photo, two_frames):
+    result = edit_photo(edit, photo, method="noise", strength=0.8, num_inference_steps=3, detector=object())
+    assert (result.sides, result.skipped) == ([pytest.approx(80), pytest.approx(100)], [])  # from the left
+    assert [face.size for face in result.faces] == [(16, 16), (16, 16)]
+    before, after, outside = np.asarray(photo), np.asarray(result.image), far_from(two_frames, (220, 300))
+    assert (after[outside] == before[outside]).all()
+    assert (after[~outside] != before[~outside]).mean() > 0.5
+
+
+def test_chosen_faces_are_edited_alone(edit, photo, two_frames):
+    arguments = {"method": "noise", "num_inference_steps": 2, "seed": 5, "detector": object()}
+    (left, right) = two_frames[::-1]
+    for chosen, other, number in ((left, right, 1), (right, left, 2)):
+        result = edit_photo(edit, photo, faces=[number, number], **arguments)
+        assert result.sides == [pytest.approx(chosen.side)]
+        changed = np.asarray(result.image) != np.asarray(photo)
+        assert changed[~far_from([chosen], (220, 300)) & far_from([other], (220, 300))].mean() > 0.5
+        assert not changed[far_from([chosen], (220, 300))].any()
+    for faces in ([0], [3], [], [True]):
+        with pytest.raises(ValueError, match="`faces` must be integers from 1 to 2, the number of faces, got"):
+            edit_photo(edit, photo, faces=faces, **arguments)
+
+
+def test_a_photo_stays_where_nothing_is_to_change(edit, photo):
+    """Inversion is exact, so without a prompt the photo stays, with details that the model does not know."""
+    result = edit_photo(edit, photo, strength=0.4, num_inference_steps=12, detector=object())
+    assert np.abs(np.asarray(result.image, dtype=int) - np.asarray(photo)).max() <= 2
+
+
+def test_details_go_where_the_face_changes():
+    """The left half changes, so that its stripes go. The right half stays as it is."""
+    stripes = np.zeros((64, 64, 3), dtype=np.float32)
+    stripes[::2] = 60
+    canvas = _Canvas(Image.fromarray((stripes + 60).astype(np.uint8)))
+    before = Image.new("RGB", (16, 16), (90, 90, 90))
+    after = before.copy()
+    after.paste((180, 180, 180), (0, 0, 8, 16))
+    _put_edited(canvas, Frame((0.0, 0.0), (64.0, 0.0)), before, after)
+    pixels = np.asarray(canvas.image, dtype=float)
+    assert np.abs(pixels[12:52, 12:24] - 180).max() < 1
+    assert np.abs(pixels[:, 48:] - stripes[:, 48:] - 60).max() < 1
+
+
+def test_prompts_and_seeds_reach_each_face(photo, two_frames):
+    edit = DDPMFacesEditPipeline.from_pipe(a_prompt_model())
+    edit.set_progress_bar_config(disable=True)
+    arguments = {"strength": 0.8, "num_inference_steps": 12, "detector": object()}
+    result = edit_photo(edit, photo, prompt="an older man", source_prompt="a woman", guidance_scale=3.0, **arguments)
+    cut = [frame.cut(photo, 16) for frame in two_frames[::-1]]
+    del arguments["detector"]
+    expected = edit(cut, "an older man", "a woman", guidance_scale=3.0, **arguments).images
+    for face, other in zip(result.faces, expected, strict=True):
+        assert np.array_equal(face, other)
+    seeds = {"method": "noise", "num_inference_steps": 2, "detector": object()}
+    first, second = (edit_photo(edit, photo, seed=seed, **seeds).faces for seed in (7, 8))
+    (alone,) = edit_photo(edit, photo, faces=[2], seed=8, **seeds).faces
+    assert np.array_equal(first[1], alone)  # its seed is 7 + 1
+    assert not np.array_equal(first[1], second[1])
+
+
+def test_classes_reach_each_face(photo):
+    torch.manual_seed(0)
+    edit = DDPMFacesEditPipeline(tiny_unet(num_class_embeds=3), DDPMFacesScheduler())
+    edit.set_progress_bar_config(disable=True)
+    arguments = {"strength": 0.5, "num_inference_steps": 10, "detector": object()}
+    same = edit_photo(edit, photo, class_label=1, **arguments).faces
+    other = edit_photo(edit, photo, class_label=2, source_class_label=1, **arguments).faces
+    assert np.abs(np.asarray(same[0], dtype=int) - np.asarray(other[0])).max() > 2
+    with pytest.raises(ValueError, match="`class_labels` must be 2 .* integers from 0 to 2"):
+        edit_photo(edit, photo, class_label=3, **arguments)
+
+
+def test_edit_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a_prompt_model().save_pretrained("model")
+    a_face().save("photo.png")
+    before = (tmp_path / "photo.png").read_bytes()
+    command = ["edit", "model", "photo.png", "--aligned", "--steps", "12"]
+    prompts = ["an older man", "--source-prompt", "a woman", "--strength", "0.4", "--guidance-scale", "2"]
+    result = CliRunner().invoke(app, [*command, *prompts, "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {"file": "photo-edited.png", "sides": [128.0], "model_size": 16}
+    assert (tmp_path / "photo.png").read_bytes() == before
+    result = CliRunner().invoke(app, [*command, "-o", "varied.png"])  # without a prompt, at random
+    assert "varied.png: 1 face of 128 pixels, edited at the size of the model, 16x16." in result.output
+    assert (np.asarray(Image.open("varied.png")) != np.asarray(Image.open("photo-edited.png"))).any()
+    for arguments, message in (
+        (command, "exists"),
+        ([*command, "-o", "photo.png", "--overwrite"], "must differ from the files that are read"),
+        ([*command, "-o", "b.png", "--face", "2"], "`faces` must be integers from 1 to 1"),
+        ([*command, "-o", "b.png", "--method", "magic"], "`method` must be one of 'inversion', 'noise'"),
+        ([*command, "-o", "b.png", "--strength", "0"], "`strength` must be a number above 0"),
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert message in str(result.exception)
 
 
 # Files
@@ -327,9 +548,13 @@ def test_command(pipeline, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, command)
     assert isinstance(result.exception, ValueError)
     assert "exists" in str(result.exception)
+    result = CliRunner().invoke(app, [*command, "-o", "photo.png", "--overwrite"])
+    assert "must differ from the files that are read" in str(result.exception)
 
 
-def test_model_must_be_square(restore):
+def test_model_must_be_square():
     tall = DDPMFacesRestorePipeline(tiny_unet(sample_size=(16, 8)), DDPMFacesScheduler())
     with pytest.raises(ValueError, match="must be of square images in color, got 8x16"):
         restore_photo(tall, a_face(), Damage(colorize=True), is_aligned=True)
+    with pytest.raises(ValueError, match="must be of square images in color, got 8x16"):
+        edit_photo(DDPMFacesEditPipeline.from_pipe(tall), a_face(), is_aligned=True)

@@ -322,6 +322,17 @@ def test_number_of_steps_counts_evaluations(restore, num_steps, num_resamples):
     assert max(1, num_steps - 2 * num_resamples) <= len(calls) <= num_steps
 
 
+def test_tuned_steps_are_those_of_sampling_only(restore):
+    """They belong to a solver with few steps: other timesteps, some of them between two of the model."""
+    arguments = (torch.zeros(1, 1, 16, 16), Gray((3, 16, 16)), 0.0)
+    results = []
+    tuned = {str(n): {"timesteps": [19.0, *(n - 1.5 - i for i in range(n - 1))]} for n in range(2, 8)}
+    for tuned_steps in (None, tuned):
+        restore.scheduler = DDPMFacesScheduler(num_train_timesteps=20, tuned_steps=tuned_steps)
+        results.append(restore(*arguments, 7, generator=generators(1), output_type="latent").images)
+    assert torch.equal(*results)
+
+
 def test_callback_sees_each_step_and_changes_it(restore):
     seen = []
 
@@ -349,6 +360,7 @@ def test_8_bit_images_count_as_rounded():
     assert error.std() == pytest.approx(ROUNDING, rel=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_any_photo_is_read_or_refused():
     colored, gray = (3, 16, 16), (1, 16, 16)
     expected, _ = observations(a_photo(), colored)
@@ -359,12 +371,16 @@ def test_any_photo_is_read_or_refused():
     turned = a_photo().transpose(Image.Transpose.ROTATE_90)
     turned.getexif()[0x0112] = 6
     torch.testing.assert_close(observations(turned, colored)[0], expected)
+    # Its other tags may be damaged
+    damaged = a_photo()
+    damaged.info["exif"] = b"Exif\0\0II*\0\x08\0\0\0\xff\xff"
+    torch.testing.assert_close(observations(damaged, colored)[0], expected)
     # 16 bits
     deep = Image.fromarray(np.full((16, 16), 65535, dtype=np.uint16))
     assert (observations(deep, gray)[0] == 1).all()
     assert (observations(deep, colored)[0] == 1).all()
     # Other modes
-    assert observations(a_photo(mode="CMYK"), colored)[0].shape == (1, *colored)
+    torch.testing.assert_close(observations(a_photo(mode="CMYK"), colored)[0], expected, atol=0.01, rtol=0)
     assert observations(a_photo(mode="RGBA"), colored)[0].shape == (1, *colored)  # opaque
     torch.testing.assert_close(observations(a_photo(), gray)[0], Gray(colored)(expected), atol=0.006, rtol=0)
     holes = a_photo(mode="RGBA")
@@ -380,14 +396,16 @@ def test_any_photo_is_read_or_refused():
     [
         ({"operator": None}, "`operator` must be a LinearOperator"),
         ({"operator": Inpaint(a_mask(), 1)}, "images with 3 channels, as the model, got 1"),
+        ({"operator": Gray((3, 18, 17))}, "with sides that are multiples of 2, got 17x18"),
         ({"noise_level": -0.1}, "`noise_level` must be a number from 0 to 2, got -0.1"),
         ({"noise_level": math.nan}, "got nan"),
         ({"eta": 1.5}, "`eta` must be a number from 0 to 1"),
         ({"regularization": -1}, "`regularization` must be a number of at least 0"),
+        ({"regularization": math.inf}, "`regularization` must be a number of at least 0, got inf"),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be from 1 to 20"),
         ({"num_resamples": 0}, "`num_resamples` must be an integer from 1 to 20, got 0"),
         ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be an integer of at least 1"),
-        ({"image": a_photo(8)}, "`image` must be of 16x16 pixels, as the operator makes them, got 8x8"),
+        ({"image": a_photo(8)}, "`image` must be of 16x16 pixels, got 8x8"),
         ({"image": []}, "a PIL image, a list of them or a tensor, got list"),
         ({"image": torch.zeros(3, 16, 16)}, r"`image` must be of shape \(batch, 3, 16, 16\)"),
         ({"image": torch.full((1, 3, 16, 16), math.inf)}, "finite"),
@@ -416,6 +434,8 @@ def test_number_of_prompts():
     restore = DDPMFacesRestorePipeline.from_pipe(a_prompt_model())
     with pytest.raises(ValueError, match="one text, or one for each of the 3 images, got 2"):
         restore([a_photo()] * 3, Inpaint(a_mask()), prompt=["a woman", "a man"])
+    with pytest.raises(ValueError, match="`prompt_embeds` must be one text, or one for each of the 3 images, got 2"):
+        restore([a_photo()] * 3, Inpaint(a_mask()), prompt_embeds=torch.zeros(2, restore.unet.config.text_embed_dim))
 
 
 CALL = """

@@ -15,7 +15,8 @@ Anderson's method.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from .pipeline_ddpm_faces import UNGUIDED, Condition, DDPMFacesPipeline, Guidanc
 
 METHODS = ("inversion", "noise")
 SIGMA_MIN, SIGMA_MAX = 0.02, 120.0  # noise-to-signal ratios of the last and of the first step
-STEPS, MAX_ITERATIONS = 50, 100
+STRENGTH, STEPS, MAX_ITERATIONS = 0.6, 50, 100
 MEMORY = 4  # earlier states that extrapolation uses
 TOLERANCE = 1e-4  # of a solution, in pixels of [-1, 1]: 0.013 of the 255 levels
 
@@ -47,7 +48,7 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         image: Any,
         prompt: str | list[str] | None = None,
         source_prompt: str | list[str] | None = None,
-        strength: float = 0.6,
+        strength: float = STRENGTH,
         method: str = "inversion",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -103,10 +104,11 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         levels = self._levels(strength, num_inference_steps)
         guidance = self._guidance_of(guidance_scale)
         self._check(len(faces), class_labels, output_type, generator, guidance)
-        condition = self._condition(prompt, class_labels, len(faces))
+        condition = self._condition_of(len(faces), prompt, class_labels)
         source_class_labels = class_labels if source_class_labels is None else source_class_labels
-        self._check(len(faces), source_class_labels)
-        source = self._condition(source_prompt, source_class_labels, len(faces), "source_prompt")
+        with naming("prompt", "source_prompt"), naming("class_labels", "source_class_labels"):
+            self._check(len(faces), source_class_labels)
+            source = self._condition_of(len(faces), source_prompt, source_class_labels)
         report = _Reporter(self, callback_on_step_end)
         num_steps = (len(levels) - 1) * (2 if method == "inversion" else 1)
         with calling(self, num_steps, guidance), evaluating(self.unet):
@@ -116,6 +118,8 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
                 noise = randn_tensor(faces.shape, generator=generator, device=faces.device, dtype=torch.float32)
                 state = faces + levels[0].sigma * noise
             state = self._reconstruct(state, levels, condition, guidance, report)
+            if method == "noise":  # Inverted faces are those of the last level. Here, a little of its noise is left.
+                state = self._denoised(state, levels[-1], condition, guidance)
         return self._output(state, output_type, return_dict)
 
     @torch.no_grad()
@@ -150,7 +154,7 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         faces, _ = observations(image, self.image_shape)
         levels = self._levels(strength, num_inference_steps)
         self._check(len(faces), class_labels)
-        condition = self._condition(prompt, class_labels, len(faces))
+        condition = self._condition_of(len(faces), prompt, class_labels)
         report = _Reporter(self, callback_on_step_end)
         with calling(self, len(levels) - 1, UNGUIDED), evaluating(self.unet):
             state = self._invert(faces.to(self._execution_device), levels, condition, report)
@@ -175,7 +179,7 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
             # What the step misses the target by
             change = ratio * (guess - state).abs().max().item()
             if change < TOLERANCE:
-                return guess
+                return state
             states, residuals = [*states[-MEMORY:], state], [*residuals[-MEMORY:], guess - state]
             state = _extrapolated(states, residuals)
         raise ValueError(
@@ -221,7 +225,7 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         levels = self._levels(strength, num_inference_steps)
         guidance = self._guidance_of(guidance_scale)
         self._check(len(latents), class_labels, output_type, None, guidance)
-        condition = self._condition(prompt, class_labels, len(latents))
+        condition = self._condition_of(len(latents), prompt, class_labels)
         state = latents.to(self._execution_device, torch.float32) / levels[0].signal
         with calling(self, len(levels) - 1, guidance), evaluating(self.unet):
             state = self._reconstruct(state, levels, condition, guidance, _Reporter(self, callback_on_step_end))
@@ -255,26 +259,16 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         output = self.predict(noisy, level.timestep, condition, guidance)[:, : state.shape[1]]
         return self.scheduler.predict_original_sample(output, level.timestep, noisy)
 
-    def _condition(
+    def _condition_of(
         self,
+        num_images: int,
         prompt: str | list[str] | None,
         class_labels: Sequence[int] | torch.Tensor | None,
-        num_images: int,
-        argument: str = "prompt",
     ) -> Condition:
-        if class_labels is not None:
-            class_labels = torch.as_tensor(class_labels, device=self._execution_device)
-        prompts = self.check_prompts(prompt)
-        if prompts is None:
-            return Condition(class_labels)
-        if prompts not in (1, num_images):
-            raise ValueError(
-                f"`{argument}` must be one text, or one for each of the {num_images} images, got {prompts}."
-            )
-        return Condition(class_labels, self._texts(prompt, None, num_images, 1))
-
-    def _guidance_of(self, guidance_scale: float | None) -> Guidance:
-        return Guidance(self.config.guidance_scale if guidance_scale is None else guidance_scale)
+        count = self.check_prompts(prompt)
+        if count not in (None, 1, num_images):
+            raise ValueError(f"`prompt` must be one text, or one for each of the {num_images} images, got {count}.")
+        return self._condition(class_labels, num_images, 1, prompt)
 
     def _check(
         self,
@@ -310,11 +304,15 @@ def _extrapolated(states: list[torch.Tensor], residuals: list[torch.Tensor]) -> 
 
     Of the combinations of the last states, it takes the one with the smallest residual if they were linear.
     """
-    state, residual = (values[-1].double().flatten(1) for values in (states, residuals))
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        return (x.cpu() if x.device.type == "mps" else x).double().flatten(1)  # MPS has no float64
+
+    state, residual = (exact(values[-1]) for values in (states, residuals))
     if len(states) > 1:
         # (batch, values, number of differences)
         moves, changes = (
-            torch.stack([b - a for a, b in pairwise([x.double().flatten(1) for x in values])], dim=-1)
+            torch.stack([b - a for a, b in pairwise([exact(x) for x in values])], dim=-1)
             for values in (states, residuals)
         )
         gram = changes.mT @ changes
@@ -323,7 +321,16 @@ def _extrapolated(states: list[torch.Tensor], residuals: list[torch.Tensor]) -> 
         weights = torch.linalg.solve(regular, changes.mT @ residual[..., None])
         state = state - (moves @ weights)[..., 0]
         residual = residual - (changes @ weights)[..., 0]
-    return (state + residual).to(states[-1].dtype).view_as(states[-1])
+    return (state + residual).to(states[-1].dtype).to(states[-1].device).view_as(states[-1])
+
+
+@contextmanager
+def naming(name: str, new_name: str) -> Iterator[None]:
+    """Let a `ValueError` name an argument as the caller knows it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"`{name}`", f"`{new_name}`")) from error
 
 
 class _Level(NamedTuple):

@@ -17,19 +17,30 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 
 RCOND = 1e-3  # singular values below this part of the largest count as 0 in the pseudo-inverse
 ROUNDING = 1 / (255 * math.sqrt(3))  # standard deviation of the rounding to 8 bits, for values in [-1, 1]
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in PIL's conversion to "L"
 MAX_FACTOR, MAX_KERNEL = 64, 511
+# The operation that turns an image upright, by its EXIF orientation (1 is upright already).
+TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class LinearOperator:
     """A linear map from images x to observations y.
 
-    x and y are tensors of shape `(batch, channels, height, width)`; x lies in [-1, 1].
+    x are tensors of shape `(batch, channels, height, width)` in [-1, 1], and y are tensors of shape
+    `(batch, *output_shape)`.
 
     Args:
         image_shape (`tuple[int, int, int]`): Channels, height and width of x.
@@ -45,7 +56,7 @@ class LinearOperator:
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """Channels, height and width of y."""
+        """Shape of one y: channels, height and width, if it is an image."""
         raise NotImplementedError
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -88,7 +99,7 @@ class LinearOperator:
         raise NotImplementedError
 
     def _check(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-        if tensor.ndim != 4 or tuple(tensor.shape[1:]) != shape:
+        if tuple(tensor.shape[1:]) != shape:
             allowed = ", ".join(map(str, shape))
             raise ValueError(f"`{name}` must be of shape (batch, {allowed}), got {tuple(tensor.shape)}.")
 
@@ -164,9 +175,9 @@ class SpectralOperator(LinearOperator):
         return _mix(self._channels_out, self._spatial.leave(spectrum)).to(like.dtype)
 
     def _values(self, like: torch.Tensor) -> torch.Tensor:
-        spatial = self._spatial.values.to(like.device)
-        values = self._channel_values.to(like.device).view(-1, 1, 1) * spatial
-        return values.to(torch.promote_types(like.dtype, torch.complex64) if values.is_complex() else like.dtype)
+        values = self._channel_values.view(-1, 1, 1) * self._spatial.values
+        dtype = torch.promote_types(like.dtype, torch.complex64) if values.is_complex() else like.dtype
+        return values.to(dtype).to(like.device)  # in this order, because some devices have no float64
 
     def _inverse(self, like: torch.Tensor, ratio: float) -> torch.Tensor:
         """Return conj(s) / (|s|^2 + ratio), or 1 / s where that is not too small."""
@@ -284,16 +295,21 @@ class Inpaint(SpectralOperator):
     """Some pixels are missing.
 
     Args:
-        mask (`torch.Tensor` of shape `(height, width)` or `(1, height, width)`):
-            1 (or `True`) where pixels are missing, 0 where they are known: as in diffusers, white is repainted.
+        mask (`PIL.Image.Image`, or `torch.Tensor` of shape `(height, width)` or `(1, height, width)`):
+            White, 1 or `True` where pixels are missing; black, 0 or `False` where they are known, as in diffusers.
         num_channels (`int`, defaults to 3): Channels of the images.
 
     Raises:
         ValueError: The mask is of another shape, has values other than 0 and 1, or covers no pixel or all of them.
     """
 
-    def __init__(self, mask: torch.Tensor, num_channels: int = 3) -> None:
-        mask = torch.as_tensor(mask)
+    def __init__(self, mask: Image.Image | torch.Tensor, num_channels: int = 3) -> None:
+        if isinstance(mask, Image.Image):
+            mask = np.array(mask.convert("L"), dtype=np.float32) / 255
+        try:
+            mask = torch.as_tensor(mask)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"`mask` must be an image or a tensor, got {type(mask).__name__}.") from error
         if mask.ndim == 3 and mask.shape[0] == 1:
             mask = mask[0]
         if mask.ndim != 2:
@@ -335,8 +351,8 @@ class Downsample(SpectralOperator):
         _, height, width = self.image_shape
         if type(factor) is not int or not 2 <= factor <= MAX_FACTOR or height % factor or width % factor:
             raise ValueError(
-                f"`factor` must be an integer of at least 2 that divides the height and width of the image, {height} "
-                f"and {width}, got {factor!r}."
+                f"`factor` must be an integer from 2 to {MAX_FACTOR} that divides the height and width of the image, "
+                f"{height} and {width}, got {factor!r}."
             )
         super().__init__(
             image_shape, None, _Separable(*(_reduction(size, factor, method) for size in (height, width)))
@@ -422,6 +438,8 @@ def motion_kernel(length: float, angle: float) -> torch.Tensor:
     """
     if isinstance(length, bool) or not isinstance(length, int | float) or not 1 <= length <= MAX_KERNEL - 11:
         raise ValueError(f"`length` must be a number from 1 to {MAX_KERNEL - 11}, got {length!r}.")
+    if isinstance(angle, bool) or not isinstance(angle, int | float) or not math.isfinite(angle):
+        raise ValueError(f"`angle` must be a number of degrees, got {angle!r}.")
     radius = math.ceil(length / 2)
     size = 2 * radius + 1
     kernel = torch.zeros(size, size, dtype=torch.float64)
@@ -442,6 +460,7 @@ class PhysicsOperator(LinearOperator):
     """An operator of deepinv, https://deepinv.github.io.
 
     deepinv's images lie in [0, 1]. If your observation y was made of such an image, [`from_unit_range`] converts it.
+    Observations may have any shape. Tensors are moved to the device of the physics, and their results back.
 
     Args:
         physics (`deepinv.physics.LinearPhysics`): Its `A`, `A_adjoint`, `A_dagger` and `prox_l2` are used.
@@ -459,10 +478,15 @@ class PhysicsOperator(LinearOperator):
                 f"`physics` must be a deepinv.physics.LinearPhysics, but {type(physics).__name__} has no {missing[0]}."
             )
         self.physics = physics
+        tensors = [*physics.parameters(), *physics.buffers()] if isinstance(physics, torch.nn.Module) else []
+        self._device = tensors[0].device if tensors else None
         try:
-            self._of_ones = physics.A(torch.ones(1, *self.image_shape))
+            self._of_ones = self._apply("A", torch.ones(1, *self.image_shape))
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"`physics` does not take images of the shape {self.image_shape}: {error}") from error
+        if not isinstance(self._of_ones, torch.Tensor):
+            kind = type(self._of_ones).__name__
+            raise ValueError(f"`physics` must make one tensor of each image, but it makes a {kind}.")
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -470,20 +494,30 @@ class PhysicsOperator(LinearOperator):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self._check("x", x, self.image_shape)
-        return self.physics.A(x)
+        return self._apply("A", x)
 
     def adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        return self.physics.A_adjoint(y)
+        self._check("y", y, self.output_shape)
+        return self._apply("A_adjoint", y)
 
     def pseudo_inverse(self, y: torch.Tensor) -> torch.Tensor:
-        return self.physics.A_dagger(y)
+        self._check("y", y, self.output_shape)
+        return self._apply("A_dagger", y)
 
     def proximal(self, x: torch.Tensor, y: torch.Tensor, ratio: float) -> torch.Tensor:
+        self._check("x", x, self.image_shape)
+        self._check("y", y, self.output_shape)
         if not ratio >= 0:
             raise ValueError(f"`ratio` must be at least 0, got {ratio}.")
         if ratio == 0:
-            return x + self.physics.A_dagger(y - self.physics.A(x))
-        return self.physics.prox_l2(x, y, 1 / ratio)  # gamma / 2 |A z - y|^2 + 1 / 2 |z - x|^2
+            return x + self.pseudo_inverse(y - self(x))
+        return self._apply("prox_l2", x, y, 1 / ratio)  # gamma / 2 |A z - y|^2 + 1 / 2 |z - x|^2
+
+    def _apply(self, name: str, *arguments: Any) -> torch.Tensor:
+        device = arguments[0].device
+        moved = (value.to(self._device) if isinstance(value, torch.Tensor) else value for value in arguments)
+        result = getattr(self.physics, name)(*moved)
+        return result.to(device) if isinstance(result, torch.Tensor) else result
 
     def from_unit_range(self, y: torch.Tensor) -> torch.Tensor:
         """Convert an observation of images in [0, 1] to that of the same images in [-1, 1]."""
@@ -495,13 +529,13 @@ def observations(image: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, bool
 
     Args:
         image (`PIL.Image.Image`, a list of them, or `torch.Tensor`): Images.
-        shape (`tuple[int, int, int]`): Channels, height and width that they must have.
+        shape (`tuple[int, ...]`): Shape that each of them must have; for `PIL` images, channels, height and width.
 
     Raises:
         ValueError: They are of another type or shape, have transparent pixels, or contain other than finite numbers.
     """
     if isinstance(image, torch.Tensor):
-        if image.ndim != 4 or tuple(image.shape[1:]) != shape or not len(image):
+        if not image.ndim or tuple(image.shape[1:]) != shape or not len(image):
             allowed = ", ".join(map(str, shape))
             raise ValueError(f"`image` must be of shape (batch, {allowed}), got {tuple(image.shape)}.")
         if not image.is_floating_point() or not image.isfinite().all():
@@ -514,15 +548,12 @@ def observations(image: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, bool
 
 
 def _to_tensor(image: Image.Image, shape: tuple[int, ...]) -> torch.Tensor:
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(f"`image` must be a tensor of shape (batch, {', '.join(map(str, shape))}), got a PIL image.")
     channels, height, width = shape
-    if channels not in (1, 3):
-        raise ValueError(f"`image` must be a tensor: the operator makes observations of {channels} channels.")
-    image = ImageOps.exif_transpose(image)
+    image = turned_upright(image)
     if image.size != (width, height):
-        raise ValueError(
-            f"`image` must be of {width}x{height} pixels, as the operator makes them, got "
-            f"{image.size[0]}x{image.size[1]}."
-        )
+        raise ValueError(f"`image` must be of {width}x{height} pixels, got {image.size[0]}x{image.size[1]}.")
     if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         raise ValueError("`image` must be opaque, but some of its pixels are transparent.")
     if image.mode.startswith("I;16"):
@@ -534,6 +565,23 @@ def _to_tensor(image: Image.Image, shape: tuple[int, ...]) -> torch.Tensor:
         array = np.asarray(image.convert("RGB" if channels == 3 else "L"), dtype=np.float32)
         array = array.reshape(height, width, channels)
     return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def turned_upright(image: Image.Image) -> Image.Image:
+    """Turn or mirror an image as its EXIF orientation says. Damaged metadata are ignored.
+
+    `PIL.ImageOps.exif_transpose` would rewrite all other tags, and fail if one of them is unusual.
+    """
+    image.load()  # metadata may follow the pixels
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except MemoryError:
+        raise
+    except Exception:  # PIL raises many kinds of errors on damaged metadata
+        return image
+    if isinstance(orientation, int) and orientation in TRANSPOSES:
+        return image.transpose(TRANSPOSES[orientation])
+    return image
 
 
 def _mix(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

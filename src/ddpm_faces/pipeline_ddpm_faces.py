@@ -800,6 +800,9 @@ class DDPMFacesPipeline(DiffusionPipeline):
                 f"{name} must be from 1 to {total}, the number of timesteps in training, got {num_inference_steps}."
             )
 
+    def _guidance_of(self, guidance_scale: float | None, autoguidance_scale: float = 1.0) -> Guidance:
+        return Guidance(self.config.guidance_scale if guidance_scale is None else guidance_scale, autoguidance_scale)
+
     def check_guidance(self, guidance: Guidance) -> None:
         """Raise a `ValueError` if this model cannot be guided in this way."""
         self._check_null(guidance.guidance_scale)
@@ -934,6 +937,22 @@ class DDPMFacesPipeline(DiffusionPipeline):
         else:
             return None
         return Text(*(values.expand(count, *values.shape[1:]).repeat_interleave(copies, dim=0) for values in text))
+
+    def _condition(
+        self,
+        class_labels: Sequence[int] | torch.Tensor | None,
+        count: int,
+        copies: int,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+    ) -> Condition:
+        """Return the condition of `count * copies` images: `count` prompts, if any, each for `copies` images."""
+        if class_labels is not None:
+            class_labels = torch.as_tensor(class_labels, device=self._execution_device)
+        text = self._texts(prompt, prompt_embeds, count, copies)
+        return Condition(class_labels, text, self._texts(negative_prompt, negative_prompt_embeds, count, copies))
 
     def check_prompts(
         self,
@@ -1204,13 +1223,8 @@ class DDPMFacesPipeline(DiffusionPipeline):
         step_kwargs = {"generator": generator, "eta": eta}
         step_parameters = inspect.signature(scheduler.step).parameters
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in step_parameters}
-        if class_labels is not None:
-            class_labels = torch.as_tensor(class_labels, device=self._execution_device)
-        condition = Condition(class_labels)
-        if prompts is not None:
-            texts = (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
-            text, negative = (self._texts(*pair, prompts, num_images_per_prompt) for pair in texts)
-            condition = Condition(class_labels, text, negative)
+        texts = prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
+        condition = self._condition(class_labels, prompts or 1, num_images_per_prompt, *texts)
 
         takes_variance = self._scheduler_is_of(VARIANCE_SCHEDULERS)
         if not takes_variance and "variance_type" in scheduler.config:

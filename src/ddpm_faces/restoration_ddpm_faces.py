@@ -42,7 +42,7 @@ STEPS = 50
 SMOOTHNESS = (3.0, 7.0)
 CHANNEL_COUPLING = 9.0
 NUM_ITERATIONS = 10
-SCHEDULER = {"algorithm": "ddim", "timestep_spacing": "logsnr"}
+SCHEDULER = {"algorithm": "ddim", "timestep_spacing": "logsnr", "tuned_steps": None}
 
 
 class DDPMFacesRestorePipeline(DDPMFacesPipeline):
@@ -138,8 +138,9 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
         observed, is_rounded = observations(image, operator.output_shape)
         prompts = self.check_prompts(prompt, negative_prompt, 1, prompt_embeds, negative_prompt_embeds)
         if prompts not in (None, 1, len(observed)):
+            name = "prompt_embeds" if prompt is None else "prompt"
             raise ValueError(
-                f"`prompt` must be one text, or one for each of the {len(observed)} images, got {prompts}."
+                f"`{name}` must be one text, or one for each of the {len(observed)} images, got {prompts}."
             )
         batch_size = len(observed) * num_images_per_prompt
         guidance = self._guidance_of(guidance_scale, autoguidance_scale)
@@ -153,13 +154,8 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
         observed = observed.to(device).repeat_interleave(num_images_per_prompt, dim=0)
         if is_rounded and not isinstance(operator, Inpaint):
             noise_level = math.hypot(noise_level, ROUNDING)
-        if class_labels is not None:
-            class_labels = torch.as_tensor(class_labels, device=device)
-        condition = Condition(class_labels)
-        if prompts is not None:
-            pairs = (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
-            count = batch_size // num_images_per_prompt
-            condition = Condition(class_labels, *(self._texts(*pair, count, num_images_per_prompt) for pair in pairs))
+        texts = prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
+        condition = self._condition(class_labels, batch_size // num_images_per_prompt, num_images_per_prompt, *texts)
         scheduler = self._scheduler_with(SCHEDULER)
         plan = _plan(scheduler, num_inference_steps, num_resamples, eta)
 
@@ -229,9 +225,6 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
         self.check_inputs(1, 1, None, None, "pt", labels, (), 0.0, guidance)
         return Denoiser(self, prompt, guidance, class_label)
 
-    def _guidance_of(self, guidance_scale: float | None, autoguidance_scale: float) -> Guidance:
-        return Guidance(self.config.guidance_scale if guidance_scale is None else guidance_scale, autoguidance_scale)
-
     def _check_scheduler(self) -> None:
         if not self._scheduler_is_of({"DDPMFacesScheduler"}):
             raise ValueError(
@@ -250,9 +243,14 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
                 f"`operator` must be of images with {self.image_shape[0]} channels, as the model, got "
                 f"{operator.image_shape[0]}."
             )
+        multiple = getattr(self.unet, "size_multiple", 1)
+        if any(side % multiple for side in operator.image_shape[1:]):
+            sides = "x".join(map(str, operator.image_shape[:0:-1]))
+            raise ValueError(f"`operator` must be of images with sides that are multiples of {multiple}, got {sides}.")
         for name, value in settings.items():
             low, high = LIMITS[name]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or not low <= value <= high:
                 allowed = f"from {low} to {high:g}" if high < math.inf else f"of at least {low}"
                 raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")
         for name, count in counts.items():
@@ -300,7 +298,7 @@ class Denoiser(torch.nn.Module):
             raise ValueError(f"`sigma` must be above 0, got {sigma!r}.")
         sigmas = sigmas.expand(len(x))
         ratios = 2 * sigmas  # of noise to signal, in [-1, 1]
-        t = np.interp(ratios.double().log().cpu().numpy(), self.log_sigmas, np.arange(len(self.log_sigmas)))
+        t = np.interp(ratios.cpu().double().log().numpy(), self.log_sigmas, np.arange(len(self.log_sigmas)))
         signal = (1 / (1 + ratios**2).sqrt()).view(-1, 1, 1, 1)
         sample, noise = signal * (2 * x - 1), signal * ratios.view(-1, 1, 1, 1)
         text = labels = None
@@ -378,7 +376,8 @@ def explain(
     """
     white = 1 / sigma**2
     smoothness = SMOOTHNESS[0] + SMOOTHNESS[1] / sigma
-    coupling = CHANNEL_COUPLING * white if operator.output_shape[0] != operator.image_shape[0] else 0.0
+    has_all_channels = len(operator.output_shape) != 3 or operator.output_shape[0] >= operator.image_shape[0]
+    coupling = 0.0 if has_all_channels else CHANNEL_COUPLING * white
     curvature = white + coupling + 8 * smoothness  # the largest one; 8 is that of the discrete Laplacian
     root = math.sqrt(white / curvature)
     momentum = (1 - root) / (1 + root)

@@ -11,7 +11,7 @@ from .. import __version__
 from ..interruption import INTERRUPTED, say_interrupted
 from .demo import demo, push_space
 from .info import info
-from .make import convert, generate, guide, prepare, restore, tune
+from .make import convert, edit, generate, guide, prepare, restore, tune
 from .measure import audit, evaluate
 from .share import pull, push, verify
 from .train import distill, train
@@ -19,7 +19,7 @@ from .train import distill, train
 
 # The groups of commands; within a group, in the order of use.
 GROUPS = {
-    "Make": (generate, demo, restore, prepare, guide, tune, convert),
+    "Make": (generate, demo, restore, edit, prepare, guide, tune, convert),
     "Train": (train, distill),
     "Measure": (evaluate, audit, info),
     "Share": (push, push_space, pull, verify),

@@ -110,6 +110,7 @@ def restore(
         bool, typer.Option("--aligned", help="The photo is a single face, cropped as the model expects it.")
     ] = False,
     prompt: Annotated[str | None, typer.Option(help="What the faces should show, for a model with captions.")] = None,
+    class_label: Annotated[int | None, typer.Option(help="Class of the faces, for a model with classes.")] = None,
     guidance_scale: GuidanceScale = None,
     steps: Annotated[int | None, typer.Option(help="Evaluations of the network (default: 50).")] = None,
     seed: Seed = 0,
@@ -136,17 +137,95 @@ def restore(
     image = open_photo(photo, "photo")
     save = save_photo(output, [photo, *([inpaint] if inpaint else [])], overwrite)
     pipeline = DDPMFacesRestorePipeline.from_pipe(load_pipeline(model))
-    result = restore_photo(pipeline, image, damage, aligned, seed, steps, prompt=prompt, guidance_scale=guidance_scale)
+    result = restore_photo(pipeline, image, damage, aligned, seed, steps, prompt, guidance_scale, class_label)
     save(result.image)
     side = pipeline.image_shape[1]
-    sides = ", ".join(f"{length:.0f}" for length in result.sides)
-    count = "1 face" if len(result.sides) == 1 else f"{len(result.sides)} faces"
     lines = [
-        f"{output}: {count} of {sides} pixels, restored at the size of the model, {side}x{side}.",
+        f"{output}: {_faces_of(result.sides)}, restored at the size of the model, {side}x{side}.",
         *(f"Not restored: {reason}." for reason in result.skipped),
     ]
     values = {"file": str(output), "sides": result.sides, "model_size": side, "skipped": result.skipped}
     report(values, "\n".join(lines), as_json)
+
+
+def edit(
+    model: Model,
+    photo: Annotated[Path, typer.Argument(help="Photo with one or more faces. It is not changed.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="[PROMPT]", help="What the faces should show, for a model with captions."),
+    ] = None,
+    source_prompt: Annotated[
+        str | None, typer.Option(help="What they show now. Only what differs between the prompts changes.")
+    ] = None,
+    class_label: Annotated[int | None, typer.Option(help="Class that the faces should show.")] = None,
+    source_class_label: Annotated[int | None, typer.Option(help="Class that they show now.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much may change, above 0 and up to 1 (default: 0.6).")
+    ] = None,
+    guidance_scale: GuidanceScale = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="inversion keeps what the prompts do not change; noise draws it anew (default: inversion with a "
+            "prompt or a class, noise without)."
+        ),
+    ] = None,
+    face: Annotated[
+        list[int] | None,
+        typer.Option(help="Which face to edit, from the left; repeat the option for several (default: all)."),
+    ] = None,
+    aligned: Annotated[
+        bool, typer.Option("--aligned", help="The photo is a single face, cropped as the model expects it.")
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps (default: 50). Inversion evaluates the network more often.")
+    ] = None,
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for the result (default: PHOTO-edited.png).")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Edit the faces in a photo: change what a prompt names, or draw new details.
+
+    Faces are found, edited at the size of the model and blended into the photo; the rest of the photo stays.
+    """
+    from ..data.photos import edit_photo, open_photo, save_photo
+    from ..editing_ddpm_faces import STRENGTH, DDPMFacesEditPipeline
+    from ..models import check_model, load_pipeline
+
+    check_model(model)
+    output = output or photo.with_name(f"{photo.stem}-edited.png")
+    image = open_photo(photo, "photo")
+    save = save_photo(output, [photo], overwrite)
+    pipeline = DDPMFacesEditPipeline.from_pipe(load_pipeline(model))
+    is_directed = prompt is not None or class_label is not None
+    result = edit_photo(
+        pipeline,
+        image,
+        prompt,
+        source_prompt,
+        STRENGTH if strength is None else strength,
+        method or ("inversion" if is_directed else "noise"),
+        face,
+        aligned,
+        seed,
+        steps,
+        guidance_scale,
+        class_label,
+        source_class_label,
+    )
+    save(result.image)
+    side = pipeline.image_shape[1]
+    text = f"{output}: {_faces_of(result.sides)}, edited at the size of the model, {side}x{side}."
+    report({"file": str(output), "sides": result.sides, "model_size": side}, text, as_json)
+
+
+def _faces_of(sides: list[float]) -> str:
+    count = "1 face" if len(sides) == 1 else f"{len(sides)} faces"
+    return f"{count} of {', '.join(f'{side:.0f}' for side in sides)} pixels"
 
 
 def prepare(

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
+
+from ..operators_ddpm_faces import turned_upright
 
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -134,28 +136,6 @@ def random_crop(pixels: torch.Tensor, size: tuple[int, int], crop: Sequence[floa
     return pixels[:, top : top + size[0], left : left + size[1]]
 
 
-# The operation that turns an image upright, by its EXIF orientation (1 is upright already).
-_TRANSPOSES = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def _orientation(image: Image.Image) -> int | None:
-    """Return the EXIF orientation, or None if it is missing or damaged. The pixels may be intact nevertheless."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except MemoryError:
-        raise
-    except Exception:  # Pillow raises many kinds of errors on damaged metadata
-        return None
-
-
 def _memory_for(image: Image.Image) -> AbstractContextManager:
     """Keep threads from decoding several large images at a time."""
     return _ONE_AT_A_TIME if image.width * image.height > LARGE else nullcontext()
@@ -178,11 +158,7 @@ def upright(image: Image.Image, mode: str = "RGB", size: tuple[int, int] | None 
     if size is not None and image.width * image.height > LARGE:
         side = 2 * max(size)  # the least to decode, enough for the antialiasing filter
         image.draft(None, (side, side))  # affects only JPEGs
-    # ImageOps.exif_transpose would rewrite all other tags, and fail if one of them is unusual.
-    image.load()  # metadata may follow the pixels
-    orientation = _orientation(image)
-    if isinstance(orientation, int) and orientation in _TRANSPOSES:
-        image = image.transpose(_TRANSPOSES[orientation])
+    image = turned_upright(image)
     if image.mode.startswith("I"):  # 16-bit grayscale: PIL would clip it instead of scaling
         pixels = np.asarray(image, dtype=np.float64)
         if pixels.min() < 0 or pixels.max() > 65535:

@@ -25,6 +25,7 @@ from .show import placeholder
 MODEL, REVISION = "", ""
 MAX_WAITING = 20  # visitors in the queue
 MAX_UPLOAD = "10mb"
+MAX_PIXELS = 2**26  # of an upload; PIL warns above it, and refuses pictures with twice as many
 # Those whose words the model knows are offered.
 EXAMPLES = (
     "a smiling woman with brown hair and glasses",
@@ -316,6 +317,7 @@ def guidance_slider(maker: FaceMaker) -> gr.Slider | gr.State:
 def launch(changer: FaceChanger, **settings: Any) -> gr.Blocks:
     """Serve the page; `settings` are those of `gradio.Blocks.launch`."""
     demo = build(changer)
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # the package has no such limit, but files of strangers need one
     settings = {"theme": THEME, "css": CSS, "ssr_mode": False, "max_file_size": MAX_UPLOAD, **settings}
     demo.launch(footer_links=["api", "gradio", "settings"], **settings)
     return demo

@@ -58,7 +58,7 @@ class FaceChanger:
 
     def open(self, photo: Image.Image) -> tuple[Image.Image, str]:
         """Return the face in a photo, enlarged or reduced for the page, and a note."""
-        photo = _flat(photo)
+        photo = self._flat(photo)
         face = None if self.find_face is None else self.find_face(photo)
         if face is not None:
             return ImageOps.fit(face, self._canvas, Image.Resampling.LANCZOS), ""
@@ -196,15 +196,20 @@ class FaceChanger:
         if picture is None or photo is None:
             raise gr.Error("Choose a picture of a face first.", print_exception=False)
         channels, height, width = self.maker.shape
-        face = ImageOps.fit(_flat(photo), (width, height), Image.Resampling.LANCZOS).convert(
+        face = ImageOps.fit(self._flat(photo), (width, height), Image.Resampling.LANCZOS).convert(
             "RGB" if channels == 3 else "L"
         )
-        pixels = torch.tensor(list(face.tobytes()), dtype=torch.uint8).view(height, width, channels)
+        pixels = _bytes(face).view(height, width, channels)
         is_painted = torch.zeros(height, width, dtype=torch.bool)
         for layer in picture["layers"]:
             alpha = ImageOps.fit(layer.convert("RGBA").getchannel("A"), (width, height), Image.Resampling.BOX)
-            is_painted |= torch.tensor(list(alpha.tobytes()), dtype=torch.uint8).view(height, width) > 8
+            is_painted |= _bytes(alpha).view(height, width) > 8
         return pixels.permute(2, 0, 1)[None] / 127.5 - 1, is_painted
+
+    def _flat(self, photo: Image.Image) -> Image.Image:
+        """Return a photo upright, on white where it is transparent."""
+        photo = self.restorer.operators.turned_upright(photo).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo).convert("RGB")
 
     @property
     def _canvas(self) -> tuple[int, int]:
@@ -213,10 +218,8 @@ class FaceChanger:
         return round(width * scale), round(height * scale)
 
 
-def _flat(photo: Image.Image) -> Image.Image:
-    """Return a photo upright, on white where it is transparent."""
-    photo = ImageOps.exif_transpose(photo).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo).convert("RGB")
+def _bytes(image: Image.Image) -> torch.Tensor:
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
 
 
 def _number(name: str, value: Any, smallest: float, largest: float) -> float:
