@@ -6,8 +6,9 @@
 For each task, noise and number of network evaluations, it measures the peak signal-to-noise ratio (PSNR), the
 structural similarity (SSIM), the Fréchet distance to the same faces before they were damaged, and the seconds. It also
 measures how often a pixel lies where twenty restorations say that it does. A step size for DPS and a number of
-repetitions for RePaint are chosen on faces of their own. The pictures beside the page show the first ten faces. Leave
-the machine idle.
+repetitions for RePaint are chosen on faces of their own. Leave the machine idle.
+
+The pictures beside the page show ten generated faces, of the seeds 0 to 9, so that you can publish them.
 
 `--settings` compares settings of our own method instead, on the faces that are used to choose.
 """
@@ -31,7 +32,15 @@ from skimage.metrics import structural_similarity
 from skimage.restoration import inpaint_biharmonic
 from speed import describe
 
-from ddpm_faces import DDPMFacesRestorePipeline, Downsample, GaussianBlur, Gray, Inpaint, restoration_ddpm_faces
+from ddpm_faces import (
+    DDPMFacesPipeline,
+    DDPMFacesRestorePipeline,
+    Downsample,
+    GaussianBlur,
+    Gray,
+    Inpaint,
+    restoration_ddpm_faces,
+)
 from ddpm_faces.data import load_faces
 from ddpm_faces.evaluation.extractors import MobileNetV2
 from ddpm_faces.evaluation.metrics import frechet_distance
@@ -44,6 +53,7 @@ STEPS = (20, 50, 100)
 DPS_SCALES = (2.0, 4.0, 8.0, 16.0)
 REPETITIONS = (1, 2, 5, 10)
 NUM_CHOICE, NUM_SHOWN, NUM_CALIBRATED, NUM_DRAWS = 20, 10, 5, 20
+SPREAD = 4  # brightness of the spread in pictures: a standard deviation of a quarter of the range is white
 SMOOTHNESS = 0.1  # standard deviation of what a blur has removed from a face, for Tikhonov's deconvolution
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -229,16 +239,20 @@ def to_bytes(images: torch.Tensor) -> torch.Tensor:
     return (to_unit_range(images) * 255).round().byte()
 
 
-def calibration(pipeline: DDPMFacesRestorePipeline, task: Task) -> tuple[float, torch.Tensor]:
-    """Return how often a pixel lies between the 10% and the 90% quantile of restorations, and these restorations."""
-    generator = torch.Generator().manual_seed(0)
-    arguments = (task.observed, task.operator, task.noise_level, None, NUM_DRAWS, generator, "latent")
-    drawn = pipeline(*arguments).images.unflatten(0, (len(task.truth), NUM_DRAWS))
+def draws(pipeline: DDPMFacesRestorePipeline, task: Task) -> torch.Tensor:
+    """Return many restorations of each face, of shape `(faces, draws, channels, height, width)`."""
+    arguments = (task.observed, task.operator, task.noise_level, None, NUM_DRAWS, torch.Generator().manual_seed(0))
+    return pipeline(*arguments, "latent").images.unflatten(0, (len(task.truth), NUM_DRAWS))
+
+
+def calibration(pipeline: DDPMFacesRestorePipeline, task: Task) -> float:
+    """Return how often a pixel lies between the 10% and the 90% quantile of restorations."""
+    drawn = draws(pipeline, task)
     # A further draw of the same distribution lies between these in 80 % of the cases (Weibull's plotting positions).
     low, high = np.quantile(drawn.numpy(), (0.1, 0.9), axis=1, method="weibull")
     low, high = torch.from_numpy(low), torch.from_numpy(high)
     is_open = drawn.std(dim=1) > 1e-3  # known pixels have no interval
-    return ((low <= task.truth) & (task.truth <= high))[is_open].double().mean().item(), drawn
+    return ((low <= task.truth) & (task.truth <= high))[is_open].double().mean().item()
 
 
 # The page
@@ -255,6 +269,7 @@ def compare(
     pipeline: DDPMFacesRestorePipeline,
     choice: torch.Tensor,
     truth: torch.Tensor,
+    shown: torch.Tensor,
     steps: Sequence[int],
     noise_levels: Sequence[float],
     pictures: Path,
@@ -262,8 +277,10 @@ def compare(
     """Measure all methods on all tasks, and draw pictures of those without noise."""
     rows: list[dict[str, Any]] = []
     metrics, choice_metrics = Metrics(truth), Metrics(choice)
-    middle = sorted(steps)[len(steps) // 2]
-    for task, choice_task in zip(tasks(truth, noise_levels), tasks(choice, noise_levels), strict=True):
+    middle = steps[len(steps) // 2]
+    for task, choice_task, shown_task in zip(
+        *(tasks(faces, noise_levels) for faces in (truth, choice, shown)), strict=True
+    ):
         scales: dict[Any, Method] = {scale: partial(dps, pipeline, scale=scale) for scale in DPS_SCALES}
         methods: dict[str, tuple[Any, Method]] = {
             "classical": (None, classical),
@@ -273,31 +290,36 @@ def compare(
             repeats: dict[Any, Method] = {n: partial(repaint, pipeline, repetitions=n) for n in REPETITIONS}
             methods["RePaint"] = choose(repeats, choice_task, choice_metrics, middle)
         methods["ddpm-faces"] = None, partial(ours, pipeline)
-        shown = {"truth": task.truth, "observation": task.operator.pseudo_inverse(task.observed)}
         for name, (setting, method) in methods.items():
-            for num_steps in sorted(steps) if name != "classical" else [0]:
+            for num_steps in steps if name != "classical" else [0]:
                 start = time.perf_counter()
-                shown[name] = method(task, num_steps)
+                restored = method(task, num_steps)
                 seconds = time.perf_counter() - start
                 row = {"task": task.name, "noise": task.noise_level, "method": name, "setting": setting}
-                row |= {"evaluations": num_steps, "seconds": seconds, **metrics(shown[name])}
-                row["residual"] = (task.operator(shown[name]) - task.observed).square().mean().sqrt().item()
+                row |= {"evaluations": num_steps, "seconds": seconds, **metrics(restored)}
+                row["residual"] = (task.operator(restored) - task.observed).square().mean().sqrt().item()
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-        rows[-1]["inside"], drawn = calibration(pipeline, task.part(slice(NUM_CALIBRATED)))
+        rows[-1]["inside"] = calibration(pipeline, task.part(slice(NUM_CALIBRATED)))
+        print(json.dumps({"task": task.name, "noise": task.noise_level, "inside": rows[-1]["inside"]}), flush=True)
         if not task.noise_level:
-            shown["mean"] = drawn.mean(dim=1)
-            shown["spread"] = 4 * drawn.std(dim=1).mean(dim=1, keepdim=True).expand_as(shown["mean"]) - 1
-            draw(shown, pictures / picture_name(task.name))
+            draw(pipeline, shown_task, methods, middle, pictures / picture_name(task.name))
     return rows
 
 
-def draw(columns: dict[str, torch.Tensor], path: Path) -> None:
-    """Save the first faces, one in each row."""
-    grids = {}
-    for name, images in columns.items():
-        faces = DDPMFacesRestorePipeline.postprocess(images[:NUM_SHOWN].clamp(-1, 1))
-        grids[name] = image_grid(faces, columns=1)
+def draw(
+    pipeline: DDPMFacesRestorePipeline, task: Task, methods: dict[str, tuple[Any, Method]], num_steps: int, path: Path
+) -> None:
+    """Save faces and their restorations, a face in each row."""
+    columns = {"face": task.truth, "observation": task.operator.pseudo_inverse(task.observed)}
+    columns |= {name: method(task, num_steps) for name, (_, method) in methods.items()}
+    drawn = draws(pipeline, task)
+    columns["mean"] = drawn.mean(dim=1)
+    columns["spread"] = SPREAD * drawn.std(dim=1).mean(dim=1, keepdim=True).expand_as(task.truth) - 1
+    grids = {
+        name: image_grid(DDPMFacesRestorePipeline.postprocess(images.clamp(-1, 1)), columns=1)
+        for name, images in columns.items()
+    }
     side_by_side(grids).save(path)
 
 
@@ -314,7 +336,7 @@ def page(rows: Sequence[dict[str, Any]], command: str, num_images: int, pictures
         f"This page compares restoration with classical methods, RePaint and DPS on {num_images} held-out faces. Each "
         "method restores the same observations with the same network, once for each face. PSNR (in decibels) and SSIM "
         "are higher for better images, the Fréchet distance is lower. A step of DPS costs more than one evaluation of "
-        "the network, because it needs the gradient.",
+        "the network, because it needs the gradient. The pictures show generated faces, not the measured ones.",
         "",
         "```bash",
         command,
@@ -347,7 +369,7 @@ def page(rows: Sequence[dict[str, Any]], command: str, num_images: int, pictures
                 f"values lie in the central 80% of {NUM_DRAWS} restorations, and the observation is explained up to "
                 f"{same[-1]['residual']:.1g} (root mean square)."
             )
-        alt = f"Rows of faces: the truth, the observation, and the restorations of each method; {task}"
+        alt = f"Rows of generated faces: the face, the observation, and the restorations of each method; {task}"
         lines += [*(f"- {note}" for note in notes), "", f"![{alt}]({pictures}/{picture_name(task)})", ""]
     return "\n".join(lines)
 
@@ -402,6 +424,15 @@ def compare_settings(
     return table(["setting", "evaluations", *(f"{task.name}, noise {task.noise_level:g}" for task in damaged)], rows)
 
 
+def generated(model: str, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Return the faces that the pictures show."""
+    pipeline = DDPMFacesPipeline.from_pretrained(model)
+    if pipeline.image_shape != shape:
+        raise ValueError(f"`shown` must make images of the shape {shape}, got {pipeline.image_shape}.")
+    generators = [torch.Generator().manual_seed(seed) for seed in range(NUM_SHOWN)]
+    return pipeline(NUM_SHOWN, generator=generators, output_type="latent").images
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a model, or its name on the Hub")
@@ -412,6 +443,9 @@ def main() -> None:
     parser.add_argument("--noise-levels", type=float, nargs="+", default=NOISE_LEVELS, help="standard deviations")
     parser.add_argument("--settings", action="store_true", help="compare settings of ddpm-faces")
     parser.add_argument("--output", type=Path, default=Path("restoration.md"), help="Markdown page")
+    parser.add_argument(
+        "--shown", metavar="MODEL", help="model that makes the faces of the pictures; default: the same"
+    )
     parser.add_argument("--pictures", type=Path, help="folder for pictures; default: that of the page")
     arguments = parser.parse_args()
 
@@ -431,7 +465,8 @@ def main() -> None:
         return
     pictures = arguments.pictures or arguments.output.parent
     pictures.mkdir(parents=True, exist_ok=True)
-    rows = compare(pipeline, choice, truth, steps, noise_levels, pictures)
+    shown = generated(arguments.shown or arguments.model, pipeline.image_shape)
+    rows = compare(pipeline, choice, truth, shown, steps, noise_levels, pictures)
     command = shlex.join(["python", *sys.argv])
     link = Path(os.path.relpath(pictures, arguments.output.parent)).as_posix()
     arguments.output.write_text(page(rows, command, len(truth), link), "utf-8")
