@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--source_prompt", required=True, help="what they show now")
     parser.add_argument("--image", nargs="+", help="pictures of faces (default: generated faces)")
     parser.add_argument("--num_images", type=int, default=6, help="generated faces (default: 6)")
-    parser.add_argument("--strength", type=float, default=0.6, help="how much may change, up to 1 (default: 0.6)")
+    parser.add_argument("--strength", type=float, default=0.9, help="how much may change, up to 1 (default: 0.9)")
     parser.add_argument("--guidance_scale", type=float, default=None, help="default: that of the model")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first face; face i uses seed + i")
     parser.add_argument("--output", default="edited.png", help="PNG file to write")

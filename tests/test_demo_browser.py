@@ -230,6 +230,10 @@ def test_edit_with_prompts(page, prompt_address):
     page.click("#edit-run")
     assert len(set(finished(page, "#edited"))) == 2
     assert page.locator("#edited figcaption").all_inner_texts() == ["before", "after"]
+    strength = page.locator("input[aria-label='number input for Strength']")
+    assert strength.input_value() == "0.9"
+    page.get_by_label("Draw new details").click()
+    playwright.expect(strength).to_have_value("0.5")
 
 
 def test_large_uploads_are_refused(page, address):

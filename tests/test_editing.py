@@ -135,11 +135,30 @@ def test_changes_of_a_model_with_classes():
     torch.testing.assert_close(again, faces, atol=2e-3, rtol=0)
 
 
+def test_classes_are_guided_from_one_to_the_other():
+    """The prediction is D_s + w (D_t - D_s), of which inversion under the source class undoes the first part."""
+    torch.manual_seed(0)
+    unet = tiny_unet(num_class_embeds=3, null_class=True)
+    edit = DDPMFacesEditPipeline(unet, DDPMFacesScheduler(num_train_timesteps=20))
+    edit.set_progress_bar_config(disable=True)
+    faces, seen = some_faces(), []
+    arguments = {"guidance_scale": 3.0, "output_type": "latent"}
+    same = edit(faces, class_labels=[0, 2], **arguments).images
+    torch.testing.assert_close(same, faces, atol=2e-3, rtol=0)
+    unet.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["class_labels"].tolist()), with_kwargs=True
+    )
+    edit(faces, class_labels=[1, 2], source_class_labels=[0, 2], **arguments)
+    assert seen[0] == [0, 2]
+    assert seen[-1] == [1, 2, 0, 2]
+
+
 def test_only_the_difference_of_the_prompts_changes_the_face(with_prompts):
     faces = some_faces()
     arguments = {"output_type": "latent", "guidance_scale": 1.0}
-    same = with_prompts(faces, "a woman", "a woman", **arguments).images
-    torch.testing.assert_close(same, faces, atol=2e-3, rtol=0)
+    for scale in (1.0, 4.0):
+        same = with_prompts(faces, "a woman", "a woman", output_type="latent", guidance_scale=scale).images
+        torch.testing.assert_close(same, faces, atol=2e-3, rtol=0)
     other = with_prompts(faces, "an older man", "a woman", **arguments).images
     more = with_prompts(faces, "an older man", "a woman", **{**arguments, "guidance_scale": 3.0}).images
     less = with_prompts(faces, "an older man", "a woman", strength=0.2, **arguments).images

@@ -28,9 +28,9 @@ from .operators_ddpm_faces import observations
 from .pipeline_ddpm_faces import UNGUIDED, Condition, DDPMFacesPipeline, Guidance, calling, evaluating
 
 
-METHODS = ("inversion", "noise")
+STRENGTHS = {"inversion": 0.9, "noise": 0.5}  # of the methods, by default
 SIGMA_MIN, SIGMA_MAX = 0.02, 120.0  # noise-to-signal ratios of the last and of the first step
-STRENGTH, STEPS, MAX_ITERATIONS = 0.6, 50, 100
+STEPS, MAX_ITERATIONS = 50, 100
 MEMORY = 4  # earlier states that extrapolation uses
 TOLERANCE = 1e-4  # of a solution, in pixels of [-1, 1]: 0.013 of the 255 levels
 
@@ -48,7 +48,7 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         image: Any,
         prompt: str | list[str] | None = None,
         source_prompt: str | list[str] | None = None,
-        strength: float = STRENGTH,
+        strength: float | None = None,
         method: str = "inversion",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -67,8 +67,9 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
             prompt (`str` or `list[str]`, *optional*): What they should show: one text, or one for each.
             source_prompt (`str` or `list[str]`, *optional*):
                 What they show now, for `"inversion"`. Only what differs between the two prompts changes.
-            strength (`float`, defaults to 0.6):
+            strength (`float`, *optional*):
                 How far back the change begins, in (0, 1]: 0.3 changes details, 1 leaves only what the noise keeps.
+                Defaults to 0.9 for `"inversion"` and to 0.5 for `"noise"`.
             method (`str`, defaults to `"inversion"`):
                 `"inversion"` finds the noise that leads to the face and goes back under the new prompt; nothing is
                 random. `"noise"` adds random noise (SDEdit) and gives a new answer each time.
@@ -76,7 +77,8 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
                 Denoising steps, 1 to T; defaults to 50, or T if that is less. Inversion takes several evaluations for
                 each.
             guidance_scale (`float`, *optional*):
-                Scale of classifier-free guidance towards `prompt`. The inversion is not guided.
+                Scale of classifier-free guidance: how far the result goes from `source_prompt` towards `prompt`. The
+                inversion is not guided.
             generator (`torch.Generator` or a list of one per image, *optional*): Source of the noise of `"noise"`.
             output_type (`str`, defaults to `"pil"`): As in [`DDPMFacesPipeline.__call__`].
             return_dict (`bool`, defaults to `True`): Whether to return an output class, or a tuple.
@@ -93,15 +95,15 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         Raises:
             ValueError: An argument is invalid, or the inversion does not converge.
         """
-        if method not in METHODS:
-            raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
+        if method not in STRENGTHS:
+            raise ValueError(f"`method` must be one of {', '.join(map(repr, STRENGTHS))}, got {method!r}.")
         if method == "noise" and source_prompt is not None:
             raise ValueError("`source_prompt` must be None for the method 'noise', which does not use it.")
         if method == "noise" and source_class_labels is not None:
             raise ValueError("`source_class_labels` must be None for the method 'noise', which does not use them.")
         faces, _ = observations(image, self.image_shape)
         faces = faces.to(self._execution_device)
-        levels = self._levels(strength, num_inference_steps)
+        levels = self._levels(STRENGTHS[method] if strength is None else strength, num_inference_steps)
         guidance = self._guidance_of(guidance_scale)
         self._check(len(faces), class_labels, output_type, generator, guidance)
         condition = self._condition_of(len(faces), prompt, class_labels)
@@ -109,6 +111,8 @@ class DDPMFacesEditPipeline(DDPMFacesPipeline):
         with naming("prompt", "source_prompt"), naming("class_labels", "source_class_labels"):
             self._check(len(faces), source_class_labels)
             source = self._condition_of(len(faces), source_prompt, source_class_labels)
+        if method == "inversion":  # guided from what the faces show now, so that equal prompts change nothing
+            condition = condition._replace(negative=source.text, negative_class_labels=source.class_labels)
         report = _Reporter(self, callback_on_step_end)
         num_steps = (len(levels) - 1) * (2 if method == "inversion" else 1)
         with calling(self, num_steps, guidance), evaluating(self.unet):

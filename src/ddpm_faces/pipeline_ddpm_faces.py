@@ -151,20 +151,22 @@ class Condition(NamedTuple):
         class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class of each image.
         text ([`Text`], *optional*): Text of each image.
         negative ([`Text`], *optional*): What guidance leads away from, instead of the prediction without a text.
+        negative_class_labels (`torch.Tensor` of shape `(batch,)`, *optional*):
+            Classes that it leads away from, instead of the prediction without a class.
     """
 
     class_labels: torch.Tensor | None = None
     text: Text | None = None
     negative: Text | None = None
+    negative_class_labels: torch.Tensor | None = None
 
     def part(self, part: slice) -> "Condition":
         """Return the condition of some images of the batch."""
-        labels, text, negative = self
-        return Condition(
-            None if labels is None else labels[part],
-            None if text is None else text.part(part),
-            None if negative is None else negative.part(part),
-        )
+
+        def cut(value: torch.Tensor | Text | None) -> Any:
+            return value.part(part) if isinstance(value, Text) else None if value is None else value[part]
+
+        return Condition(*map(cut, self))
 
     def arguments(self, network: ModelMixin) -> dict[str, torch.Tensor]:
         """Return the arguments of a network, which may know less of the condition."""
@@ -179,10 +181,11 @@ class Condition(NamedTuple):
         """Return the arguments of a network for the prediction that guidance leads away from."""
         arguments = {}
         if self.class_labels is not None:
-            arguments["class_labels"] = torch.full_like(self.class_labels, network.config.num_class_embeds)
+            nothing = torch.full_like(self.class_labels, network.config.num_class_embeds)
+            arguments["class_labels"] = nothing if self.negative_class_labels is None else self.negative_class_labels
         if self.text is not None:
-            nothing = Text(self.text.embeds, torch.zeros_like(self.text.is_given))
-            arguments["text_embeds"] = (self.negative or nothing).for_network(network)
+            no_text = Text(self.text.embeds, torch.zeros_like(self.text.is_given))
+            arguments["text_embeds"] = (self.negative or no_text).for_network(network)
         return arguments
 
 

@@ -161,7 +161,7 @@ def edit(
     class_label: Annotated[int | None, typer.Option(help="Class that the faces should show.")] = None,
     source_class_label: Annotated[int | None, typer.Option(help="Class that they show now.")] = None,
     strength: Annotated[
-        float | None, typer.Option(help="How much may change, above 0 and up to 1 (default: 0.6).")
+        float | None, typer.Option(help="How much may change, above 0 and up to 1 (default: 0.9, or 0.5 for noise).")
     ] = None,
     guidance_scale: GuidanceScale = None,
     method: Annotated[
@@ -193,7 +193,7 @@ def edit(
     Faces are found, edited at the size of the model and blended into the photo; the rest of the photo stays.
     """
     from ..data.photos import edit_photo, open_photo, save_photo
-    from ..editing_ddpm_faces import STRENGTH, DDPMFacesEditPipeline
+    from ..editing_ddpm_faces import DDPMFacesEditPipeline
     from ..models import check_model, load_pipeline
 
     check_model(model)
@@ -207,7 +207,7 @@ def edit(
         image,
         prompt,
         source_prompt,
-        STRENGTH if strength is None else strength,
+        strength,
         method or ("inversion" if is_directed else "noise"),
         face,
         aligned,

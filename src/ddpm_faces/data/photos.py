@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..checks import check_seed
-from ..editing_ddpm_faces import STRENGTH, DDPMFacesEditPipeline
+from ..editing_ddpm_faces import DDPMFacesEditPipeline
 from ..files import check_writable, replacing
 from ..operators_ddpm_faces import GRAY_WEIGHTS, Downsample, GaussianBlur, Gray, Inpaint, LinearOperator
 from ..pipeline_ddpm_faces import DDPMFacesPipeline
@@ -165,7 +165,7 @@ def edit_photo(
     photo: Image.Image,
     prompt: str | None = None,
     source_prompt: str | None = None,
-    strength: float = STRENGTH,
+    strength: float | None = None,
     method: str = "inversion",
     faces: Sequence[int] | None = None,
     is_aligned: bool = False,
@@ -187,7 +187,7 @@ def edit_photo(
         photo (`PIL.Image.Image`): The photo. It is not changed.
         prompt (`str`, *optional*): What the faces should show, for a model with captions.
         source_prompt (`str`, *optional*): What they show now, for `"inversion"`.
-        strength (`float`): As in [`DDPMFacesEditPipeline.__call__`].
+        strength (`float`, *optional*): As in [`DDPMFacesEditPipeline.__call__`].
         method (`str`, defaults to `"inversion"`): As in [`DDPMFacesEditPipeline.__call__`].
         faces (`Sequence[int]`, *optional*): Which faces to edit, from the left; 1 is the first. By default, all.
         is_aligned (`bool`, defaults to `False`): Whether the photo shows just one face, as the model expects it.

@@ -16,7 +16,19 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from .changer import CANVAS, KEEP, MAX_ANSWERS, MAX_BLUR, MAX_NOISE, METHODS, MIN_BLUR, REPAINT, SHARPEN, FaceChanger
+from .changer import (
+    CANVAS,
+    KEEP,
+    MAX_ANSWERS,
+    MAX_BLUR,
+    MAX_NOISE,
+    METHODS,
+    MIN_BLUR,
+    REPAINT,
+    SHARPEN,
+    STRENGTHS,
+    FaceChanger,
+)
 from .maker import IN_TURN, MAX_FRAMES, MAX_IMAGES, MAX_PROMPT, MAX_SEED, MIN_FRAMES, FaceMaker
 from .show import placeholder
 
@@ -201,7 +213,7 @@ def edit_tab(changer: FaceChanger) -> None:
             source_prompt = prompt_box(maker, "What the face shows", "edit-source-prompt")
             prompt = prompt_box(maker, "What it should show", "edit-prompt")
             info = "Small values change details, large ones the whole face."
-            strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="Strength", info=info, buttons=[])
+            strength = gr.Slider(*(0.05, 1, STRENGTHS[methods[0]]), step=0.05, label="Strength", info=info, buttons=[])
             label, scale = class_dropdown(maker, 0), guidance_slider(maker)
             num_images = gr.Slider(
                 *(1, MAX_ANSWERS, 3), step=1, label="Number of answers", buttons=[], visible=methods[0] != KEEP
@@ -213,9 +225,9 @@ def edit_tab(changer: FaceChanger) -> None:
     gr.Markdown(ADVICE)
 
     method.change(
-        lambda name: gr.Slider(visible=name != KEEP),
+        lambda name: (gr.Slider(value=STRENGTHS[name]), gr.Slider(visible=name != KEEP)),
         method,
-        num_images,
+        [strength, num_images],
         show_progress="hidden",
         **PRIVATE,
     )

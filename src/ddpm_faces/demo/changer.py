@@ -23,6 +23,7 @@ FACTOR = 4
 MIN_BLUR, MAX_BLUR, MAX_NOISE = 0.3, 4.0, 0.5  # in pixels of the model, and of values in [-1, 1]
 KEEP, VARY = "Keep the face", "Draw new details"
 METHODS = {KEEP: "inversion", VARY: "noise"}
+STRENGTHS = {KEEP: 0.9, VARY: 0.5}  # at first
 
 
 class FaceChanger:
