@@ -15,6 +15,7 @@ The pictures beside the page show ten generated faces, of the seeds 0 to 9, so t
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -63,8 +64,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "eta 0.5": {"eta": 0.5},
     "eta 0": {"eta": 0.0},
     "no repetition": {"num_resamples": 1},
-    "3 repetitions": {"num_resamples": 3},
-    "5 repetitions": {"num_resamples": 5},
+    "2 repetitions": {"num_resamples": 2},
+    "8 repetitions": {"num_resamples": 8},
     "regularization 1": {"regularization": 1.0},
     "regularization 4": {"regularization": 4.0},
     "autoguidance 1.7": {"autoguidance_scale": 1.7},
@@ -311,7 +312,9 @@ def draw(
     pipeline: DDPMFacesRestorePipeline, task: Task, methods: dict[str, tuple[Any, Method]], num_steps: int, path: Path
 ) -> None:
     """Save faces and their restorations, a face in each row."""
-    columns = {"face": task.truth, "observation": task.operator.pseudo_inverse(task.observed)}
+    is_full = task.observed.shape[2:] == task.truth.shape[2:]
+    observation = task.observed.expand_as(task.truth) if is_full else task.operator.pseudo_inverse(task.observed)
+    columns = {"face": task.truth, "observation": observation}
     columns |= {name: method(task, num_steps) for name, (_, method) in methods.items()}
     drawn = draws(pipeline, task)
     columns["mean"] = drawn.mean(dim=1)
@@ -375,30 +378,44 @@ def page(rows: Sequence[dict[str, Any]], command: str, num_images: int, pictures
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Compare the methods at about equal seconds."""
+    """Compare our runs, but for those with the fewest evaluations, with the runs that take about as many seconds."""
     steps = sorted({row["evaluations"] for row in rows if row["method"] == "ddpm-faces"})
-    num_steps = steps[len(steps) // 2]
     methods = ["ddpm-faces", "RePaint", "DPS", "classical"]
-    cells = []
-    for task, noise in dict.fromkeys((row["task"], row["noise"]) for row in rows):
-        same = [row for row in rows if (row["task"], row["noise"]) == (task, noise)]
-        runs = {name: [row for row in same if row["method"] == name] for name in methods}
-        (mine,) = (row for row in runs["ddpm-faces"] if row["evaluations"] == num_steps)
-        runs["ddpm-faces"] = [mine]
-        line = [task, f"{noise:g}"]
-        for found in runs.values():
-            # The first run that takes as long, or else the longest.
-            chosen = next((row for row in found if row["seconds"] >= mine["seconds"]), found[-1] if found else None)
-            line.append("" if chosen is None else f"{chosen['psnr']:.1f}, {chosen['frechet']:.0f}")
-        cells.append(line)
-    return [
-        "## At equal seconds",
+    lines = [
+        "## At about equal seconds",
         "",
-        f"PSNR and Fréchet distance of ddpm-faces with {num_steps} evaluations. RePaint and DPS have at least as many "
-        "seconds, if one of their runs below took so long, and classical methods what they need.",
+        "PSNR and Fréchet distance, the best ones in bold. RePaint and DPS have the number of evaluations below whose "
+        "time is the closest to that of ddpm-faces. Classical methods have the time that they need.",
         "",
-        *table(["task", "noise", *methods], cells),
     ]
+    for num_steps in steps[1:] or steps:
+        cells = []
+        for task, noise in dict.fromkeys((row["task"], row["noise"]) for row in rows):
+            same = [row for row in rows if (row["task"], row["noise"]) == (task, noise)]
+            (mine,) = (row for row in same if (row["method"], row["evaluations"]) == ("ddpm-faces", num_steps))
+            runs = {
+                name: min(
+                    [row for row in same if row["method"] == name and (name != "ddpm-faces" or row is mine)],
+                    key=lambda row, mine=mine: abs(math.log(row["seconds"] / mine["seconds"])),
+                    default=None,
+                )
+                for name in methods
+            }
+            found = [run for run in runs.values() if run]
+            best_psnr = max(round(run["psnr"], 1) for run in found)
+            best_distance = min(round(run["frechet"]) for run in found)
+            line = [task, f"{noise:g}"]
+            for run in runs.values():
+                if run is None:
+                    line.append("")
+                    continue
+                psnr, distance = round(run["psnr"], 1), round(run["frechet"])
+                marks = ["**" * (psnr == best_psnr), "**" * (distance == best_distance)]
+                seconds = f" ({run['seconds']:.0f} s)" if run["evaluations"] else ""
+                line.append(f"{marks[0]}{psnr}{marks[0]}, {marks[1]}{distance}{marks[1]}{seconds}")
+            cells.append(line)
+        lines += [f"{num_steps} evaluations of ddpm-faces:", "", *table(["task", "noise", *methods], cells)]
+    return lines
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

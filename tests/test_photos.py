@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,6 +194,21 @@ def test_details_stay_where_only_colors_are_added(restore, photo, two_frames):
     assert np.abs(gray).mean() < 3  # clipped colors lose some
 
 
+def test_colors_of_faces_are_replaced(restore, photo, two_frames):
+    """A face in color is restored as its gray version. The rest of the photo keeps its colors."""
+    arguments = {"damage": Damage(colorize=True), "num_inference_steps": 3, "detector": object()}
+    of_color, of_gray = (
+        np.asarray(restore_photo(restore, given, **arguments).image, dtype=int)
+        for given in (photo, photo.convert("L").convert("RGB"))
+    )
+    inside = np.zeros((220, 300), dtype=bool)
+    for frame in two_frames:
+        place, weights = frame.spread(np.pad(np.ones((40, 40)), 12), (300, 220))
+        inside[place] |= weights > 0.99
+    assert inside.sum() > 3000
+    assert np.abs(of_color - of_gray)[inside].max() <= 2
+
+
 def test_inpaint_changes_what_is_white_and_nothing_else(restore, photo):
     mask = Image.new("L", photo.size)
     ImageDraw.Draw(mask).rectangle((140, 80, 180, 110), fill=255)
@@ -255,7 +269,7 @@ class Brighter:
     def __call__(self, image, *arguments, **options):
         self.arguments, self.options = arguments, options
         faces = image if isinstance(image, list) else [image]
-        return SimpleNamespace(images=[face.convert("RGB").point(lambda value: value + 30) for face in faces])
+        return ([face.convert("RGB").point(lambda value: value + 30) for face in faces],)
 
 
 def test_noise_is_reduced_with_the_photo(monkeypatch):
@@ -466,8 +480,9 @@ def test_classes_reach_each_face(photo):
     same = edit_photo(edit, photo, class_label=1, **arguments).faces
     other = edit_photo(edit, photo, class_label=2, source_class_label=1, **arguments).faces
     assert np.abs(np.asarray(same[0], dtype=int) - np.asarray(other[0])).max() > 2
-    with pytest.raises(ValueError, match="`class_labels` must be 2 .* integers from 0 to 2"):
-        edit_photo(edit, photo, class_label=3, **arguments)
+    for name in ("class_label", "source_class_label"):
+        with pytest.raises(ValueError, match=f"`{name}` must be 2 .* integers from 0 to 2"):
+            edit_photo(edit, photo, **{"class_label": 1, name: 3}, **arguments)
 
 
 def test_edit_command(tmp_path, monkeypatch):

@@ -92,20 +92,21 @@ LINEAR = {
 }
 
 
+@pytest.mark.parametrize(("num_resamples", "least"), [(2, 0.55), (None, 0.3)])
 @pytest.mark.parametrize("name", LINEAR)
-def test_restorations_are_drawn_from_the_posterior(name):
+def test_restorations_are_drawn_from_the_posterior(name, num_resamples, least):
     operator, noise_level = LINEAR[name]
     model = GaussianFaces()
     observed = operator(model.draw(5))
     observed += noise_level * torch.randn(observed.shape, generator=torch.Generator().manual_seed(1)).double()
     mean, variances = model.posterior(operator, observed, noise_level)
     arguments = (observed, operator, noise_level, 50, 400, torch.Generator().manual_seed(0), "latent")
-    drawn = model.restore(*arguments, regularization=1.0).images
+    drawn = model.restore(*arguments, regularization=1.0, num_resamples=num_resamples).images
     drawn = drawn.double().flatten(1)
-    # Their mean is right, and their spread is somewhat small.
+    # Their mean is right, and their spread is too small, above all with repetitions.
     error = (drawn.mean(dim=0) - mean).square().mean()
     assert error < (0.25 if name == "motion with noise" else 0.12) ** 2 * variances.mean()
-    assert 0.55 < drawn.var(dim=0).mean() / variances.mean() < 1.1
+    assert least < drawn.var(dim=0).mean() / variances.mean() < 1.1
 
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.3])

@@ -305,7 +305,7 @@ class Inpaint(SpectralOperator):
 
     def __init__(self, mask: Image.Image | torch.Tensor, num_channels: int = 3) -> None:
         if isinstance(mask, Image.Image):
-            mask = np.array(mask.convert("L"), dtype=np.float32) / 255
+            mask = torch.from_numpy(np.array(mask.convert("L"), dtype=np.float32) / 255)
         try:
             mask = torch.as_tensor(mask)
         except (RuntimeError, TypeError, ValueError) as error:

@@ -36,7 +36,7 @@ LIMITS: dict[str, tuple[int, float]] = {
 RESAMPLED = PROBED = (0.05, 10.0)
 PROBE = 0.1  # root mean square by which a sample is moved to probe the network, in standard deviations of its noise
 EPS = 1e-12
-STEPS = 50
+STEPS, MAX_RESAMPLES = 50, 4  # by default
 # The errors of neighboring pixels of a predicted image are alike, and so are those of its channels. These numbers
 # describe them, see `explain`. The errors of models/faces64-mini are smoother still, but these numbers restore better.
 SMOOTHNESS = (3.0, 7.0)
@@ -79,7 +79,7 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         eta: float = 1.0,
         regularization: float = 2.0,
-        num_resamples: int = 2,
+        num_resamples: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Restore faces.
 
@@ -117,10 +117,12 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
             regularization (`float`, defaults to 2.0):
                 How much more the prediction counts than `noise_level` says, at least 0. Without noise it has no
                 effect.
-            num_resamples (`int`, defaults to 2):
+            num_resamples (`int`, *optional*):
                 How often each step between little and much noise is taken (RePaint,
                 https://huggingface.co/papers/2201.09865, section 4.2), from 1 to 20. Repetitions let known pixels
-                influence unknown ones; with the same number of evaluations in total, steps become coarser.
+                influence unknown ones. More of them restore more exactly, but several restorations of an observation
+                become more alike. With the same number of evaluations in total, steps become coarser. Defaults to a
+                tenth of `num_inference_steps`, but at least 1 and at most 4.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`, in the form of `output_type`. The restorations of
@@ -131,7 +133,9 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
         """
         # 0. Check
         settings = {"noise_level": noise_level, "eta": eta, "regularization": regularization}
-        counts = {"num_images_per_prompt": num_images_per_prompt, "num_resamples": num_resamples}
+        counts = {"num_images_per_prompt": num_images_per_prompt}
+        if num_resamples is not None:
+            counts["num_resamples"] = num_resamples
         self._check_settings(operator, settings, counts)
         if num_inference_steps is None:
             num_inference_steps = min(STEPS, self.scheduler.config.num_train_timesteps)
@@ -157,6 +161,7 @@ class DDPMFacesRestorePipeline(DDPMFacesPipeline):
         texts = prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
         condition = self._condition(class_labels, batch_size // num_images_per_prompt, num_images_per_prompt, *texts)
         scheduler = self._scheduler_with(SCHEDULER)
+        num_resamples = num_resamples or min(MAX_RESAMPLES, max(1, num_inference_steps // 10))
         plan = _plan(scheduler, num_inference_steps, num_resamples, eta)
 
         # 2. Noise, around what the observation says

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..checks import check_seed
-from ..editing_ddpm_faces import DDPMFacesEditPipeline
+from ..editing_ddpm_faces import DDPMFacesEditPipeline, naming
 from ..files import check_writable, replacing
 from ..operators_ddpm_faces import GRAY_WEIGHTS, Downsample, GaussianBlur, Gray, Inpaint, LinearOperator
 from ..pipeline_ddpm_faces import DDPMFacesPipeline
@@ -35,7 +35,7 @@ class Damage:
     Args:
         inpaint (`PIL.Image.Image`, *optional*): Mask of the size of the photo: white where it is repainted.
         upscale (`int`, *optional*): Factor by which the photo is enlarged, 2 to 8.
-        colorize (`bool`, defaults to `False`): Whether the photo has lost its colors. Those of faces are ignored.
+        colorize (`bool`, defaults to `False`): Whether the faces have lost their colors; what is left is replaced.
         deblur (`float`, *optional*): Standard deviation of a Gaussian blur, in pixels of the photo.
         noise_level (`float`, defaults to 0.0):
             Standard deviation of the noise of the photo, independent in each of its pixels, which are in [-1, 1]: 0.05
@@ -141,17 +141,19 @@ def restore_photo(
         except _CannotBeRestoredError as error:
             skipped.append(str(error))
             continue
-        (face,) = pipeline(
-            observed,
-            operator,
-            # Where the photo is reduced, so is its noise.
-            damage.noise_level * min(1.0, observed.width / frame.side),
-            num_inference_steps,
-            generator=torch.Generator().manual_seed(seed + i),
-            class_labels=None if class_label is None else [class_label],
-            guidance_scale=guidance_scale,
-            prompt=prompt,
-        ).images
+        with naming("class_labels", "class_label"):
+            (face,), *_ = pipeline(
+                observed,
+                operator,
+                # Where the photo is reduced, so is its noise.
+                damage.noise_level * min(1.0, observed.width / frame.side),
+                num_inference_steps,
+                generator=torch.Generator().manual_seed(seed + i),
+                class_labels=None if class_label is None else [class_label],
+                guidance_scale=guidance_scale,
+                prompt=prompt,
+                return_dict=False,
+            )
         _put_restored(canvas, frame.scaled(damage.upscale or 1), face, observed, damage, mask)
         faces.append(face)
         sides.append(frame.side)
@@ -217,18 +219,20 @@ def edit_photo(
     labels, source_labels = (
         None if label is None else [label] * len(frames) for label in (class_label, source_class_label)
     )
-    after = pipeline(
-        before,
-        prompt,
-        source_prompt,
-        strength,
-        method,
-        num_inference_steps,
-        guidance_scale,
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(frames))],
-        class_labels=labels,
-        source_class_labels=source_labels,
-    ).images
+    with naming("class_labels", "class_label"), naming("source_class_labels", "source_class_label"):
+        after, *_ = pipeline(
+            before,
+            prompt,
+            source_prompt,
+            strength,
+            method,
+            num_inference_steps,
+            guidance_scale,
+            generator=[torch.Generator().manual_seed(seed + i) for i in range(len(frames))],
+            class_labels=labels,
+            source_class_labels=source_labels,
+            return_dict=False,
+        )
     canvas = _Canvas(photo)
     for frame, *pair in zip(frames, before, after, strict=True):
         _put_edited(canvas, frame, *pair)
@@ -321,8 +325,9 @@ def _upright(image: Image.Image, name: str, mode: str = "RGB") -> Image.Image:
         result = upright(image, mode)
     except ValueError as error:
         raise ValueError(f"`{name}` cannot be read: {error}.") from error
-    if image.mode not in ("RGB", "RGBA", "P"):
-        result.info.pop("icc_profile", None)
+    if image.mode not in ("RGB", "RGBA", "P") and "icc_profile" in result.info:
+        result = result.copy()
+        del result.info["icc_profile"]
     return result
 
 
@@ -343,7 +348,7 @@ class _CannotBeRestoredError(ValueError):
 
 def _check_mask(mask: Image.Image, photo: Image.Image) -> np.ndarray:
     """Return where the photo is repainted, as booleans."""
-    if mask.has_transparency_data and mask.convert("RGBA").getextrema()[3][0] < 255:
+    if mask.has_transparency_data and np.asarray(mask.convert("RGBA"))[..., 3].min() < 255:
         raise ValueError("`inpaint` must be opaque: white where the photo is repainted, black elsewhere.")
     mask = _upright(mask, "inpaint", "L")
     if mask.size != photo.size:
@@ -387,7 +392,7 @@ def _frames(
     scale = max(1.0, max(photo.size) / DETECTION_SIDE)
     searched = photo
     if mask is not None:
-        size = tuple(max(1, round(side / scale)) for side in photo.size)
+        size = [max(1, round(side / scale)) for side in photo.size]
         small_mask = Image.fromarray(mask.astype(np.uint8) * 255).resize(size)
         searched = _filled(photo.resize(size), np.asarray(small_mask) > 0)
     found = find_frames(searched, detector or MTCNN())
@@ -439,6 +444,7 @@ def _put_restored(
     values = np.asarray(face, dtype=np.float32)
     is_difference = damage.colorize or damage.deblur is not None
     if is_difference:
+        observed = observed.convert("L") if damage.colorize else observed
         values = values - np.asarray(observed.convert("RGB"), dtype=np.float32)
     place, values = frame.spread(values, canvas.size)
     _, weights = frame.spread(_soft_square(), canvas.size)
@@ -448,7 +454,7 @@ def _put_restored(
         values = _seamless(before, values, known[..., None], frame.side / face.width)
         weights = np.where(known, 0.0, weights > 0)
     if damage.colorize:
-        values = values + before @ np.float32(GRAY_WEIGHTS)[:, None]
+        values = values + before @ np.array(GRAY_WEIGHTS, dtype=np.float32)[:, None]
     elif is_difference:
         values = values + before
     canvas.add(place, values - before, weights)
