@@ -58,17 +58,24 @@ SPREAD = 4  # brightness of the spread in pictures: a standard deviation of a qu
 SMOOTHNESS = 0.1  # standard deviation of what a blur has removed from a face, for Tikhonov's deconvolution
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
-    "no probes": {"PROBED": (0.0, 0.0)},
-    "no probes, white errors": {"PROBED": (0.0, 0.0), "SMOOTHNESS": (0.0, 0.0), "CHANNEL_COUPLING": 0.0},
-    "DDNM": {"PROBED": (0.0, 0.0), "SMOOTHNESS": (0.0, 0.0), "CHANNEL_COUPLING": 0.0, "num_resamples": 1},
-    "eta 0.5": {"eta": 0.5},
-    "eta 0": {"eta": 0.0},
     "no repetition": {"num_resamples": 1},
     "2 repetitions": {"num_resamples": 2},
+    "3 repetitions": {"num_resamples": 3},
+    "5 repetitions": {"num_resamples": 5},
     "8 repetitions": {"num_resamples": 8},
-    "regularization 1": {"regularization": 1.0},
-    "regularization 4": {"regularization": 4.0},
-    "autoguidance 1.7": {"autoguidance_scale": 1.7},
+    "2, no probes": {"num_resamples": 2, "PROBED": (0.0, 0.0)},
+    "2, no probes, white errors": {
+        "num_resamples": 2,
+        "PROBED": (0.0, 0.0),
+        "SMOOTHNESS": (0.0, 0.0),
+        "CHANNEL_COUPLING": 0.0,
+    },
+    "DDNM": {"num_resamples": 1, "PROBED": (0.0, 0.0), "SMOOTHNESS": (0.0, 0.0), "CHANNEL_COUPLING": 0.0},
+    "2, eta 0.5": {"num_resamples": 2, "eta": 0.5},
+    "2, eta 0": {"num_resamples": 2, "eta": 0.0},
+    "2, regularization 1": {"num_resamples": 2, "regularization": 1.0},
+    "2, regularization 4": {"num_resamples": 2, "regularization": 4.0},
+    "2, autoguidance 1.7": {"num_resamples": 2, "autoguidance_scale": 1.7},
 }
 
 
