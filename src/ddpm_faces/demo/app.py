@@ -191,7 +191,7 @@ def restore_tab(changer: FaceChanger) -> None:
     gr.Markdown(ADVICE)
 
     damage.change(lambda name: gr.Slider(visible=name == SHARPEN), damage, blur, show_progress="hidden", **PRIVATE)
-    take_faces(changer, picture, generated, shown)
+    take_faces(changer, picture, generated, shown, run)
     inputs = [picture, damage, blur, noise, seed, num_images, steps, prompt, label]
     listen(changer.restore, "restore", [run.click, *submits(prompt)], dice, [seed], inputs, [shown, file])
 
@@ -231,12 +231,14 @@ def edit_tab(changer: FaceChanger) -> None:
         show_progress="hidden",
         **PRIVATE,
     )
-    take_faces(changer, picture, generated, shown)
+    take_faces(changer, picture, generated, shown, run)
     inputs = [picture, method, strength, seed, num_images, steps, prompt, source_prompt, scale, label]
     listen(changer.change, "edit", [run.click, *submits(prompt)], dice, [seed], inputs, [shown, file])
 
 
-def take_faces(changer: FaceChanger, picture: gr.ImageEditor | gr.Image, generated: gr.Button, shown: gr.HTML) -> None:
+def take_faces(
+    changer: FaceChanger, picture: gr.ImageEditor | gr.Image, generated: gr.Button, shown: gr.HTML, run: gr.Button
+) -> None:
     """Show the face of a photo that is uploaded, or a generated face."""
     is_painted = isinstance(picture, gr.ImageEditor)
 
@@ -254,7 +256,10 @@ def take_faces(changer: FaceChanger, picture: gr.ImageEditor | gr.Image, generat
         return value(changer.generated(random.randrange(MAX_SEED))), ""
 
     settings: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, **PRIVATE}
-    picture.upload(find, picture, [picture, shown], show_progress="minimal", **settings)
+    # A click before the face is found would take the whole photo.
+    picture.upload(lambda: gr.Button(interactive=False), None, run, show_progress="hidden", queue=False, **PRIVATE)
+    found = picture.upload(find, picture, [picture, shown], show_progress="minimal", **settings)
+    found.then(lambda: gr.Button(interactive=True), None, run, show_progress="hidden", **PRIVATE)
     generated.click(generate, None, [picture, shown], show_progress="minimal", **settings)
 
 
