@@ -385,7 +385,7 @@ def test_photo_without_a_face(restore, detector):
 
 
 def test_the_photo_is_searched_without_what_is_missing(restore, monkeypatch):
-    """What is repainted is filled, and a large photo is reduced."""
+    """The detector sees the hole filled, and a large photo at a smaller size."""
     seen = []
 
     def find(photo, _):
@@ -442,7 +442,7 @@ def test_a_photo_stays_where_nothing_is_to_change(edit, photo):
 
 
 def test_details_go_where_the_face_changes():
-    """The left half changes, so that its stripes go. The right half stays as it is."""
+    """The left half changes and loses its stripes. The right half keeps them."""
     stripes = np.zeros((64, 64, 3), dtype=np.float32)
     stripes[::2] = 60
     canvas = _Canvas(Image.fromarray((stripes + 60).astype(np.uint8)))

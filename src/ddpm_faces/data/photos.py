@@ -145,7 +145,7 @@ def restore_photo(
             (face,), *_ = pipeline(
                 observed,
                 operator,
-                # Where the photo is reduced, so is its noise.
+                # Reducing the photo averages its noise.
                 damage.noise_level * min(1.0, observed.width / frame.side),
                 num_inference_steps,
                 generator=torch.Generator().manual_seed(seed + i),
@@ -181,8 +181,8 @@ def edit_photo(
     """Edit the faces in a photo.
 
     Each face is found and cut out as in [`restore_photo`], edited at the size of the model, and blended into the photo
-    with a soft edge. Where the face stays as it was, so does the photo. Where the face changes much, details that are
-    too fine for the model are lost.
+    with a soft edge. Where a face does not change, the photo keeps its pixels. Where it changes much, the photo loses
+    details that are too fine for the model.
 
     Args:
         pipeline ([`DDPMFacesEditPipeline`]): A model of aligned faces, square and in color.
